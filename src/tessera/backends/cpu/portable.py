@@ -1,0 +1,35 @@
+"""The tiled algorithm on any device torch knows: exact and complete, not fast. The last resort, and the Plan says so."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tessera.backends.cpu import tiled, tiled_workspace, tiles_for
+from tessera.device import Device
+from tessera.dispatch import Choices, InputGradients, Upstream
+from tessera.errors import Reason
+from tessera.operands import Operands
+from tessera.plan import Choice, Plan
+from tessera.problem import Problem
+
+
+class PortableBackend:
+    """Attention in tiles of torch operations on any device. Masks by length are read on the host: the device is waited for."""
+
+    name = "torch"
+
+    def why_not(self, problem: Problem, device: Device) -> tuple[Reason, ...]:
+        return ()
+
+    def plan(self, problem: Problem, device: Device) -> Choices:
+        choice = Choice("tiled", tiles_for(problem), "torch operations tile by tile: right on any device, not fast")
+        return Choices(choice, choice, tiled_workspace(problem))
+
+    def forward(self, plan: Plan, operands: Operands) -> tuple[Tensor, Tensor]:
+        return tiled.forward(plan.problem, operands, tiles_for(plan.problem))
+
+    def backward(self, plan: Plan, operands: Operands, upstream: Upstream) -> InputGradients:
+        return tiled.backward(plan.problem, operands, upstream, tiles_for(plan.problem))
+
+
+BACKEND = PortableBackend()

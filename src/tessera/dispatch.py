@@ -1,0 +1,105 @@
+"""Dispatch: the backends in order; each says why it can't, and the first with no reason against it is taken."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import import_module
+from typing import Protocol
+
+from torch import Tensor
+
+from tessera.device import Device
+from tessera.errors import Reason, Unsupported, bad_value
+from tessera.operands import Operands
+from tessera.plan import Choice, Plan
+from tessera.problem import Gradients, Problem
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a backend answers when asked to plan: its kernels and the scratch memory they need, in bytes."""
+
+    forward: Choice
+    backward: Choice | None
+    workspace_bytes: int
+
+
+@dataclass(frozen=True, eq=False)
+class Upstream:
+    """What the backward starts from: the forward's results and the gradients that arrive for them."""
+
+    out: Tensor
+    lse: Tensor
+    dout: Tensor
+    dlse: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class InputGradients:
+    """dq, dk, dv in the inputs' shapes and dtypes; dbias and dsinks where their gradients are wanted."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dbias: Tensor | None = None
+    dsinks: Tensor | None = None
+
+
+class Backend(Protocol):
+    """One way to run attention. A backend looks at no tensor before `forward`, and decides nothing in it."""
+
+    name: str
+
+    def why_not(self, problem: Problem, device: Device) -> tuple[Reason, ...]:
+        """The reasons why this backend can't run the problem on the device; empty where it can."""
+        ...
+
+    def plan(self, problem: Problem, device: Device) -> Choices: ...
+
+    def forward(self, plan: Plan, operands: Operands) -> tuple[Tensor, Tensor]:
+        """(out, lse) as Problem.out_shape and Problem.lse_shape say, contiguous."""
+        ...
+
+    def backward(self, plan: Plan, operands: Operands, upstream: Upstream) -> InputGradients: ...
+
+
+# In order of preference. A module defines BACKEND; it is imported when first asked.
+BACKENDS = {
+    "cpu": "tessera.backends.cpu",
+    "torch": "tessera.backends.cpu.portable",
+}
+
+
+@lru_cache(maxsize=None)
+def load(name: str) -> Backend:
+    """The backend of that name."""
+    if name not in BACKENDS:
+        raise bad_value("backend", repr(name), "there is no such backend", "use None or one of " + ", ".join(BACKENDS))
+    return import_module(BACKENDS[name]).BACKEND
+
+
+@lru_cache(maxsize=4096)
+def select(problem: Problem, device: Device, backend: str | None = None) -> Plan:
+    """The plan of the first backend that can run the problem, or of the one named.
+
+    Raises Unsupported with every backend's reasons where none can.
+    """
+    refusals: dict[str, tuple[Reason, ...]] = {}
+    for name in [backend] if backend is not None else BACKENDS:
+        candidate = load(name)
+        reasons = candidate.why_not(problem, device)
+        if not reasons:
+            choices = candidate.plan(problem, device)
+            backward = choices.backward if problem.gradients is Gradients.INPUTS else None
+            return Plan(
+                problem, device, name, choices.forward, backward, choices.workspace_bytes, tuple(refusals.items())
+            )
+        refusals[name] = reasons
+    asked = "no backend" if backend is None else f"backend={backend!r}"
+    raise Unsupported(f"{asked} can run this problem on {device}\n  problem: {problem}", refusals)
+
+
+def why_not(problem: Problem, device: Device) -> dict[str, tuple[Reason, ...]]:
+    """Every backend's reasons against the problem; an empty tuple where it can run it."""
+    return {name: load(name).why_not(problem, device) for name in BACKENDS}

@@ -1,0 +1,326 @@
+"""Operands: the tensors of one call, checked once against each other; the only place where they are checked.
+
+`Request` is what the user said, flat, in the order of the torch operators' arguments. `bind` checks it and splits it into
+the Problem (what is asked, no tensors) and the Operands (the tensors). Tensors on the meta device are welcome: that
+is how `plan` answers from shapes alone. Contents are read on the CPU only: on a GPU that would wait for the device.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tessera.errors import bad_type, bad_value
+from tessera.mask import Mask
+from tessera.problem import (
+    MAX_HEAD_DIM,
+    Alibi,
+    Bias,
+    Gradients,
+    Layout,
+    Problem,
+    Reproducibility,
+    Score,
+    Shape,
+    Sinks,
+)
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One call as the user put it, with the operator's flags for the Problem's enums.
+
+    The requires_grad flags stand here, and are not read off the tensors, because a compiled graph calls the operators with
+    tensors that no longer say so.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    seqused_q: Tensor | None = None
+    seqused_k: Tensor | None = None
+    key_start: Tensor | None = None
+    key_end: Tensor | None = None
+    query_end: Tensor | None = None
+    document_begin: Tensor | None = None
+    document_end: Tensor | None = None
+    bias: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    sinks: Tensor | None = None
+    left: int | None = None
+    right: int | None = None
+    softmax_scale: float | None = None
+    softcap: float = 0.0
+    dropout_p: float = 0.0
+    seed: int | None = None
+    requires_grad: bool = False
+    bias_requires_grad: bool = False
+    sinks_requires_grad: bool = False
+    deterministic: bool = False
+    backend: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Lengths:
+    """The sequences' own lengths: int32, cu_seqlens (batch + 1,), seqused (batch,)."""
+
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    seqused_q: Tensor | None = None
+    seqused_k: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Operands:
+    """The tensors of a problem. q, k, v as the layout says; bias (B|1, H|1, Sq|1, Sk|1); sinks (heads_q,);
+    alibi_slopes (heads_q,) or (batch, heads_q); `seed` of the dropout."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    lengths: Lengths
+    mask: Mask
+    bias: Tensor | None
+    alibi_slopes: Tensor | None
+    sinks: Tensor | None
+    seed: int
+
+
+def bind(request: Request) -> tuple[Problem, Operands]:
+    """Check a request; its Problem and its Operands. Raises ValueError or TypeError that names the argument."""
+    layout = Layout.DENSE if request.cu_seqlens_q is None else Layout.VARLEN
+    shape = _check_qkv(request, layout)
+    lengths = Lengths(request.cu_seqlens_q, request.cu_seqlens_k, request.seqused_q, request.seqused_k)
+    _check_lengths(request, shape)
+    mask = Mask(
+        request.left, request.right, request.key_start, request.key_end, request.query_end,
+        request.document_begin, request.document_end,
+    )  # fmt: skip
+    _check_mask(request.q, mask, shape, layout)
+    bias = _check_bias(request, shape, layout)
+    alibi = _check_alibi(request, shape)
+    sinks = _check_sinks(request, shape)
+    check_scalars(request)
+    score = Score(
+        scale=shape.head_dim**-0.5 if request.softmax_scale is None else float(request.softmax_scale),
+        softcap=float(request.softcap),
+        alibi=alibi,
+        bias=bias,
+        sinks=sinks,
+        dropout_p=float(request.dropout_p),
+    )
+    problem = Problem(
+        shape=shape,
+        dtype=request.q.dtype,
+        score=score,
+        layout=layout,
+        mask=mask.spec,
+        lengths=tuple(name for name in _LENGTHS if getattr(request, name) is not None),
+        gradients=Gradients.INPUTS if request.requires_grad else Gradients.NONE,
+        reproducibility=Reproducibility.BITWISE if request.deterministic else Reproducibility.ANY_ORDER,
+    )
+    four_d_bias = None if request.bias is None else _four_dims(request.bias)
+    operands = Operands(
+        request.q, request.k, request.v, lengths, mask, four_d_bias, request.alibi_slopes, request.sinks, request.seed or 0
+    )
+    return problem, operands
+
+
+_LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
+
+
+def _check_qkv(request: Request, layout: Layout) -> Shape:
+    q, k, v = request.q, request.k, request.v
+    form = "(batch, seqlen, heads, head_dim)" if layout is Layout.DENSE else "(total, heads, head_dim)"
+    rank = 4 if layout is Layout.DENSE else 3
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dim() != rank:
+            raise bad_value(name, f"shape {tuple(tensor.shape)}", f"{tensor.dim()} dimensions", f"give {form}")
+        if tensor.dtype not in DTYPES:
+            raise bad_type(name, tensor.dtype, "not a dtype attention runs in", "use " + ", ".join(map(str, DTYPES)))
+        if tensor.dtype != q.dtype:
+            raise bad_type(name, tensor.dtype, f"q is {q.dtype}", f"use {name}.to(q.dtype)")
+        if tensor.device != q.device:
+            raise bad_value(f"{name}.device", tensor.device, f"q is on {q.device}", f"use {name}.to(q.device)")
+        if tensor.numel() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            raise bad_value(
+                f"{name}.stride()", tensor.stride(), "the last dimension is strided", f"use {name}.contiguous()"
+            )
+    shape = Shape(
+        batch=q.shape[0] if request.cu_seqlens_q is None else request.cu_seqlens_q.shape[0] - 1,
+        seqlen_q=q.shape[-3],
+        seqlen_k=k.shape[-3],
+        heads_q=q.shape[-2],
+        heads_kv=k.shape[-2],
+        head_dim=q.shape[-1],
+        head_dim_v=v.shape[-1],
+    )
+    _check_agreement(q, k, v, layout)
+    _check_heads(shape, q.device)
+    return shape
+
+
+def _check_agreement(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> None:
+    if layout is Layout.DENSE and k.shape[0] != q.shape[0]:
+        raise bad_value("k", f"batch {k.shape[0]}", f"q has batch {q.shape[0]}", "use the same batch, or expand k and v")
+    if v.shape[:-1] != k.shape[:-1]:
+        raise bad_value("v", f"shape {tuple(v.shape)}", f"k is {tuple(k.shape)}", "k and v may differ in head_dim alone")
+    if k.shape[-1] != q.shape[-1]:
+        raise bad_value("k", f"head_dim {k.shape[-1]}", f"q has head_dim {q.shape[-1]}", "q and k share one head_dim")
+
+
+def _check_heads(shape: Shape, device: torch.device) -> None:
+    if shape.heads_kv == 0 or shape.heads_q % shape.heads_kv:
+        raise bad_value(
+            "heads",
+            f"{shape.heads_q} query, {shape.heads_kv} key/value",
+            "each key/value head serves an equal number of query heads",
+            f"use {_nearest_divisor(shape.heads_q, shape.heads_kv)} key/value heads",
+        )
+    for name, dim in (("head_dim", shape.head_dim), ("head_dim_v", shape.head_dim_v)):
+        if not 1 <= dim <= MAX_HEAD_DIM:
+            raise bad_value(name, dim, f"head dims are 1 to {MAX_HEAD_DIM}", f"use at most {MAX_HEAD_DIM}, split the heads")
+        if device.type == "cuda" and dim % 8:
+            raise bad_value(name, dim, "rows must be 16-byte aligned on a GPU", f"pad it to {-(-dim // 8) * 8}")
+
+
+def _nearest_divisor(heads: int, wanted: int) -> int:
+    divisors = [n for n in range(1, max(heads, 1) + 1) if heads % n == 0]
+    return min(divisors, key=lambda n: abs(n - wanted))
+
+
+def _check_lengths(request: Request, shape: Shape) -> None:
+    if (request.cu_seqlens_q is None) != (request.cu_seqlens_k is None):
+        missing = "cu_seqlens_q" if request.cu_seqlens_q is None else "cu_seqlens_k"
+        raise bad_value(missing, None, "q and k must both be packed or both be dense", "give both cu_seqlens")
+    for name in _LENGTHS:
+        value = getattr(request, name)
+        if value is None:
+            continue
+        if value.dtype != torch.int32:
+            raise bad_type(name, value.dtype, "offsets are read as int32 in the kernels", f"use {name}.to(torch.int32)")
+        _check_device(name, value, request.q)
+        entries = shape.batch + 1 if name.startswith("cu_") else shape.batch
+        if value.dim() != 1 or value.shape[0] != entries or entries < 0:
+            form = "(batch + 1,)" if name.startswith("cu_") else "(batch,)"
+            raise bad_value(name, f"shape {tuple(value.shape)}", f"there are {shape.batch} sequences", f"give {form}")
+    if request.q.device.type == "cpu" and request.cu_seqlens_q is not None:
+        _check_length_contents(request)
+
+
+def _check_length_contents(request: Request) -> None:
+    for side, tensor in (("q", request.q), ("k", request.k)):
+        offsets = getattr(request, f"cu_seqlens_{side}")
+        if offsets.device.type != "cpu":
+            continue
+        ends = offsets.tolist()
+        rising = all(a <= b for a, b in zip(ends, ends[1:], strict=False))
+        if not rising or ends[0] != 0 or ends[-1] > tensor.shape[0]:
+            why = f"offsets must rise from 0 to at most {side}'s total of {tensor.shape[0]}"
+            raise bad_value(f"cu_seqlens_{side}", ends[:8], why, "use lengths.cumsum(0) with a leading 0")
+        used = getattr(request, f"seqused_{side}")
+        if used is not None and used.device.type == "cpu":
+            lengths = offsets.diff()
+            if ((used < 0) | (used > lengths)).any():
+                why = f"the sequences hold {lengths.tolist()[:8]} tokens"
+                raise bad_value(f"seqused_{side}", used.tolist()[:8], why, "use at most each sequence's length")
+
+
+def _check_device(name: str, value: Tensor, q: Tensor) -> None:
+    if value.device != q.device and q.device.type != "meta":
+        raise bad_value(f"{name}.device", value.device, f"q is on {q.device}", f"use {name}.to(q.device)")
+
+
+def _check_mask(q: Tensor, mask: Mask, shape: Shape, layout: Layout) -> None:
+    for name in mask.spec.bounds:
+        value = getattr(mask, name)
+        if layout is Layout.VARLEN:
+            why = "packed sequences carry their lengths themselves"
+            raise bad_value(f"mask.{name}", f"shape {tuple(value.shape)}", why, "use cu_seqlens and seqused instead")
+        _check_device(f"mask.{name}", value, q)
+        per_row = name.startswith("document_")
+        good = (value.shape[0] in (1, shape.batch) and value.shape[1] == shape.seqlen_q) if per_row else (
+            value.shape[0] == shape.batch
+        )  # fmt: skip
+        if not good:
+            wanted = f"(batch={shape.batch}, seqlen_q={shape.seqlen_q})" if per_row else f"(batch={shape.batch},)"
+            raise bad_value(f"mask.{name}", f"shape {tuple(value.shape)}", "it does not fit q", f"give {wanted}")
+
+
+def _check_bias(request: Request, shape: Shape, layout: Layout) -> Bias | None:
+    bias = request.bias
+    if bias is None:
+        return None
+    if bias.dtype not in (request.q.dtype, torch.float32):
+        raise bad_type("bias", bias.dtype, f"q is {request.q.dtype}", "use q's dtype or float32")
+    _check_device("bias", bias, request.q)
+    if bias.dim() > 4:
+        raise bad_value("bias", f"shape {tuple(bias.shape)}", "it has more than 4 dimensions", "use (batch, heads, q, k)")
+    sizes = tuple(_four_dims(bias).shape)
+    if layout is Layout.VARLEN:
+        raise bad_value("bias", f"shape {sizes}", "packed sequences have no common (q, k) plane", "use the dense layout")
+    full = (shape.batch, shape.heads_q, shape.seqlen_q, shape.seqlen_k)
+    if any(size not in (1, limit) for size, limit in zip(sizes, full, strict=True)):
+        why = f"it does not broadcast to (batch, heads, seqlen_q, seqlen_k) = {full}"
+        raise bad_value("bias", f"shape {tuple(bias.shape)}", why, "give each dimension its size or 1")
+    wanted = Gradients.INPUTS if request.bias_requires_grad else Gradients.NONE
+    return Bias(sizes, bias.dtype, wanted)
+
+
+def _four_dims(bias: Tensor) -> Tensor:
+    return bias[(None,) * (4 - bias.dim())]
+
+
+def _check_alibi(request: Request, shape: Shape) -> Alibi | None:
+    slopes = request.alibi_slopes
+    if slopes is None:
+        return None
+    _check_device("alibi_slopes", slopes, request.q)
+    if slopes.dtype != torch.float32:
+        raise bad_type("alibi_slopes", slopes.dtype, "slopes are read as float32", "use alibi_slopes.float()")
+    if slopes.requires_grad:
+        raise bad_value("alibi_slopes", "requires_grad=True", "slopes are constants here", "detach them, or use `bias`")
+    if slopes.shape == (shape.heads_q,):
+        return Alibi.PER_HEAD
+    if slopes.shape == (shape.batch, shape.heads_q):
+        return Alibi.PER_BATCH_AND_HEAD
+    wanted = f"({shape.heads_q},) or ({shape.batch}, {shape.heads_q})"
+    raise bad_value("alibi_slopes", f"shape {tuple(slopes.shape)}", "one slope for each query head", f"give {wanted}")
+
+
+def _check_sinks(request: Request, shape: Shape) -> Sinks | None:
+    sinks = request.sinks
+    if sinks is None:
+        return None
+    _check_device("sinks", sinks, request.q)
+    if sinks.dtype not in (request.q.dtype, torch.float32):
+        raise bad_type("sinks", sinks.dtype, f"q is {request.q.dtype}", "use q's dtype or float32")
+    if sinks.shape != (shape.heads_q,):
+        raise bad_value("sinks", f"shape {tuple(sinks.shape)}", "one logit for each query head", f"give ({shape.heads_q},)")
+    return Sinks(Gradients.INPUTS if request.sinks_requires_grad else Gradients.NONE)
+
+
+def check_scalars(request: Request) -> None:
+    """The request's numbers: finite scale, softcap >= 0, dropout_p in [0, 1) with a seed."""
+    scale, softcap, dropout_p, seed = request.softmax_scale, request.softcap, request.dropout_p, request.seed
+    for name, value in (("softmax_scale", scale), ("softcap", softcap), ("dropout_p", dropout_p)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise bad_type(name, type(value).__name__, "it is one number for the whole call", "give a Python float")
+    if scale is not None and not math.isfinite(scale):
+        raise bad_value("softmax_scale", scale, "scores would not be finite", "use a finite scale, or None for d**-0.5")
+    if not (softcap >= 0 and math.isfinite(softcap)):
+        raise bad_value("softcap", softcap, "a cap is positive", "use softcap > 0, or 0 for none")
+    if not 0 <= dropout_p < 1:
+        raise bad_value("dropout_p", dropout_p, "it is a probability below 1", "use 0 <= dropout_p < 1")
+    if seed is not None and not 0 <= seed < 1 << 63:
+        raise bad_value("seed", seed, "Philox is keyed by 63 bits here", "use 0 <= seed < 2**63")
+    if dropout_p > 0 and seed is None:
+        why = "dropout draws from an explicit seed"
+        raise bad_value("seed", None, why, "give an int, for example int(torch.randint(2**62, ()))")

@@ -1,0 +1,141 @@
+"""The torch operators tessera::forward and tessera::backward: fake implementations, autograd, and refusals in words.
+
+Their schemas are generated from operands.Request, so an option is declared once. Eager calls, torch.compile and autograd all
+come through here; the walk Request -> Problem, Operands -> Plan -> backend stands in `_forward` and `_backward`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tessera import dispatch
+from tessera.device import Device
+from tessera.operands import Request, bind
+
+_SCHEMA_TYPES = {
+    "Tensor": "Tensor",
+    "Tensor | None": "Tensor?",
+    "int | None": "SymInt?",
+    "float | None": "float?",
+    "float": "float",
+    "bool": "bool",
+    "str | None": "str?",
+}
+_FIELDS = fields(Request)
+_NAMES = tuple(field.name for field in _FIELDS)
+_ARGUMENTS = ", ".join(f"{_SCHEMA_TYPES[str(field.type)]} {field.name}" for field in _FIELDS)
+
+_library = torch.library.Library("tessera", "DEF")
+_library.define(f"forward({_ARGUMENTS}) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define(
+    f"backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def forward(request: Request) -> tuple[Tensor, Tensor]:
+    """(out, lse) through the operator: traced, differentiated and profiled like any of torch's own."""
+    return torch.ops.tessera.forward(*(getattr(request, name) for name in _NAMES))
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    request = Request(*arguments)
+    problem, operands = bind(request)
+    plan = dispatch.select(problem, Device.of(request.q.device), request.backend)
+    return dispatch.load(plan.backend).forward(plan, operands)
+
+
+def _backward(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    request = Request(*arguments)
+    problem, operands = bind(request)
+    plan = dispatch.select(problem, Device.of(request.q.device), request.backend)
+    upstream = dispatch.Upstream(out, lse, dout.contiguous(), dlse)
+    gradients = dispatch.load(plan.backend).backward(plan, operands, upstream)
+    return (
+        gradients.dq,
+        gradients.dk,
+        gradients.dv,
+        _shaped_like(gradients.dbias, request.bias, request.q),
+        _shaped_like(gradients.dsinks, request.sinks, request.q),
+    )
+
+
+def _shaped_like(gradient: Tensor | None, argument: Tensor | None, q: Tensor) -> Tensor:
+    """An optional gradient as the operator returns it: the argument's shape and dtype, or empty where not wanted."""
+    if gradient is None or argument is None:
+        return q.new_empty(0)
+    return gradient.reshape(argument.shape).to(argument.dtype)
+
+
+def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    request = Request(*arguments)
+    q, v = request.q, request.v
+    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    rows = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
+    return out, q.new_empty(rows, dtype=lse_dtype)
+
+
+def _fake_backward(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    request = Request(*arguments)
+    optional = []
+    for argument, wanted in ((request.bias, request.bias_requires_grad), (request.sinks, request.sinks_requires_grad)):
+        optional.append(argument.new_empty(argument.shape) if argument is not None and wanted else request.q.new_empty(0))
+    dense = (x.new_empty(x.shape) for x in (request.q, request.k, request.v))
+    return (*dense, *optional)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    request = Request(*inputs)
+    ctx.set_materialize_grads(False)
+    tensors = [name for name in _NAMES if isinstance(getattr(request, name), Tensor)]
+    ctx.save_for_backward(*output, *(getattr(request, name) for name in tensors))
+    ctx.tensor_names = tensors
+    ctx.request = replace(request, **dict.fromkeys(tensors))
+
+
+def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dout is None and dlse is None:
+        return (None,) * len(_NAMES)
+    out, lse, *tensors = ctx.saved_tensors
+    request = replace(ctx.request, **dict(zip(ctx.tensor_names, tensors, strict=True)))
+    dout = torch.zeros_like(out) if dout is None else dout
+    arguments = (getattr(request, name) for name in _NAMES)
+    dq, dk, dv, dbias, dsinks = torch.ops.tessera.backward(dout, dlse, out, lse, *arguments)
+    gradients: dict[str, Tensor] = {"q": dq, "k": dk, "v": dv}
+    if request.bias_requires_grad:
+        gradients["bias"] = dbias
+    if request.sinks_requires_grad:
+        gradients["sinks"] = dsinks
+    return tuple(gradients.get(name) for name in _NAMES)
+
+
+def _refuse_double_backward(ctx: Any, *gradients: Any) -> Any:
+    raise NotImplementedError(
+        "tessera's backward is not differentiable: second derivatives (gradgradcheck, create_graph=True) need the scores "
+        "in memory; use tessera.reference.attention or torch's math SDPA for them"
+    )
+
+
+def _refuse_vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
+    raise NotImplementedError(
+        "torch.vmap over tessera.attention is not supported: attention has batch and head dimensions of its own; "
+        "fold the mapped dimension into the batch"
+    )
+
+
+for _name, _real, _fake in (("forward", _forward, _fake_forward), ("backward", _backward, _fake_backward)):
+    _library.impl(_name, _real, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"tessera::{_name}", _fake, lib=_library)
+    torch.library.register_vmap(f"tessera::{_name}", _refuse_vmap, lib=_library)
+torch.library.register_autograd("tessera::forward", _differentiate, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd("tessera::backward", _refuse_double_backward, lib=_library)
+

@@ -1,0 +1,75 @@
+"""Plan: how a problem will be done. Everything a person may want to see stands here, and prints."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tessera.device import Device
+from tessera.errors import Reason
+from tessera.problem import Gradients, Problem
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One kernel and its configuration: `config` is a frozen dataclass of the backend's own, or None."""
+
+    kernel: str
+    config: object | None
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.kernel} [{self.config}]: {self.why}" if self.config else f"{self.kernel}: {self.why}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answer of dispatch: which backend, which kernels, with what tiles, and why not the others.
+
+    `workspace_bytes` is scratch memory over inputs and outputs for forward (and backward, where gradients are wanted).
+    """
+
+    problem: Problem
+    device: Device
+    backend: str
+    forward: Choice
+    backward: Choice | None
+    workspace_bytes: int
+    refusals: tuple[tuple[str, tuple[Reason, ...]], ...] = ()
+
+    def __str__(self) -> str:
+        flops, moved = self.problem.flops(), self.problem.io_bytes()
+        lines = [
+            f"problem   {self.problem}",
+            f"device    {self.device}",
+            f"backend   {self.backend}",
+            f"forward   {self.forward}",
+        ]
+        if self.backward is not None:
+            lines.append(f"backward  {self.backward}")
+        lines.append(f"work      {flops / 1e9:,.2f} GFLOP, {moved / 1e6:,.2f} MB at least, {flops / max(moved, 1):,.0f} FLOP/B")
+        lines.append(f"workspace {self.workspace_bytes / 1e6:,.2f} MB")
+        for backend, reasons in self.refusals:
+            lines += [f"not {backend}: {reason}" for reason in reasons]
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain data for `json.dumps`."""
+        return {
+            "problem": str(self.problem),
+            "device": asdict(self.device),
+            "backend": self.backend,
+            "forward": _choice_json(self.forward),
+            "backward": _choice_json(self.backward),
+            "flops": self.problem.flops(),
+            "backward_flops": int(2.5 * self.problem.flops()) if self.problem.gradients is Gradients.INPUTS else 0,
+            "io_bytes": self.problem.io_bytes(),
+            "workspace_bytes": self.workspace_bytes,
+            "refusals": {name: [asdict(reason) for reason in reasons] for name, reasons in self.refusals},
+        }
+
+
+def _choice_json(choice: Choice | None) -> dict[str, Any] | None:
+    if choice is None:
+        return None
+    return {"kernel": choice.kernel, "config": None if choice.config is None else str(choice.config), "why": choice.why}

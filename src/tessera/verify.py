@@ -1,0 +1,85 @@
+"""The one tolerance rule, and the run of a request against the oracle that `tessera check` and the tests share.
+
+    max|x - ref| <= 2 max|eager - ref| + noise
+
+ref is the oracle in float64; eager is the oracle's own arithmetic in the compute dtype on the same inputs; noise is the
+rounding of ref itself to the result's dtype, and 64 units of the compute dtype at the size of ref (FlashAttention's
+test rule, with its ref + 0.3 - 0.3 made explicit).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tessera import operators, reference
+from tessera.operands import Request, bind
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One result beside the oracle's: the largest error, and what the rule allows."""
+
+    name: str
+    error: float
+    allowed: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.allowed  # NaN fails
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.error:.2e} (allowed {self.allowed:.2e})"
+
+
+def tolerance(ref: Tensor, eager: Tensor, dtype: torch.dtype) -> float:
+    """The largest error the rule allows; `ref` float64, `eager` the low-precision run, `dtype` the result's."""
+    if not ref.numel():
+        return 0.0
+    finite = ref.isfinite()
+    shown = ref[finite]
+    if not shown.numel():
+        return 0.0
+    noise = 2 * (shown.to(dtype).double() - shown).abs().max().item()
+    compute = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    noise += 64 * compute * max(1.0, shown.abs().max().item())
+    return 2 * (eager.double()[finite] - shown).abs().max().item() + noise
+
+
+def compare(name: str, result: Tensor, ref: Tensor, eager: Tensor) -> Comparison:
+    """`result` against `ref` by the rule; infinities must stand at the same places."""
+    if result.shape != ref.shape:
+        return Comparison(f"{name} of shape {tuple(result.shape)}, not {tuple(ref.shape)}", float("nan"), 0.0)
+    difference = torch.where(result.double() == ref, 0.0, (result.double() - ref).abs())
+    error = difference.max().item() if difference.numel() else 0.0
+    return Comparison(name, error, tolerance(ref, eager, result.dtype))
+
+
+def run(request: Request, check_gradients: bool = True) -> list[Comparison]:
+    """Run a request through the operators and compare out, lse and the gradients with the oracle's."""
+    names = [n for n in ("q", "k", "v", "bias", "sinks") if getattr(request, n) is not None]
+    inputs = [getattr(request, n) for n in names]
+    with torch.set_grad_enabled(request.requires_grad):
+        results = operators.forward(request)
+        problem, operands = bind(request)
+        refs = reference.attention(problem, operands)
+        eagers = reference.attention(problem, operands, request.q.dtype)
+    comparisons = [compare(*row) for row in zip(("out", "lse"), results, refs, eagers, strict=True)]
+    if not request.requires_grad or not check_gradients:
+        return comparisons
+    generator = torch.Generator().manual_seed(1234)
+    dout = torch.randn(refs[0].shape, generator=generator).to(results[0].dtype).to(results[0].device)
+    dlse = torch.randn(refs[1].shape, generator=generator).to(results[1].dtype).to(results[1].device)
+    gradients = [_gradients(out, lse, dout, dlse, inputs) for out, lse in (results, refs, eagers)]
+    for name, result, ref, eager in zip(names, *gradients, strict=True):
+        comparisons.append(compare(f"d{name}", result, ref.double(), eager))
+    return comparisons
+
+
+def _gradients(out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    """Gradients of <out, dout> + <lse, dlse> over the rows whose lse is finite."""
+    rows = lse.isfinite()
+    total = (out * dout.to(out.dtype)).sum() + torch.where(rows, lse, 0.0).mul(dlse.to(lse.dtype)).sum()
+    return torch.autograd.grad(total, inputs)
