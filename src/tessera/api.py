@@ -162,6 +162,7 @@ def plan(
 
     Raises: what the call itself would raise.
     """
+    options.pop("return_lse", None)  # every backend returns both
     if v is None:
         v = k
     tensors = [_shape_as_tensor(x, dtype) for x in (q, k, v)]
@@ -174,7 +175,7 @@ def plan(
     trainable = [x for x in (*tensors, *options.values()) if isinstance(x, Tensor) and x.requires_grad]
     request = _request(*(x.detach().to("meta") for x in tensors), **options)
     wants_gradients = requires_grad or bool(trainable)
-    problem, _ = bind(replace(request, requires_grad=wants_gradients))
+    problem, _ = bind(replace(request, requires_grad=wants_gradients), described.kind)
     return dispatch.select(problem, described, request.backend)
 
 
@@ -206,8 +207,13 @@ def _request(
 ) -> Request:
     """The flat Request: masks intersected, autocast applied, gradients noted."""
     for name, value in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(value, Tensor):
-            raise bad_type(name, type(value).__name__, "attention runs on tensors", "give a torch.Tensor")
+        _check_tensor(name, value)
+    for name in _TENSOR_OPTIONS:
+        if options.get(name) is not None:
+            _check_tensor(name, options[name])
+    backend = options.get("backend")
+    if backend is not None and not isinstance(backend, str):
+        raise bad_type("backend", repr(backend), "backends go by name", "use one of tessera.backends(), or None")
     q, k, v = _autocast(q, k, v)
     whole = _mask(causal, window, mask)
     request = Request(
@@ -221,6 +227,15 @@ def _request(
     tensors = (q, k, v, request.bias, request.sinks)
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors]
     return replace(request, requires_grad=any(wanted), bias_requires_grad=wanted[3], sinks_requires_grad=wanted[4])
+
+
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise bad_type(name, type(value).__name__, "attention runs on tensors", "give a torch.Tensor")
+    if value.layout is not torch.strided or value.is_nested:
+        kind = "nested" if value.is_nested else value.layout
+        why = "attention runs on strided tensors"
+        raise bad_type(name, kind, why, "make it dense, or give a nested tensor's values() to attention_varlen")
 
 
 def _mask(causal: bool, window: Window | None, mask: Mask | None) -> Mask:

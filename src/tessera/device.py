@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -47,12 +47,12 @@ class Device:
             return KNOWN_DEVICES[name]
         try:
             return Device.of(torch.device(name))
-        except RuntimeError as error:
+        except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without CUDA
             known = ", ".join(sorted(KNOWN_DEVICES))
             raise bad_value("device", repr(name), str(error).splitlines()[0], f"use a torch device or {known}") from error
 
 
-@lru_cache(maxsize=None)
+@cache
 def _describe(kind: str, index: int | None) -> Device:
     if kind == "cpu":
         return Device("cpu", "CPU", multiprocessors=torch.get_num_threads())

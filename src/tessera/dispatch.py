@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib import import_module
 from typing import Protocol
 
@@ -71,7 +71,7 @@ BACKENDS = {
 }
 
 
-@lru_cache(maxsize=None)
+@cache
 def load(name: str) -> Backend:
     """The backend of that name."""
     if name not in BACKENDS:

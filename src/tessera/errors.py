@@ -26,11 +26,14 @@ class Unsupported(NotImplementedError):
     """No backend can run the problem here (or the one asked for can't). `refusals` maps each backend to its reasons."""
 
     def __init__(self, headline: str, refusals: dict[str, tuple[Reason, ...]]):
-        self.refusals = refusals
+        self.headline, self.refusals = headline, refusals
         lines = [headline]
         for backend, reasons in refusals.items():
             lines += [f"  {backend}: {reason}" for reason in reasons]
         super().__init__("\n".join(lines))
+
+    def __reduce__(self) -> tuple[type, tuple[str, dict[str, tuple[Reason, ...]]]]:
+        return type(self), (self.headline, self.refusals)  # so that it crosses from worker processes
 
 
 def bad_value(argument: str, value: object, why: str, instead: str) -> ValueError:

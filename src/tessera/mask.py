@@ -22,6 +22,7 @@ from torch import Tensor
 from tessera.errors import bad_type, bad_value
 
 UNBOUNDED = 1 << 62
+_INT32_MAX = (1 << 31) - 1
 
 
 @dataclass(frozen=True)
@@ -104,9 +105,9 @@ class Mask:
         diagonal: that is set by the shapes (or, in `attention_varlen`, by the sequences' own lengths).
         """
         return Mask(
-            key_start=_int32("key_start", key_start, 1),
-            key_end=_int32("key_end", key_end, 1),
-            query_end=_int32("query_end", query_end, 1),
+            key_start=_bound("key_start", key_start),
+            key_end=_bound("key_end", key_end),
+            query_end=_bound("query_end", query_end),
         )
 
     @staticmethod
@@ -117,11 +118,11 @@ class Mask:
         seqlen_k != seqlen_q) a query attends to the keys that carry its id, and both must be non-decreasing along
         the sequence. Make the mask once and pass it to every layer: the bounds are computed here.
         """
-        queries = _int32("ids", ids, 2)
+        queries = _integers("ids", ids, 2)
         if key_ids is None:
             queries = keys = _run_numbers(queries)
         else:
-            keys = _int32("key_ids", key_ids, 2)
+            keys = _integers("key_ids", key_ids, 2)
             for name, values in (("ids", queries), ("key_ids", keys)):
                 if values.device.type == "cpu" and (values.diff(dim=-1) < 0).any():
                     raise bad_value(name, "unsorted", "with key_ids, ids must not decrease", "renumber the documents")
@@ -184,6 +185,8 @@ def check_window_side(argument: str, value: int | None) -> int | None:
         raise bad_type(argument, repr(value), "a window's side is a number of keys", "give an int or None")
     if value < -1:
         raise bad_value(argument, value, "a window cannot reach back past its own side", "use >= 0, or None for no limit")
+    if isinstance(value, int) and value >= _INT32_MAX:
+        return None  # longer than any sequence; kernels count positions in 32 bits
     return None if value == -1 else value
 
 
@@ -195,10 +198,16 @@ def _combine(pick, a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else pick(a, b)
 
 
-def _int32(argument: str, value: Tensor | None, rank: int) -> Tensor | None:
+def _bound(argument: str, value: Tensor | None) -> Tensor | None:
+    """One position a batch entry, as int32; what lies past 32 bits lies past any sequence too."""
     if value is None:
         return None
-    if not isinstance(value, Tensor) or value.dtype.is_floating_point or value.dtype in (torch.bool, torch.complex64):
+    return _integers(argument, value, 1).clamp(-_INT32_MAX, _INT32_MAX).to(torch.int32)
+
+
+def _integers(argument: str, value: Tensor, rank: int) -> Tensor:
+    """`value` as int64 of that rank; (seqlen,) becomes (1, seqlen)."""
+    if not isinstance(value, Tensor) or value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.bool:
         kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise bad_type(argument, kind, "positions are integers", "give an int32 or int64 tensor")
     if rank == 2 and value.dim() == 1:
@@ -206,7 +215,7 @@ def _int32(argument: str, value: Tensor | None, rank: int) -> Tensor | None:
     if value.dim() != rank:
         shape = "(batch,)" if rank == 1 else "(seqlen,) or (batch, seqlen)"
         raise bad_value(argument, f"shape {tuple(value.shape)}", "the rank is wrong", f"give shape {shape}")
-    return value.to(torch.int32)
+    return value.to(torch.int64)
 
 
 def _run_numbers(ids: Tensor) -> Tensor:

@@ -93,10 +93,13 @@ class Operands:
     seed: int
 
 
-def bind(request: Request) -> tuple[Problem, Operands]:
-    """Check a request; its Problem and its Operands. Raises ValueError or TypeError that names the argument."""
+def bind(request: Request, device_kind: str | None = None) -> tuple[Problem, Operands]:
+    """Check a request; its Problem and its Operands. Raises ValueError or TypeError that names the argument.
+
+    `device_kind` is the type of the device to run on where that is not q's own: a plan's tensors are on meta.
+    """
     layout = Layout.DENSE if request.cu_seqlens_q is None else Layout.VARLEN
-    shape = _check_qkv(request, layout)
+    shape = _check_qkv(request, layout, device_kind or request.q.device.type)
     lengths = Lengths(request.cu_seqlens_q, request.cu_seqlens_k, request.seqused_q, request.seqused_k)
     _check_lengths(request, shape)
     mask = Mask(
@@ -136,7 +139,7 @@ def bind(request: Request) -> tuple[Problem, Operands]:
 _LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
 
 
-def _check_qkv(request: Request, layout: Layout) -> Shape:
+def _check_qkv(request: Request, layout: Layout, device_kind: str) -> Shape:
     q, k, v = request.q, request.k, request.v
     form = "(batch, seqlen, heads, head_dim)" if layout is Layout.DENSE else "(total, heads, head_dim)"
     rank = 4 if layout is Layout.DENSE else 3
@@ -154,7 +157,7 @@ def _check_qkv(request: Request, layout: Layout) -> Shape:
                 f"{name}.stride()", tensor.stride(), "the last dimension is strided", f"use {name}.contiguous()"
             )
     shape = Shape(
-        batch=q.shape[0] if request.cu_seqlens_q is None else request.cu_seqlens_q.shape[0] - 1,
+        batch=q.shape[0] if request.cu_seqlens_q is None else request.cu_seqlens_q.numel() - 1,
         seqlen_q=q.shape[-3],
         seqlen_k=k.shape[-3],
         heads_q=q.shape[-2],
@@ -163,7 +166,7 @@ def _check_qkv(request: Request, layout: Layout) -> Shape:
         head_dim_v=v.shape[-1],
     )
     _check_agreement(q, k, v, layout)
-    _check_heads(shape, q.device)
+    _check_heads(shape, device_kind)
     return shape
 
 
@@ -176,7 +179,7 @@ def _check_agreement(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> None:
         raise bad_value("k", f"head_dim {k.shape[-1]}", f"q has head_dim {q.shape[-1]}", "q and k share one head_dim")
 
 
-def _check_heads(shape: Shape, device: torch.device) -> None:
+def _check_heads(shape: Shape, device_kind: str) -> None:
     if shape.heads_kv == 0 or shape.heads_q % shape.heads_kv:
         raise bad_value(
             "heads",
@@ -187,7 +190,7 @@ def _check_heads(shape: Shape, device: torch.device) -> None:
     for name, dim in (("head_dim", shape.head_dim), ("head_dim_v", shape.head_dim_v)):
         if not 1 <= dim <= MAX_HEAD_DIM:
             raise bad_value(name, dim, f"head dims are 1 to {MAX_HEAD_DIM}", f"use at most {MAX_HEAD_DIM}, split the heads")
-        if device.type == "cuda" and dim % 8:
+        if device_kind == "cuda" and dim % 8:
             raise bad_value(name, dim, "rows must be 16-byte aligned on a GPU", f"pad it to {-(-dim // 8) * 8}")
 
 
@@ -208,9 +211,10 @@ def _check_lengths(request: Request, shape: Shape) -> None:
             raise bad_type(name, value.dtype, "offsets are read as int32 in the kernels", f"use {name}.to(torch.int32)")
         _check_device(name, value, request.q)
         entries = shape.batch + 1 if name.startswith("cu_") else shape.batch
-        if value.dim() != 1 or value.shape[0] != entries or entries < 0:
+        if value.dim() != 1 or value.shape[0] != entries or shape.batch < 0:
             form = "(batch + 1,)" if name.startswith("cu_") else "(batch,)"
-            raise bad_value(name, f"shape {tuple(value.shape)}", f"there are {shape.batch} sequences", f"give {form}")
+            why = f"there are {max(0, shape.batch)} sequences"
+            raise bad_value(name, f"shape {tuple(value.shape)}", why, f"give {form}")
     if request.q.device.type == "cpu" and request.cu_seqlens_q is not None:
         _check_length_contents(request)
 
@@ -246,6 +250,9 @@ def _check_mask(q: Tensor, mask: Mask, shape: Shape, layout: Layout) -> None:
             raise bad_value(f"mask.{name}", f"shape {tuple(value.shape)}", why, "use cu_seqlens and seqused instead")
         _check_device(f"mask.{name}", value, q)
         per_row = name.startswith("document_")
+        if value.dim() != (2 if per_row else 1) or value.dtype != torch.int32:
+            form = f"{value.dtype} of shape {tuple(value.shape)}"
+            raise bad_value(f"mask.{name}", form, "bounds are int32 vectors", "use Mask.padding or Mask.documents")
         good = (value.shape[0] in (1, shape.batch) and value.shape[1] == shape.seqlen_q) if per_row else (
             value.shape[0] == shape.batch
         )  # fmt: skip
@@ -319,6 +326,8 @@ def check_scalars(request: Request) -> None:
         raise bad_value("softcap", softcap, "a cap is positive", "use softcap > 0, or 0 for none")
     if not 0 <= dropout_p < 1:
         raise bad_value("dropout_p", dropout_p, "it is a probability below 1", "use 0 <= dropout_p < 1")
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt))):
+        raise bad_type("seed", type(seed).__name__, "it keys a counter-based generator", "give an int")
     if seed is not None and not 0 <= seed < 1 << 63:
         raise bad_value("seed", seed, "Philox is keyed by 63 bits here", "use 0 <= seed < 2**63")
     if dropout_p > 0 and seed is None:

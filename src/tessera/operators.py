@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from tessera import dispatch
 from tessera.device import Device
+from tessera.errors import bad_value
 from tessera.operands import Request, bind
 
 _SCHEMA_TYPES = {
@@ -39,7 +41,20 @@ _library.define(
 
 def forward(request: Request) -> tuple[Tensor, Tensor]:
     """(out, lse) through the operator: traced, differentiated and profiled like any of torch's own."""
+    if not torch.compiler.is_compiling():
+        _refuse_forward_mode(request)
     return torch.ops.tessera.forward(*(getattr(request, name) for name in _NAMES))
+
+
+def _refuse_forward_mode(request: Request) -> None:
+    """Custom operators drop the tangents of forward-mode differentiation without a word: refuse them here."""
+    for name in ("q", "k", "v", "bias", "sinks"):
+        value = getattr(request, name)
+        if value is not None and forward_ad.unpack_dual(value).tangent is not None:
+            raise NotImplementedError(
+                f"{name} carries a tangent: forward-mode differentiation (torch.func.jvp, make_dual) of tessera.attention is "
+                "not supported; use reverse mode, or torch's math SDPA"
+            )
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -76,6 +91,10 @@ def _shaped_like(gradient: Tensor | None, argument: Tensor | None, q: Tensor) ->
 def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     request = Request(*arguments)
     q, v = request.q, request.v
+    for name in _NAMES:
+        value = getattr(request, name)
+        if isinstance(value, Tensor) and value.device != q.device:
+            raise bad_value(f"{name}.device", value.device, f"q is on {q.device}", f"use {name}.to(q.device)")
     out = q.new_empty((*q.shape[:-1], v.shape[-1]))
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     rows = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])

@@ -32,7 +32,7 @@ class Tiles:
 
     def heads_at_once(self, group: int, seqlen_q: int, seqlen_k: int) -> int:
         """How many key/value heads fill a tile's budget."""
-        one = group * min(self.rows, max(1, seqlen_q)) * min(self.keys, max(1, seqlen_k))
+        one = max(1, group) * min(self.rows, max(1, seqlen_q)) * min(self.keys, max(1, seqlen_k))
         return max(1, self.scores // one)
 
     def __str__(self) -> str:
@@ -97,6 +97,8 @@ def head_major(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _chunks(problem: Problem, sequence: Sequence, tiles: Tiles) -> Iterator[HeadChunk]:
     shape, limits = problem.shape, sequence.limits
+    if shape.group == 0:  # no query heads
+        return
     step = tiles.heads_at_once(shape.group, limits.seqlen_q, limits.seqlen_k)
     for offset in range(sequence.entries.stop - sequence.entries.start):
         for h in range(0, shape.heads_kv, step):
@@ -123,22 +125,22 @@ def _attend(heads: _Heads, tiles: Tiles) -> tuple[Tensor, Tensor]:
         q_i = _rows_of(heads.q, rows)  # (kv, group * rows, D)
         # The lowest finite number: below it there is only -inf, so a masked score gets exp(-inf) = 0 with no special case.
         m = q_i.new_full((kv, q_i.shape[1], 1), torch.finfo(q_i.dtype).min)
-        l = q_i.new_zeros(kv, q_i.shape[1], 1)  # noqa: E741, the paper's name
+        l = q_i.new_zeros(kv, q_i.shape[1], 1)
         o = q_i.new_zeros(kv, q_i.shape[1], heads.v.shape[-1])
         seen = limits.keys_of(rows.start, rows.stop)
         for keys in _split(seen.begin, seen.end, tiles.keys):
             s = torch.bmm(q_i, heads.k[:, keys.start : keys.stop].transpose(1, 2))  # (kv, group * rows, keys)
             x = heads.scores.finish(s, rows, keys)
             m_new = torch.maximum(m, x.amax(dim=-1, keepdim=True))
-            alpha = (m - m_new).exp_()
-            p = x.sub_(m_new).exp_()
-            l = l.mul_(alpha).add_(p.sum(dim=-1, keepdim=True))  # noqa: E741
+            alpha = heads.scores.exponential_(m - m_new)
+            p = heads.scores.exponential_(x.sub_(m_new))
+            l = l.mul_(alpha).add_(p.sum(dim=-1, keepdim=True))
             keep = heads.scores.keep(rows, keys, p.dtype)
             o = o.mul_(alpha).baddbmm_(p if keep is None else p.mul_(keep), heads.v[:, keys.start : keys.stop])
             m = m_new
         # A row that saw nothing has l = 0: out stays 0, and lse = m + log 0 = -inf.
         out[:, :, rows.start : rows.stop] = o.div_(l.masked_fill(l == 0, 1.0)).unflatten(1, (group, -1))
-        lse[:, :, rows.start : rows.stop] = l.log_().add_(m).squeeze(-1).unflatten(1, (group, -1))
+        lse[:, :, rows.start : rows.stop] = l.log_().add_(m, alpha=1 / heads.scores.unit).squeeze(-1).unflatten(1, (group, -1))
     return out, lse
 
 
@@ -157,7 +159,7 @@ def backward(problem: Problem, operands: Operands, upstream: Upstream, tiles: Ti
         for chunk in _chunks(problem, sequence, tiles):
             heads = _Heads.load(problem, operands, sequence, chunk)
             entry = sequence.entries.start + chunk.entry - sequence.first
-            rows = _Rows.load(dout[entry], lse[entry], d[entry], sequence, chunk)
+            rows = _Rows.load(dout[entry], lse[entry], d[entry], sequence, heads.scores)
             dbias = None if gradients.dbias is None else chunk_of_bias(gradients.dbias, chunk)
             dq, dk, dv = _differentiate(heads, rows, dbias, tiles)
             kv = slice(chunk.kv.start, chunk.kv.stop)
@@ -176,7 +178,8 @@ def backward(problem: Problem, operands: Operands, upstream: Upstream, tiles: Ti
 
 def sinks_gradient(sinks: Tensor, lse: Tensor, d: Tensor) -> Tensor:
     """A sink is a key whose value is 0, so dP = 0 and dS = P (0 - D), summed over batch and rows. lse, d (batch, H, Sq)."""
-    probability = (sinks.to(lse.dtype)[None, :, None] - lse).exp()
+    # an empty row whose sink is -inf has lse -inf; +inf makes its probability 0, as everywhere in the backward
+    probability = (sinks.to(lse.dtype)[None, :, None] - lse.masked_fill(lse == float("-inf"), float("inf"))).exp()
     return -(probability * d).sum(dim=(0, 2)).to(sinks.dtype)
 
 
@@ -191,37 +194,42 @@ def _empty_gradients(problem: Problem, operands: Operands) -> InputGradients:
 
 @dataclass(frozen=True, eq=False)
 class _Rows:
-    """What the backward knows of each row. dout (kv, group, Sq, Dv); lse, d (kv, group, Sq, 1)."""
+    """What the backward knows of each row. dout (kv, group, Sq, Dv); lse (in the scores' units), d (kv, group, Sq, 1)."""
 
     dout: Tensor
     lse: Tensor
     d: Tensor
 
     @staticmethod
-    def load(dout: Tensor, lse: Tensor, d: Tensor, sequence: Sequence, chunk: HeadChunk) -> _Rows:
+    def load(dout: Tensor, lse: Tensor, d: Tensor, sequence: Sequence, scores: ScoreTiles) -> _Rows:
         """From one batch entry's dout (seqlen, heads, Dv) and lse, d (heads, seqlen)."""
+        chunk = scores.chunk
         by_head = (x[chunk.heads, sequence.rows].unflatten(0, (-1, chunk.group)).unsqueeze(-1) for x in (lse, d))
         own_lse, own_d = by_head
         # An empty row has lse -inf; +inf makes its P = exp(x - lse) zero.
         own_lse = own_lse.masked_fill(own_lse == float("-inf"), float("inf"))
         own = head_major(dout[sequence.rows, chunk.heads], d.dtype)
-        return _Rows(own.unflatten(0, (-1, chunk.group)), own_lse, own_d)
+        return _Rows(own.unflatten(0, (-1, chunk.group)), own_lse * scores.unit, own_d)
 
 
 def _differentiate(heads: _Heads, rows_of: _Rows, dbias: Tensor | None, tiles: Tiles) -> tuple[Tensor, Tensor, Tensor]:
     """FlashAttention-2's backward on one chunk: key tiles outside, row tiles inside; dq (kv, group, Sq, D), dk, dv."""
     limits, group = heads.scores.limits, heads.q.shape[1]
     dq, dk, dv = torch.zeros_like(heads.q), torch.zeros_like(heads.k), torch.zeros_like(heads.v)
-    for keys in _split(0, limits.seqlen_k, tiles.keys):
+    if limits.rows == 0:
+        return dq, dk, dv
+    # keys that no row sees are not touched: they may hold anything, and 0 * NaN is NaN
+    seen = limits.keys_of(0, limits.rows)
+    for keys in _split(seen.begin, seen.end, tiles.keys):
         k_j, v_j = heads.k[:, keys.start : keys.stop], heads.v[:, keys.start : keys.stop]
         dk_j, dv_j = dk[:, keys.start : keys.stop], dv[:, keys.start : keys.stop]
         for rows in _split(*limits.rows_of(keys.start, keys.stop), tiles.rows):
             if limits.coverage(rows, keys) is Coverage.EMPTY:
                 continue
             q_i, do_i = _rows_of(heads.q, rows), _rows_of(rows_of.dout, rows)
-            x = heads.scores.finish(torch.bmm(q_i, k_j.transpose(1, 2)), rows, keys)  # (kv, group * rows, keys)
-            slope = heads.scores.capped_slope(x, rows, keys)
-            p = x.sub_(_rows_of(rows_of.lse, rows)).exp_()
+            y = torch.bmm(q_i, k_j.transpose(1, 2))  # (kv, group * rows, keys)
+            slope = heads.scores.softcap_slope(y)
+            p = heads.scores.exponential_(heads.scores.finish(y, rows, keys).sub_(_rows_of(rows_of.lse, rows)))
             dp = torch.bmm(do_i, v_j.transpose(1, 2))
             keep = heads.scores.keep(rows, keys, p.dtype)
             dv_j.baddbmm_((p if keep is None else p * keep).transpose(1, 2), do_i)
@@ -232,6 +240,7 @@ def _differentiate(heads: _Heads, rows_of: _Rows, dbias: Tensor | None, tiles: T
             if slope is not None:
                 ds.mul_(slope)
             dq_i = torch.bmm(ds, k_j).unflatten(1, (group, -1))
-            dq[:, :, rows.start : rows.stop].add_(dq_i, alpha=heads.scores.query_scale)
+            dq[:, :, rows.start : rows.stop].add_(dq_i)
             dk_j.baddbmm_(ds.transpose(1, 2), q_i)
-    return dq, dk, dv
+    slope_of_all = heads.scores.constant_slope
+    return dq.mul_(heads.scores.query_scale * slope_of_all), dk.mul_(slope_of_all), dv

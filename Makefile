@@ -1,0 +1,57 @@
+# make demo   the main job on a fresh machine: a real model on real text, then exact attention at growing lengths
+# make test   the tests that need no GPU      make check   what CI runs: tests, lint, types, import rules, sizes
+# Needs python3 (3.11 or later), venv and make; everything else goes into .venv.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+SOURCES := $(shell find src tests -name '*.py' 2>/dev/null)
+
+# One thread a test process: two processes with two threads each wait for each other more than they compute.
+TEST_WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+.PHONY: demo test check lint types rules gate fuzz matrix bench-cpu clean
+
+demo: $(VENV)/.demo
+	HF_HUB_OFFLINE=1 $(BIN)/tessera demo
+
+test: $(VENV)/.dev
+	$(PYTEST) -n $(TEST_WORKERS) --dist worksteal tests/cpu tests/integrations
+
+check: test lint types rules gate
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check src tests scripts
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+rules: $(VENV)/.dev
+	$(BIN)/python scripts/check_imports.py
+	$(BIN)/python scripts/size_report.py
+
+fuzz: $(VENV)/.dev
+	TESSERA_EXAMPLES=50000 $(PYTEST) -n $(TEST_WORKERS) -s tests/cpu/test_properties.py
+
+matrix: $(VENV)/.dev
+	$(BIN)/python -m tessera.support > docs/support_matrix.md
+
+bench-cpu: $(VENV)/.demo
+	$(BIN)/tessera bench --grid cpu
+
+$(VENV)/.torch: scripts/install_torch.sh
+	$(PYTHON) -m venv $(VENV)
+	sh scripts/install_torch.sh $(BIN)/python
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[demo]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,demo]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache .hypothesis
