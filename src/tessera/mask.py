@@ -13,6 +13,7 @@ of it sees are [lo(last row), hi(first row)).
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from enum import Enum
 
@@ -194,7 +195,7 @@ def _least(a: int | None, b: int | None) -> int | None:
     return b if a is None else a if b is None else min(a, b)
 
 
-def _combine(pick, a: Tensor | None, b: Tensor | None) -> Tensor | None:
+def _combine(pick: Callable[[Tensor, Tensor], Tensor], a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else pick(a, b)
 
 

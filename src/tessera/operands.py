@@ -8,7 +8,8 @@ is how `plan` answers from shapes alone. Contents are read on the CPU only: on a
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,12 +32,11 @@ from tessera.problem import (
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-@dataclass(frozen=True, eq=False)
-class Request:
+class Request(NamedTuple):
     """One call as the user put it, with the operator's flags for the Problem's enums.
 
     The requires_grad flags stand here, and are not read off the tensors, because a compiled graph calls the operators with
-    tensors that no longer say so.
+    tensors that no longer say so. The tensors come first and the seed last: see calls.py.
     """
 
     q: Tensor
@@ -59,16 +59,19 @@ class Request:
     softmax_scale: float | None = None
     softcap: float = 0.0
     dropout_p: float = 0.0
-    seed: int | None = None
     requires_grad: bool = False
     bias_requires_grad: bool = False
     sinks_requires_grad: bool = False
     deterministic: bool = False
     backend: str | None = None
+    seed: int | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class Lengths:
+TENSORS = 15
+"""The first fields of a Request are tensors or None."""
+
+
+class Lengths(NamedTuple):
     """The sequences' own lengths: int32, cu_seqlens (batch + 1,), seqused (batch,)."""
 
     cu_seqlens_q: Tensor | None = None
@@ -77,8 +80,7 @@ class Lengths:
     seqused_k: Tensor | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class Operands:
+class Operands(NamedTuple):
     """The tensors of a problem. q, k, v as the layout says; bias (B|1, H|1, Sq|1, Sk|1); sinks (heads_q,);
     alibi_slopes (heads_q,) or (batch, heads_q); `seed` of the dropout."""
 
@@ -94,18 +96,21 @@ class Operands:
 
 
 def bind(request: Request, device_kind: str | None = None) -> tuple[Problem, Operands]:
-    """Check a request; its Problem and its Operands. Raises ValueError or TypeError that names the argument.
+    """Check a request; its Problem and its Operands. Raises ValueError or TypeError that names the argument."""
+    problem = describe(request, device_kind)
+    check_contents(request)
+    return problem, gather(request)
+
+
+def describe(request: Request, device_kind: str | None = None) -> Problem:
+    """The Problem of a request, checked by all that can be seen without reading a tensor's contents.
 
     `device_kind` is the type of the device to run on where that is not q's own: a plan's tensors are on meta.
     """
     layout = Layout.DENSE if request.cu_seqlens_q is None else Layout.VARLEN
     shape = _check_qkv(request, layout, device_kind or request.q.device.type)
-    lengths = Lengths(request.cu_seqlens_q, request.cu_seqlens_k, request.seqused_q, request.seqused_k)
     _check_lengths(request, shape)
-    mask = Mask(
-        request.left, request.right, request.key_start, request.key_end, request.query_end,
-        request.document_begin, request.document_end,
-    )  # fmt: skip
+    mask = _mask_of(request)
     _check_mask(request.q, mask, shape, layout)
     bias = _check_bias(request, shape, layout)
     alibi = _check_alibi(request, shape)
@@ -119,7 +124,7 @@ def bind(request: Request, device_kind: str | None = None) -> tuple[Problem, Ope
         sinks=sinks,
         dropout_p=float(request.dropout_p),
     )
-    problem = Problem(
+    return Problem(
         shape=shape,
         dtype=request.q.dtype,
         score=score,
@@ -129,13 +134,35 @@ def bind(request: Request, device_kind: str | None = None) -> tuple[Problem, Ope
         gradients=Gradients.INPUTS if request.requires_grad else Gradients.NONE,
         reproducibility=Reproducibility.BITWISE if request.deterministic else Reproducibility.ANY_ORDER,
     )
-    four_d_bias = None if request.bias is None else _four_dims(request.bias)
-    operands = Operands(
-        request.q, request.k, request.v, lengths, mask, four_d_bias, request.alibi_slopes, request.sinks, request.seed or 0
+
+
+def gather(request: Request) -> Operands:
+    """The tensors of a request, as backends take them. Checks nothing."""
+    return Operands(
+        request.q,
+        request.k,
+        request.v,
+        NO_LENGTHS if request.cu_seqlens_q is None else Lengths(*request[3:7]),
+        _mask_of(request),
+        None if request.bias is None else _four_dims(request.bias),
+        request.alibi_slopes,
+        request.sinks,
+        request.seed or 0,
     )
-    return problem, operands
 
 
+def _mask_of(request: Request) -> Mask:
+    if request[7:12] == _NO_BOUNDS and request.left is None and request.right is None:
+        return FULL
+    return Mask(
+        request.left, request.right, request.key_start, request.key_end, request.query_end,
+        request.document_begin, request.document_end,
+    )  # fmt: skip
+
+
+_NO_BOUNDS = (None,) * 5
+NO_LENGTHS = Lengths()
+FULL = Mask()
 _LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
 
 
@@ -215,17 +242,18 @@ def _check_lengths(request: Request, shape: Shape) -> None:
             form = "(batch + 1,)" if name.startswith("cu_") else "(batch,)"
             why = f"there are {max(0, shape.batch)} sequences"
             raise bad_value(name, f"shape {tuple(value.shape)}", why, f"give {form}")
-    if request.q.device.type == "cpu" and request.cu_seqlens_q is not None:
-        _check_length_contents(request)
 
 
-def _check_length_contents(request: Request) -> None:
+def check_contents(request: Request) -> None:
+    """The lengths' contents, on the CPU: reading them on a GPU would wait for it."""
+    if request.cu_seqlens_q is None or request.q.device.type != "cpu":
+        return
     for side, tensor in (("q", request.q), ("k", request.k)):
         offsets = getattr(request, f"cu_seqlens_{side}")
         if offsets.device.type != "cpu":
             continue
         ends = offsets.tolist()
-        rising = all(a <= b for a, b in zip(ends, ends[1:], strict=False))
+        rising = all(a <= b for a, b in pairwise(ends))
         if not rising or ends[0] != 0 or ends[-1] > tensor.shape[0]:
             why = f"offsets must rise from 0 to at most {side}'s total of {tensor.shape[0]}"
             raise bad_value(f"cu_seqlens_{side}", ends[:8], why, "use lengths.cumsum(0) with a leading 0")
@@ -270,7 +298,8 @@ def _check_bias(request: Request, shape: Shape, layout: Layout) -> Bias | None:
     _check_device("bias", bias, request.q)
     if bias.dim() > 4:
         raise bad_value("bias", f"shape {tuple(bias.shape)}", "it has more than 4 dimensions", "use (batch, heads, q, k)")
-    sizes = tuple(_four_dims(bias).shape)
+    batch, heads, rows, keys = _four_dims(bias).shape
+    sizes = (batch, heads, rows, keys)
     if layout is Layout.VARLEN:
         raise bad_value("bias", f"shape {sizes}", "packed sequences have no common (q, k) plane", "use the dense layout")
     full = (shape.batch, shape.heads_q, shape.seqlen_q, shape.seqlen_k)

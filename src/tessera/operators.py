@@ -1,22 +1,21 @@
 """The torch operators tessera::forward and tessera::backward: fake implementations, autograd, and refusals in words.
 
 Their schemas are generated from operands.Request, so an option is declared once. Eager calls, torch.compile and autograd all
-come through here; the walk Request -> Problem, Operands -> Plan -> backend stands in `_forward` and `_backward`.
+come through here; the walk Request -> Problem, Operands -> Plan -> backend stands in calls.py.
 """
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from tessera import dispatch
-from tessera.device import Device
+from tessera import calls
+from tessera.dispatch import Upstream
 from tessera.errors import bad_value
-from tessera.operands import Request, bind
+from tessera.operands import TENSORS, Request, check_scalars
 
 _SCHEMA_TYPES = {
     "Tensor": "Tensor",
@@ -27,9 +26,8 @@ _SCHEMA_TYPES = {
     "bool": "bool",
     "str | None": "str?",
 }
-_FIELDS = fields(Request)
-_NAMES = tuple(field.name for field in _FIELDS)
-_ARGUMENTS = ", ".join(f"{_SCHEMA_TYPES[str(field.type)]} {field.name}" for field in _FIELDS)
+_NAMES = Request._fields
+_ARGUMENTS = ", ".join(f"{_SCHEMA_TYPES[Request.__annotations__[name].__forward_arg__]} {name}" for name in _NAMES)
 
 _library = torch.library.Library("tessera", "DEF")
 _library.define(f"forward({_ARGUMENTS}) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
@@ -40,10 +38,28 @@ _library.define(
 
 
 def forward(request: Request) -> tuple[Tensor, Tensor]:
-    """(out, lse) through the operator: traced, differentiated and profiled like any of torch's own."""
-    if not torch.compiler.is_compiling():
-        _refuse_forward_mode(request)
-    return torch.ops.tessera.forward(*(getattr(request, name) for name in _NAMES))
+    """(out, lse): through the operator where anything watches (autograd, tracing, a mode), else straight to the backend."""
+    if torch.compiler.is_compiling():
+        return torch.ops.tessera.forward(*request)
+    if _is_plain(request):
+        prepared, operands = calls.prepare(request)
+        return prepared.runner.forward(operands)
+    _refuse_forward_mode(request)
+    check_scalars(request)
+    return torch.ops.tessera.forward(*request)
+
+
+def _is_plain(request: Request) -> bool:
+    """Whether nothing but the result is wanted: the operator's own way costs some 20 microseconds of host time more."""
+    return (
+        not request.requires_grad
+        and type(request.q) is type(request.k) is type(request.v) is Tensor
+        and not request.q.is_meta
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._len_torch_function_stack()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+    )
 
 
 def _refuse_forward_mode(request: Request) -> None:
@@ -58,20 +74,16 @@ def _refuse_forward_mode(request: Request) -> None:
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    request = Request(*arguments)
-    problem, operands = bind(request)
-    plan = dispatch.select(problem, Device.of(request.q.device), request.backend)
-    return dispatch.load(plan.backend).forward(plan, operands)
+    prepared, operands = calls.prepare(Request(*arguments))
+    return prepared.runner.forward(operands)
 
 
 def _backward(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     request = Request(*arguments)
-    problem, operands = bind(request)
-    plan = dispatch.select(problem, Device.of(request.q.device), request.backend)
-    upstream = dispatch.Upstream(out, lse, dout.contiguous(), dlse)
-    gradients = dispatch.load(plan.backend).backward(plan, operands, upstream)
+    prepared, operands = calls.prepare(request)
+    gradients = prepared.runner.backward(operands, Upstream(out, lse, dout.contiguous(), dlse))
     return (
         gradients.dq,
         gradients.dk,
@@ -108,27 +120,29 @@ def _fake_backward(
     optional = []
     for argument, wanted in ((request.bias, request.bias_requires_grad), (request.sinks, request.sinks_requires_grad)):
         optional.append(argument.new_empty(argument.shape) if argument is not None and wanted else request.q.new_empty(0))
-    dense = (x.new_empty(x.shape) for x in (request.q, request.k, request.v))
-    return (*dense, *optional)
+    dq, dk, dv = (x.new_empty(x.shape) for x in (request.q, request.k, request.v))
+    dbias, dsinks = optional
+    return dq, dk, dv, dbias, dsinks
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     request = Request(*inputs)
     ctx.set_materialize_grads(False)
-    tensors = [name for name in _NAMES if isinstance(getattr(request, name), Tensor)]
-    ctx.save_for_backward(*output, *(getattr(request, name) for name in tensors))
-    ctx.tensor_names = tensors
-    ctx.request = replace(request, **dict.fromkeys(tensors))
+    present = [tensor for tensor in request[:TENSORS] if tensor is not None]
+    ctx.save_for_backward(*output, *present)
+    ctx.is_present = [tensor is not None for tensor in request[:TENSORS]]
+    ctx.options = request[TENSORS:]
 
 
 def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     if dout is None and dlse is None:
         return (None,) * len(_NAMES)
-    out, lse, *tensors = ctx.saved_tensors
-    request = replace(ctx.request, **dict(zip(ctx.tensor_names, tensors, strict=True)))
+    out, lse, *present = ctx.saved_tensors
+    saved = iter(present)
+    tensors: list[Any] = [next(saved) if is_present else None for is_present in ctx.is_present]
+    request = Request._make((*tensors, *ctx.options))
     dout = torch.zeros_like(out) if dout is None else dout
-    arguments = (getattr(request, name) for name in _NAMES)
-    dq, dk, dv, dbias, dsinks = torch.ops.tessera.backward(dout, dlse, out, lse, *arguments)
+    dq, dk, dv, dbias, dsinks = torch.ops.tessera.backward(dout, dlse, out, lse, *request)
     gradients: dict[str, Tensor] = {"q": dq, "k": dk, "v": dv}
     if request.bias_requires_grad:
         gradients["bias"] = dbias

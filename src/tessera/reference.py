@@ -48,6 +48,8 @@ def _varlen(problem: Problem, operands: Operands, dtype: torch.dtype) -> tuple[T
     q, k, v, lengths = operands.q, operands.k, operands.v, operands.lengths
     outs = torch.zeros(problem.out_shape, dtype=dtype, device=q.device)
     lses = torch.full(problem.lse_shape, float("-inf"), dtype=dtype, device=q.device)
+    if lengths.cu_seqlens_q is None or lengths.cu_seqlens_k is None:
+        raise ValueError("a varlen problem carries cu_seqlens_q and cu_seqlens_k")
     starts_q, starts_k = lengths.cu_seqlens_q.tolist(), lengths.cu_seqlens_k.tolist()
     score = problem.score
     for b in range(problem.shape.batch):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from tessera.backends.cpu import aten, tiled
 from tessera.device import Device
-from tessera.dispatch import Choices, InputGradients, Upstream
+from tessera.dispatch import Choices, InputGradients, Runner, Upstream
 from tessera.errors import Reason
 from tessera.operands import Operands
 from tessera.plan import Choice, Plan
@@ -36,15 +38,48 @@ class CpuBackend:
         with_lse = Choice(ATEN, None, f"exact here; {TILED} where lse has a gradient of its own")
         return Choices(exact, with_lse, workspace)
 
-    def forward(self, plan: Plan, operands: Operands) -> tuple[Tensor, Tensor]:
-        if plan.forward.kernel == ATEN:
-            return aten.forward(plan.problem, operands)
-        return tiled.forward(plan.problem, operands, tiles_for(plan.problem))
+    def prepare(self, plan: Plan) -> Runner:
+        problem = plan.problem
+        runner = TiledRunner(problem, tiles_for(problem))
+        return AtenRunner(problem, runner, aten.whole_block(problem)) if plan.forward.kernel == ATEN else runner
 
-    def backward(self, plan: Plan, operands: Operands, upstream: Upstream) -> InputGradients:
-        if plan.forward.kernel == ATEN and upstream.dlse is None:
-            return aten.backward(plan.problem, operands, upstream)
-        return tiled.backward(plan.problem, operands, upstream, tiles_for(plan.problem))
+
+@dataclass(frozen=True)
+class TiledRunner:
+    """A problem in tiles."""
+
+    problem: Problem
+    tiles: tiled.Tiles
+
+    def forward(self, operands: Operands) -> tuple[Tensor, Tensor]:
+        with _own_dtypes(operands):
+            return tiled.forward(self.problem, operands, self.tiles)
+
+    def backward(self, operands: Operands, upstream: Upstream) -> InputGradients:
+        with _own_dtypes(operands):
+            return tiled.backward(self.problem, operands, upstream, self.tiles)
+
+
+def _own_dtypes(operands: Operands) -> torch.autocast:
+    """Autocast has had its say at the front; within, it would round the products of float32 scores."""
+    return torch.autocast(operands.q.device.type, enabled=False)
+
+
+@dataclass(frozen=True)
+class AtenRunner:
+    """A problem through torch's kernel; in tiles where lse has a gradient, which that kernel does not take."""
+
+    problem: Problem
+    tiled: TiledRunner
+    whole: aten.Block | None
+
+    def forward(self, operands: Operands) -> tuple[Tensor, Tensor]:
+        return aten.forward(self.problem, operands, self.whole)
+
+    def backward(self, operands: Operands, upstream: Upstream) -> InputGradients:
+        if upstream.dlse is not None:
+            return self.tiled.backward(operands, upstream)
+        return aten.backward(self.problem, operands, upstream, self.whole)
 
 
 def tiles_for(problem: Problem) -> tiled.Tiles:

@@ -60,32 +60,29 @@ def limits_of(problem: Problem, device: Device) -> str | None:
     return next((why for holds, why in checks if not holds), None)
 
 
-def forward(problem: Problem, operands: Operands) -> tuple[Tensor, Tensor]:
-    """(out, lse) of a problem that `limits_of` has nothing against."""
-    if _is_one_call(problem):
+def whole_block(problem: Problem) -> Block | None:
+    """The problem as one block of the kernel's, or None where it takes several."""
+    shape = problem.shape
+    plain = not problem.lengths and not problem.mask.bounds
+    square = problem.mask.is_full or shape.seqlen_q == shape.seqlen_k or shape.seqlen_q == 1
+    if not plain or not square or min(shape.batch, shape.seqlen_q, shape.seqlen_k, shape.heads_q) == 0:
+        return None
+    causal = problem.mask.is_causal and shape.seqlen_q > 1
+    causality = Causality.SQUARE_CAUSAL if causal else Causality.FULL
+    return Block(slice(0, shape.seqlen_q), slice(0, shape.seqlen_k), causality)
+
+
+def forward(problem: Problem, operands: Operands, whole: Block | None) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a problem that `limits_of` has nothing against; `whole` is its `whole_block`."""
+    if whole is not None:
         # the common case straight through: no buffers, no copies
-        out, lse = _call(problem, (operands.q, operands.k, operands.v), _whole(problem))
+        out, lse = _call(problem, operands[:3], whole)
     else:
         out = torch.zeros(problem.out_shape, dtype=problem.dtype)
         lse = torch.full(problem.lse_shape, float("-inf"), dtype=problem.lse_dtype)
         for part, block, (q, k, v) in _pieces(problem, operands):
             _add_part(out, lse, part, block, _call(problem, (q, k, v), block))
     return (out, lse) if operands.sinks is None else with_sinks(out, lse, operands.sinks)
-
-
-def _is_one_call(problem: Problem) -> bool:
-    """Whether the whole problem is one block of the kernel's."""
-    shape = problem.shape
-    plain = not problem.lengths and not problem.mask.bounds
-    square = problem.mask.is_full or shape.seqlen_q == shape.seqlen_k or shape.seqlen_q == 1
-    return plain and square and min(shape.batch, shape.seqlen_q, shape.seqlen_k, shape.heads_q) > 0
-
-
-def _whole(problem: Problem) -> Block:
-    shape = problem.shape
-    causal = problem.mask.is_causal and shape.seqlen_q > 1
-    causality = Causality.SQUARE_CAUSAL if causal else Causality.FULL
-    return Block(slice(0, shape.seqlen_q), slice(0, shape.seqlen_k), causality)
 
 
 def _blocks(sequence: Sequence) -> Iterator[Block]:
@@ -101,7 +98,8 @@ def _blocks(sequence: Sequence) -> Iterator[Block]:
     square = min(limits.seqlen_q, limits.seqlen_k)
     if before > 0:
         yield Block(slice(0, limits.seqlen_q), slice(0, before), Causality.FULL)
-    yield Block(slice(max(0, -before), limits.seqlen_q), slice(limits.seqlen_k - square, limits.seqlen_k), Causality.SQUARE_CAUSAL)
+    rows, keys = slice(max(0, -before), limits.seqlen_q), slice(limits.seqlen_k - square, limits.seqlen_k)
+    yield Block(rows, keys, Causality.SQUARE_CAUSAL)
 
 
 def _pieces(problem: Problem, operands: Operands) -> Iterator[tuple[Sequence, Block, tuple[Tensor, Tensor, Tensor]]]:
@@ -136,13 +134,13 @@ def _add_part(out: Tensor, lse: Tensor, part: Sequence, block: Block, result: tu
     lse_place.copy_(merged_lse)
 
 
-def backward(problem: Problem, operands: Operands, upstream: Upstream) -> InputGradients:
+def backward(problem: Problem, operands: Operands, upstream: Upstream, whole: Block | None) -> InputGradients:
     """The gradients of a problem whose lse has no gradient of its own. The kernel takes the whole row's out and lse
     for each block, so a block's share of dq, dk and dv is exact."""
     q, k, v, out, dout = (four_dims(x) for x in (operands.q, operands.k, operands.v, upstream.out, upstream.dout))
     lse = upstream.lse if upstream.lse.dim() == 3 else upstream.lse[None]
-    if _is_one_call(problem):
-        dq, dk, dv = _call_backward(problem, (dout, q, k, v, out), lse, _whole(problem))
+    if whole is not None:
+        dq, dk, dv = _call_backward(problem, (dout, q, k, v, out), lse, whole)
     else:
         dq, dk, dv = (torch.zeros(x.shape, dtype=compute_dtype(problem.dtype)) for x in (q, k, v))
         for part, block, (q_i, k_j, v_j) in _pieces(problem, operands):

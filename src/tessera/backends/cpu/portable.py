@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from tessera.backends.cpu import tiled, tiled_workspace, tiles_for
+from tessera.backends.cpu import TiledRunner, tiled_workspace, tiles_for
 from tessera.device import Device
-from tessera.dispatch import Choices, InputGradients, Upstream
+from tessera.dispatch import Choices, Runner
 from tessera.errors import Reason
-from tessera.operands import Operands
 from tessera.plan import Choice, Plan
 from tessera.problem import Problem
 
@@ -25,11 +22,8 @@ class PortableBackend:
         choice = Choice("tiled", tiles_for(problem), "torch operations tile by tile: right on any device, not fast")
         return Choices(choice, choice, tiled_workspace(problem))
 
-    def forward(self, plan: Plan, operands: Operands) -> tuple[Tensor, Tensor]:
-        return tiled.forward(plan.problem, operands, tiles_for(plan.problem))
-
-    def backward(self, plan: Plan, operands: Operands, upstream: Upstream) -> InputGradients:
-        return tiled.backward(plan.problem, operands, upstream, tiles_for(plan.problem))
+    def prepare(self, plan: Plan) -> Runner:
+        return TiledRunner(plan.problem, tiles_for(plan.problem))
 
 
 BACKEND = PortableBackend()

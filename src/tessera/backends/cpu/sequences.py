@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tessera.mask import RowLimits
+from tessera.mask import UNBOUNDED, Mask, RowLimits
 from tessera.operands import Operands
 from tessera.problem import Layout, Problem
 
@@ -39,19 +39,25 @@ def sequences(problem: Problem, operands: Operands) -> Iterator[Sequence]:
         yield Sequence(0, slice(0, shape.batch), whole_q, whole_k, limits)
         return
     for b in range(shape.batch):
-        bounds = {name: _entry(getattr(operands.mask, name), b) for name in mask.bounds}
-        renamed = {_ROW_LIMIT_NAMES.get(name, name): value for name, value in bounds.items()}
-        limits = RowLimits(shape.seqlen_q, shape.seqlen_k, mask.left, mask.right, **renamed)
-        yield Sequence(b, slice(b, b + 1), whole_q, whole_k, limits)
+        yield Sequence(b, slice(b, b + 1), whole_q, whole_k, _dense_limits(problem, operands.mask, b))
 
 
-_ROW_LIMIT_NAMES = {"document_begin": "begin", "document_end": "end"}
+def _dense_limits(problem: Problem, mask: Mask, b: int) -> RowLimits:
+    return RowLimits(
+        problem.shape.seqlen_q,
+        problem.shape.seqlen_k,
+        mask.left,
+        mask.right,
+        key_start=0 if mask.key_start is None else int(mask.key_start[b]),
+        key_end=UNBOUNDED if mask.key_end is None else int(mask.key_end[b]),
+        query_end=UNBOUNDED if mask.query_end is None else int(mask.query_end[b]),
+        begin=_document_bounds(mask.document_begin, b),
+        end=_document_bounds(mask.document_end, b),
+    )
 
 
-def _entry(bound: Tensor, b: int) -> int | tuple[int, ...]:
-    if bound.dim() == 1:
-        return int(bound[b])
-    return tuple(bound[b if bound.shape[0] > 1 else 0].tolist())
+def _document_bounds(bounds: Tensor | None, b: int) -> tuple[int, ...] | None:
+    return None if bounds is None else tuple(bounds[b if bounds.shape[0] > 1 else 0].tolist())
 
 
 def _packed(problem: Problem, operands: Operands) -> Iterator[Sequence]:

@@ -1,0 +1,52 @@
+"""The short way of a call: what was checked and planned once is remembered by what can be seen of its arguments.
+
+A call's key is each tensor's shape, strides, dtype and device and every option; two calls with one key have the same Problem
+and the same Plan. So a repeated call costs a look-up instead of the checks, and nothing about it is decided twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tessera import dispatch
+from tessera.device import Device
+from tessera.operands import TENSORS, Operands, Request, check_contents, check_scalars, describe, gather
+from tessera.plan import Plan
+
+_CAPACITY = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A plan and what runs it."""
+
+    plan: Plan
+    runner: dispatch.Runner
+
+
+_known: dict[tuple[object, ...], Prepared] = {}
+
+
+def prepare(request: Request) -> tuple[Prepared, Operands]:
+    """The prepared plan of a request, checked, and its operands. Raises as `attention` does."""
+    key = (*map(_seen, request[:TENSORS]), request[TENSORS:-1], request.seed is None)
+    prepared = _known.get(key)
+    if prepared is None:
+        problem = describe(request)
+        plan = dispatch.select(problem, Device.of(request.q.device), request.backend)
+        prepared = Prepared(plan, dispatch.load(plan.backend).prepare(plan))
+        if len(_known) >= _CAPACITY:
+            _known.clear()
+        _known[key] = prepared
+    elif request.seed is not None:
+        check_scalars(request)  # the key holds no seed
+    check_contents(request)
+    return prepared, gather(request)
+
+
+def _seen(tensor: object) -> tuple[object, ...] | None:
+    if not isinstance(tensor, Tensor):
+        return None
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
