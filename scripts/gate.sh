@@ -1,0 +1,26 @@
+#!/bin/sh
+# The compile gate under each Triton that torch 2.11 to 2.15 bring, tables to the screen and JSON to out/gate. No GPU needed.
+#   scripts/gate.sh PYTHON [TRITON_VERSION ...]        PYTHON has torch and tessera; TRITONS is where the Tritons are kept
+set -eu
+python=$1
+shift
+[ $# -gt 0 ] || set -- 3.6.0 3.7.1 3.8.0 3.9.0
+out=out/gate
+tritons=${TRITONS:-$out}
+mkdir -p "$out" "$tritons"
+failed=0
+for version in "$@"; do
+    folder=$tritons/triton-$version
+    if [ ! -d "$folder" ]; then
+        rm -rf "$folder.new"
+        "$python" -m pip install --quiet --disable-pip-version-check --no-deps --target "$folder.new" "triton==$version"
+        mv "$folder.new" "$folder"
+    fi
+    # What Triton writes to stderr when it ends (leak reports of its bindings from 3.9 on) is shown only for a failure.
+    if ! PYTHONPATH=$folder${PYTHONPATH:+:$PYTHONPATH} "$python" -m tessera.jit.gate --jobs "${JOBS:-2}" \
+        --json "$out/triton-$version.json" 2>"$out/triton-$version.log"; then
+        tail -n 30 "$out/triton-$version.log" >&2
+        failed=1
+    fi
+done
+exit $failed

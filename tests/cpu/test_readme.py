@@ -1,0 +1,30 @@
+"""README's code runs, and its generated parts are current."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=[f"block {i}" for i in range(len(BLOCKS))])
+def test_code_runs(block: str) -> None:
+    if "transformers" in block:
+        pytest.importorskip("transformers")
+    imports = "import torch\nimport tessera\n"
+    exec(compile(imports + block, "README.md", "exec"), {})
+
+
+def test_there_is_code() -> None:
+    assert len(BLOCKS) >= 3
+
+
+def test_links_lead_somewhere() -> None:
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
