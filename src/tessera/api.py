@@ -15,8 +15,8 @@ from torch import Tensor
 from tessera import dispatch, operators
 from tessera.device import Device
 from tessera.errors import bad_type, bad_value
-from tessera.mask import BOUNDS, Mask, check_window_side
-from tessera.operands import Request, bind
+from tessera.mask import Mask, check_window_side
+from tessera.operands import TENSORS, Request, bind
 from tessera.plan import Plan
 
 Window = tuple[int | None, int | None]
@@ -111,12 +111,11 @@ def attention(
 
     Source: FlashAttention (arXiv 2205.14135), FlashAttention-2 (2307.08691), FlashAttention-3 (2407.08608).
     """
-    request = _request(
-        q, k, v,
-        causal=causal, window=window, mask=mask, softmax_scale=softmax_scale, softcap=softcap, alibi_slopes=alibi_slopes,
-        bias=bias, sinks=sinks, dropout_p=dropout_p, seed=seed, deterministic=deterministic, backend=backend,
+    request = Request(
+        q, k, v, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks, right=0 if causal else None, softmax_scale=softmax_scale,
+        softcap=softcap, dropout_p=dropout_p, deterministic=deterministic, backend=backend, seed=seed,
     )  # fmt: skip
-    out, lse = operators.forward(request)
+    out, lse = operators.forward(_complete(request, window, mask))
     return (out, lse) if return_lse else out
 
 
@@ -187,13 +186,12 @@ def attention_varlen(
     for name, value in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if not isinstance(value, Tensor):
             raise bad_type(name, type(value).__name__, "packed sequences are cut by offsets", "give an int32 tensor")
-    request = _request(
-        q, k, v,
-        causal=causal, window=window, mask=None, softmax_scale=softmax_scale, softcap=softcap, alibi_slopes=alibi_slopes,
-        sinks=sinks, dropout_p=dropout_p, seed=seed, deterministic=deterministic, backend=backend,
-        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_q=seqused_q, seqused_k=seqused_k,
+    request = Request(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, alibi_slopes=alibi_slopes, sinks=sinks,
+        right=0 if causal else None, softmax_scale=softmax_scale, softcap=softcap, dropout_p=dropout_p,
+        deterministic=deterministic, backend=backend, seed=seed,
     )  # fmt: skip
-    out, lse = operators.forward(request)
+    out, lse = operators.forward(_complete(request, window, None))
     return (out, lse) if return_lse else out
 
 
@@ -229,7 +227,9 @@ def plan(
         if isinstance(options.get(name), tuple):
             options[name] = torch.empty(options[name], dtype=stand_in or dtype, device="meta")
     trainable = [x for x in (*tensors, *options.values()) if isinstance(x, Tensor) and x.requires_grad]
-    request = _request(*(x.detach().to("meta") for x in _autocast(described.kind, *tensors)), **options)
+    causal, window, mask = (options.pop(name, None) for name in ("causal", "window", "mask"))
+    q, k, v = (x.detach().to("meta") for x in tensors)
+    request = _complete(Request(q, k, v, right=0 if causal else None, **options), window, mask, described.kind)
     wants_gradients = requires_grad or (bool(trainable) and torch.is_grad_enabled())
     problem, _ = bind(request._replace(requires_grad=wants_gradients), described.kind)
     return dispatch.select(problem, described, request.backend)
@@ -247,46 +247,36 @@ _TENSOR_OPTIONS: dict[str, torch.dtype | None] = {
 }
 
 
-_TENSOR_ARGUMENTS = frozenset({"q", "k", "v", *_TENSOR_OPTIONS})
-
-
 def _shape_as_tensor(x: Tensor | tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return x if isinstance(x, Tensor) else torch.empty(x, dtype=dtype, device="meta")
 
 
-def _request(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    causal: bool = False,
-    window: Window | None = None,
-    mask: Mask | None = None,
-    **options: Any,
-) -> Request:
-    """The flat Request: masks intersected, autocast applied, gradients noted."""
-    for name, value in (("q", q), ("k", k), ("v", v), *options.items()):
-        if name in _TENSOR_ARGUMENTS and (value is not None or len(name) == 1):
+def _complete(request: Request, window: Window | None, mask: Mask | None, device_kind: str | None = None) -> Request:
+    """The Request with its arguments' types checked, masks intersected, autocast applied and gradients noted.
+
+    `device_kind` is the type of the device to run on where that is not q's own: a plan's tensors are on meta.
+    """
+    for name, value in zip(Request._fields[:TENSORS], request[:TENSORS], strict=True):
+        if value is not None or name in ("q", "k", "v"):
             _check_tensor(name, value)
-    backend = options.get("backend")
-    if backend is not None and not isinstance(backend, str):
-        raise bad_type("backend", repr(backend), "backends go by name", "use one of tessera.backends(), or None")
-    q, k, v = _autocast(q.device.type, q, k, v)
+    if request.backend is not None and not isinstance(request.backend, str):
+        raise bad_type("backend", repr(request.backend), "backends go by name", "use one of tessera.backends(), or None")
+    if torch._C._is_any_autocast_enabled():
+        request = _autocast(request, device_kind or request.q.device.type)
     if mask is not None or window is not None:
-        whole = _mask(causal, window, mask)
-        options.update({name: value for name, value in zip(BOUNDS, whole.tensors(), strict=True) if value is not None})
-        options.update(left=whole.left, right=whole.right)
-    elif causal:
-        options["right"] = 0
-    if torch.is_grad_enabled():
-        options.update(_gradients_wanted(q, k, v, options))
-    return Request(q, k, v, **options)
+        whole = _mask(request.right == 0, window, mask)
+        request = request._replace(
+            left=whole.left, right=whole.right, key_start=whole.key_start, key_end=whole.key_end, query_end=whole.query_end,
+            document_begin=whole.document_begin, document_end=whole.document_end,
+        )  # fmt: skip
+    return _with_gradients(request) if torch.is_grad_enabled() else request
 
 
-def _gradients_wanted(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> dict[str, bool]:
-    bias, sinks = (x is not None and x.requires_grad for x in (options.get("bias"), options.get("sinks")))
-    wanted = q.requires_grad or k.requires_grad or v.requires_grad or bias or sinks
-    return {"requires_grad": wanted, "bias_requires_grad": bias, "sinks_requires_grad": sinks}
+def _with_gradients(request: Request) -> Request:
+    bias, sinks = (x is not None and x.requires_grad for x in (request.bias, request.sinks))
+    if not (bias or sinks or request.q.requires_grad or request.k.requires_grad or request.v.requires_grad):
+        return request
+    return request._replace(requires_grad=True, bias_requires_grad=bias, sinks_requires_grad=sinks)
 
 
 def _check_tensor(name: str, value: object) -> None:
@@ -314,12 +304,11 @@ def _mask(causal: bool, window: Window | None, mask: Mask | None) -> Mask:
     return whole
 
 
-def _autocast(kind: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Under torch.autocast for that type of device, float32 inputs run in the autocast dtype, as torch's own attention does."""
-    if not torch._C._is_any_autocast_enabled():
-        return q, k, v
+def _autocast(request: Request, kind: str) -> Request:
+    """Under torch.autocast for that type of device, q, k and v run in the autocast dtype, as in torch's own attention."""
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return q, k, v
+        return request
     dtype = torch.get_autocast_dtype(kind)
-    q, k, v = (x.to(dtype) if x.dtype in (torch.float32, torch.float16, torch.bfloat16) else x for x in (q, k, v))
-    return q, k, v
+    tensors = (request.q, request.k, request.v)
+    q, k, v = (x.to(dtype) if x.dtype in (torch.float32, torch.float16, torch.bfloat16) else x for x in tensors)
+    return request._replace(q=q, k=k, v=v)

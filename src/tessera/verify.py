@@ -82,4 +82,6 @@ def _gradients(out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor, inputs: lis
     """Gradients of <out, dout> + <lse, dlse> over the rows whose lse is finite."""
     rows = lse.isfinite()
     total = (out * dout.to(out.dtype)).sum() + torch.where(rows, lse, 0.0).mul(dlse.to(lse.dtype)).sum()
+    if not total.requires_grad:  # no sequence at all: nothing depends on the inputs
+        return tuple(torch.zeros_like(x) for x in inputs)
     return torch.autograd.grad(total, inputs)

@@ -82,7 +82,7 @@ def forward(problem: Problem, operands: Operands, whole: Block | None) -> tuple[
         lse = torch.full(problem.lse_shape, float("-inf"), dtype=problem.lse_dtype)
         for part, block, (q, k, v) in _pieces(problem, operands):
             _add_part(out, lse, part, block, _call(problem, (q, k, v), block))
-    return (out, lse) if operands.sinks is None else with_sinks(out, lse, operands.sinks)
+    return with_sinks(problem, operands, out, lse)
 
 
 def _blocks(sequence: Sequence) -> Iterator[Block]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from tessera.mask import UNBOUNDED, Mask, RowLimits
@@ -73,6 +74,14 @@ def _packed(problem: Problem, operands: Operands) -> Iterator[Sequence]:
         limits = RowLimits(n_q, n_k, problem.mask.left, problem.mask.right)
         rows, keys = slice(starts_q[b], starts_q[b] + n_q), slice(starts_k[b], starts_k[b] + n_k)
         yield Sequence(b, slice(0, 1), rows, keys, limits)
+
+
+def rows_in_sequences(problem: Problem, operands: Operands) -> Tensor:
+    """(total_q,) bool: the rows of a packed problem that some sequence holds."""
+    held = torch.zeros(problem.shape.seqlen_q, dtype=torch.bool, device=operands.q.device)
+    for sequence in sequences(problem, operands):
+        held[sequence.rows] = True
+    return held
 
 
 def four_dims(tensor: Tensor) -> Tensor:

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from tessera.backends.cpu.scores import HeadChunk, ScoreTiles, bias_piece, chunk_of_bias
-from tessera.backends.cpu.sequences import Sequence, four_dims, sequences
+from tessera.backends.cpu.sequences import Sequence, four_dims, rows_in_sequences, sequences
 from tessera.dispatch import InputGradients, Upstream
 from tessera.mask import Coverage
 from tessera.operands import Operands
 from tessera.partial import merge_weights
-from tessera.problem import Gradients, Problem
+from tessera.problem import Gradients, Layout, Problem
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,16 @@ def forward(problem: Problem, operands: Operands, tiles: Tiles) -> tuple[Tensor,
             entry = sequence.entries.start + chunk.entry - sequence.first
             out4[entry, sequence.rows, chunk.heads].copy_(o.flatten(0, 1).transpose(0, 1))
             lse3[entry, chunk.heads, sequence.rows].copy_(chunk_lse.flatten(0, 1))
-    if operands.sinks is not None:
-        return with_sinks(out, lse, operands.sinks)
-    return out, lse
+    return with_sinks(problem, operands, out, lse)
 
 
-def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
-    """Merge attention with its sinks: each is a part with value 0 and lse = the sink's logit."""
-    logits = sinks.to(lse.dtype)[:, None].expand_as(lse)
+def with_sinks(problem: Problem, operands: Operands, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Merge attention with its sinks, if it has any: each is a part with value 0 and lse = the sink's logit."""
+    if operands.sinks is None:
+        return out, lse
+    logits = operands.sinks.to(lse.dtype)[:, None].expand_as(lse)
+    if problem.layout is Layout.VARLEN:  # tokens of no sequence stay empty
+        logits = logits.masked_fill(~rows_in_sequences(problem, operands), float("-inf"))
     weight, _, merged = merge_weights(lse, logits)  # (..., heads, seqlen)
     return out * weight.transpose(-1, -2).unsqueeze(-1).to(out.dtype), merged
 

@@ -1,0 +1,77 @@
+"""ForwardConfig: everything that the forward kernel is compiled for, as one frozen record that prints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+ROWS = 64
+"""Query rows of one consumer warpgroup: the M of a Hopper wgmma."""
+
+
+class Feature(Enum):
+    """What a kernel may be asked beyond softmax(scale Q K^T) V; each is compiled in or absent."""
+
+    VARLEN = "varlen"
+    SEQUSED_Q = "seqused_q"
+    SEQUSED_K = "seqused_k"
+    LEFT = "left"
+    RIGHT = "right"
+    KEY_START = "key_start"
+    KEY_END = "key_end"
+    QUERY_END = "query_end"
+    DOCUMENTS = "documents"
+    SOFTCAP = "softcap"
+    SINKS = "sinks"
+
+
+class Overlap(Enum):
+    """Which of a block's softmax the product P V of the block before it runs under."""
+
+    WHOLE = "whole"
+    """All of it: P of two blocks is alive at once."""
+    MAXIMA = "maxima"
+    """The row maxima alone: P dies before the exponentials are taken, which fits 160 registers (three consumers)."""
+
+
+class Staging(Enum):
+    """Where the output tile waits for its TMA store."""
+
+    OWN = "own buffer"
+    """The store of a tile runs under the first products of the next."""
+    QUERY = "query buffer"
+    """The next tile's Q waits for the store: where shared memory is short (head_dim 256)."""
+
+
+@dataclass(frozen=True)
+class ForwardConfig:
+    """One variant of the forward. `dims`: the head dim as one or two powers of two (96 = 64 + 32), likewise `dims_v`."""
+
+    consumers: int
+    keys: int
+    stages: int
+    dims: tuple[int, ...]
+    dims_v: tuple[int, ...]
+    overlap: Overlap
+    staging: Staging
+    consumer_registers: int
+    producer_registers: int
+    features: tuple[Feature, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """Query rows of a tile."""
+        return ROWS * self.consumers
+
+    def shared_bytes(self) -> int:
+        """Shared memory of the tiles, in bytes (16-bit elements; barriers not counted)."""
+        q, k, v = sum(self.dims) * self.rows, sum(self.dims) * self.keys, sum(self.dims_v) * self.keys
+        o = sum(self.dims_v) * self.rows if self.staging is Staging.OWN else 0
+        return 2 * (q + o + self.stages * (k + v))
+
+    def __str__(self) -> str:
+        dim = "+".join(map(str, self.dims))
+        dim += "" if self.dims == self.dims_v else "/" + "+".join(map(str, self.dims_v))
+        text = f"{self.rows}x{self.keys} d{dim}, {self.consumers} consumers, {self.stages} stages"
+        text += f", PV under {self.overlap.value}, O in {self.staging.value}"
+        return text + "".join(f", {feature.value}" for feature in self.features)

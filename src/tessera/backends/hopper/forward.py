@@ -1,0 +1,510 @@
+"""The forward pass on Hopper: FlashAttention-3 (arXiv 2407.08608), Algorithms 1 and 2, for 16-bit inputs.
+
+One persistent program a streaming multiprocessor, `producer` and two or three `consumer` warpgroups:
+
+    producer   one warp, few registers: for each tile, Q, then the blocks of K and V by TMA into rings of shared memory
+    consumer   64 query rows: for each block of keys, last to first,
+
+                   S = Q K^T                      issued with  O += P V  of the block before
+                   mask S where a row's bounds cut the block
+                   m, P, l from S                 while that P V still runs, and the other consumer's products too
+                   O rescaled, if m moved
+
+               then O / l through shared memory and TMA to global memory, and m + log l
+
+Products of one warpgroup run under the softmax of another because they take turns (ping-pong); products of one block run
+under the softmax of the next because S is waited for and P V is not.
+"""
+
+from tessera.backends.hopper.pieces.channel import (
+    NAMED_BARRIER_K,
+    NAMED_BARRIER_V,
+    Ring,
+    Stream,
+    make_ring,
+    make_stream,
+    pass_turn,
+    take_turn,
+)
+from tessera.backends.hopper.pieces.epilogue import LOG2_E, normalise, normaliser
+from tessera.backends.hopper.pieces.kv_source import Lengths, Pitch, load_rows, store_rows
+from tessera.backends.hopper.pieces.masking import Band, block_range, full_block_range, has_lower_bound, mask_scores, row_bounds
+from tessera.backends.hopper.pieces.scheduler import Schedule, locate, take, taken
+from tessera.backends.hopper.pieces.softmax import (
+    add_to_sums,
+    exponentials,
+    finish_before,
+    move_reference,
+    partial_sums,
+    rescale,
+    tanh,
+    to_16_bit,
+)
+from tessera.backends.hopper.pieces.tiles import (
+    M,
+    accumulator_layout,
+    allocate_tiles,
+    columns_of,
+    empty_accumulator,
+    has,
+    head_bytes,
+    keeps_p_during_softmax,
+    matrix,
+    operand_layout,
+    row_layout,
+    stages_output,
+)
+from tessera.jit.compat import (
+    aggregate,
+    fence_async_shared,
+    gl,
+    gluon,
+    tma_store_wait,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+
+@aggregate
+class Call:
+    """What one launch is asked: sizes, masks, where sequences lie, the order of tiles. Scalars may change from call to call."""
+
+    batch: gl.tensor
+    heads: gl.tensor
+    group: gl.tensor
+    seqlen_q: gl.tensor
+    seqlen_k: gl.tensor
+    band: Band
+    lengths: Lengths
+    pitch: Pitch
+    schedule: Schedule
+
+    @gluon.constexpr_function
+    def __init__(self, batch, heads, group, seqlen_q, seqlen_k, band, lengths, pitch, schedule):
+        self.batch = batch
+        self.heads = heads
+        self.group = group
+        self.seqlen_q = seqlen_q
+        self.seqlen_k = seqlen_k
+        self.band = band
+        self.lengths = lengths
+        self.pitch = pitch
+        self.schedule = schedule
+
+
+@aggregate
+class Score:
+    """`scale` turns a score into log2 units; with a softcap c it is c log2(e), and `inner` = softmax_scale / c."""
+
+    scale: gl.tensor
+    inner: gl.tensor
+    sinks: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, scale, inner, sinks):
+        self.scale = scale
+        self.inner = inner
+        self.sinks = sinks
+
+
+@aggregate
+class Shared:
+    """Shared memory: tiles as one buffer a part of the head dim, and the rings that guard them."""
+
+    q: gl.tuple
+    k: gl.tuple
+    v: gl.tuple
+    o: gl.tuple
+    tile: gl.shared_memory_descriptor
+    q_ring: Ring
+    k_stream: Stream
+    v_stream: Stream
+    tile_ring: Ring
+
+    @gluon.constexpr_function
+    def __init__(self, q, k, v, o, tile, q_ring, k_stream, v_stream, tile_ring):
+        self.q = q
+        self.k = k
+        self.v = v
+        self.o = o
+        self.tile = tile
+        self.q_ring = q_ring
+        self.k_stream = k_stream
+        self.v_stream = v_stream
+        self.tile_ring = tile_ring
+
+
+# ----------------------------------------------------------------------------------------------------------- producer
+
+
+@gluon.jit
+def _post_tile(shared, turn, number):
+    """Tell the consumers which tile they do next."""
+    shared.tile_ring.acquire(turn)
+    place = gl.full([1], 0, gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
+    shared.tile.index(shared.tile_ring.slot(turn)).store(place + number)
+    shared.tile_ring.publish(turn)
+
+
+@gluon.jit
+def _useful_tile(config: gl.constexpr, call, number):
+    """The first tile from `number` on that has rows to write (packed sequences may be given a block too many)."""
+    tile = locate(config, number, call)
+    if has(config, "varlen"):
+        while (number < call.schedule.tiles) & (tile.first >= tile.seq.q_rows):
+            number = taken(call.schedule, take(call.schedule.counter))
+            tile = locate(config, number, call)
+    return number, tile
+
+
+@gluon.jit
+def _load_q(config: gl.constexpr, maps, shared, call, tile, turn):
+    consumers: gl.constexpr = config.consumers
+    for consumer in gl.static_range(consumers):
+        n = turn * consumers + consumer
+        shared.q_ring.acquire(n)
+        bar = shared.q_ring.expect(n, head_bytes(config.dims) * M)
+        span = tile.seq.queries(call.pitch.q)
+        load_rows(maps, shared.q, consumer, bar, span, tile.head, tile.first + consumer * M)
+
+
+@gluon.jit
+def _load_block(stream, maps, buffers, n, count: gl.constexpr, span, head, row):
+    stream.acquire(n)
+    load_rows(maps, buffers, stream.slot(n), stream.expect(n, count), span, head, row)
+
+
+@gluon.jit
+def producer(config: gl.constexpr, q_maps, k_maps, v_maps, shared, call):
+    k_bytes: gl.constexpr = head_bytes(config.dims) * config.keys
+    v_bytes: gl.constexpr = head_bytes(config.dims_v) * config.keys
+    n = 0
+    turn = 0
+    number, tile = _useful_tile(config, call, gl.program_id(0))
+    _post_tile(shared, turn, number)
+    while number < call.schedule.tiles:
+        seq = tile.seq
+        head = tile.head // call.group
+        keys = seq.keys(call.pitch.k)
+        values = seq.keys(call.pitch.v)
+        last = gl.maximum(gl.minimum(tile.first + config.rows, seq.q_live) - 1, tile.first)
+        begin, end = block_range(config, call.band, seq, tile.first, last)
+        _load_block(shared.k_stream, k_maps, shared.k, n, k_bytes, keys, head, (end - 1) * config.keys)
+        _load_q(config, q_maps, shared, call, tile, turn)
+        for i in range(end - 1 - begin):
+            n += 1
+            block = end - 2 - i
+            _load_block(shared.k_stream, k_maps, shared.k, n, k_bytes, keys, head, block * config.keys)
+            _load_block(shared.v_stream, v_maps, shared.v, n - 1, v_bytes, values, head, (block + 1) * config.keys)
+        answer = take(call.schedule.counter)
+        _load_block(shared.v_stream, v_maps, shared.v, n, v_bytes, values, head, begin * config.keys)
+        n += 1
+        turn += 1
+        number, tile = _useful_tile(config, call, taken(call.schedule, answer))
+        _post_tile(shared, turn, number)
+
+
+# ----------------------------------------------------------------------------------------------------------- consumer
+
+
+@gluon.jit
+def _issue_scores(config: gl.constexpr, consumer: gl.constexpr, shared, slot):
+    """Start S = Q K^T, (64, keys) float32."""
+    keys: gl.constexpr = config.keys
+    s = gl.zeros([M, keys], gl.float32, accumulator_layout(keys))
+    for part in gl.static_range(len(shared.q)):
+        q = matrix(shared.q[part].index(consumer))
+        k = matrix(shared.k[part].index(slot))
+        s = warpgroup_mma(q, k.permute((1, 0)), s, use_acc=part > 0, is_async=True)
+    return s
+
+
+@gluon.jit
+def _issue_values(shared, slot, p, o):
+    """Start O += P V, one product a part of head_dim_v."""
+    products = ()
+    for part in gl.static_range(len(o)):
+        operand = gl.convert_layout(p, operand_layout(o[part].shape[1]))
+        v = matrix(shared.v[part].index(slot))
+        products = products + (warpgroup_mma(operand, v, o[part], is_async=True),)
+    return products
+
+
+@gluon.jit
+def _wait_for_values(products):
+    if len(products) == 1:
+        return (warpgroup_mma_wait(0, deps=(products[0],)),)
+    else:
+        return warpgroup_mma_wait(0, deps=(products[0], products[1]))
+
+
+@gluon.jit
+def _empty_output(shared):
+    o = ()
+    for part in gl.static_range(len(shared.v)):
+        o = o + (empty_accumulator(shared.v[part]),)
+    return o
+
+
+@gluon.jit
+def _rescale_output(o, alpha):
+    scaled = ()
+    for part in gl.static_range(len(o)):
+        scaled = scaled + (rescale(o[part], alpha),)
+    return scaled
+
+
+@gluon.jit
+def _first_block(config: gl.constexpr, consumer: gl.constexpr, shared, score, n, bounds, first_key, dtype: gl.constexpr):
+    """S, m, l and P of a tile's first block: nothing to rescale, no P V to wait for. It is always masked."""
+    shared.k_stream.wait(n)
+    take_turn(consumer)
+    s = _issue_scores(config, consumer, shared, shared.k_stream.slot(n))
+    pass_turn(consumer, config.consumers)
+    s = warpgroup_mma_wait(0, deps=(s,))
+    shared.k_stream.release(n)
+    if has(config, "softcap"):
+        s = tanh(s * score.inner)
+    s = mask_scores(s, bounds, first_key)
+    m = gl.max(s, axis=1) * score.scale
+    p = exponentials(s, m, score.scale, True)
+    return to_16_bit(p, dtype), m, partial_sums(p)
+
+
+@gluon.jit
+def _block(config: gl.constexpr, consumer: gl.constexpr, shared, score, n, bounds, first_key, state, MASKED: gl.constexpr):
+    """One turn of the main loop: S of this block with O += P V of the one before, then m, l and P."""
+    o, p, m, l = state
+    dtype: gl.constexpr = p.dtype
+    shared.k_stream.wait(n)
+    take_turn(consumer)
+    s = _issue_scores(config, consumer, shared, shared.k_stream.slot(n))
+    shared.v_stream.wait(n - 1)
+    products = _issue_values(shared, shared.v_stream.slot(n - 1), p, o)
+    pass_turn(consumer, config.consumers)
+    s = warpgroup_mma_wait(len(shared.v), deps=(s,))
+    shared.k_stream.release(n)
+    if has(config, "softcap"):
+        s = tanh(s * score.inner)
+    if MASKED:
+        s = mask_scores(s, bounds, first_key)
+    m, alpha = move_reference(s, m, score.scale)
+    if keeps_p_during_softmax(config):
+        p = exponentials(s, m, score.scale, MASKED)
+        sums = partial_sums(p)
+        finish_before(sums, 4)
+        o = _wait_for_values(products)
+        shared.v_stream.release(n - 1)
+    else:
+        finish_before(m, 2)
+        o = _wait_for_values(products)
+        shared.v_stream.release(n - 1)
+        p = exponentials(s, m, score.scale, MASKED)
+        sums = partial_sums(p)
+    return _rescale_output(o, alpha), to_16_bit(p, dtype), m, add_to_sums(l, alpha, sums)
+
+
+@gluon.jit
+def _pass_over(config: gl.constexpr, consumer: gl.constexpr, shared, n, count):
+    """Blocks that other consumers' rows see and this one's do not: release them, and keep the turns in step."""
+    for i in range(count):
+        shared.k_stream.wait(n + i)
+        shared.k_stream.release(n + i)
+        take_turn(consumer)
+        pass_turn(consumer, config.consumers)
+        shared.v_stream.wait(n + i)
+        shared.v_stream.release(n + i)
+    return n + count
+
+
+@gluon.jit
+def _main_loop(config: gl.constexpr, consumer: gl.constexpr, shared, score, call, tile, n, dtype: gl.constexpr):
+    """All blocks of a tile but the last P V: returns O, P, m, l and the ring's position."""
+    seq = tile.seq
+    last = gl.maximum(gl.minimum(tile.first + config.rows, seq.q_live) - 1, tile.first)
+    begin, end = block_range(config, call.band, seq, tile.first, last)
+    row = tile.first + consumer * M
+    own_first = gl.minimum(row, seq.q_rows - 1)
+    own_last = gl.minimum(row + (M - 1), seq.q_rows - 1)
+    full_begin, full_end = full_block_range(config, call.band, seq, own_first, own_last)
+    bounds = row_bounds(config, call.band, seq, row)
+    if has(config, "right") and consumer + 1 < config.consumers:
+        own_begin, own_end = block_range(config, call.band, seq, own_first, own_last)
+        unseen = gl.maximum(end - gl.maximum(own_end, begin + 1), 0)
+        n = _pass_over(config, consumer, shared, n, unseen)
+        end = end - unseen
+
+    p, m, l = _first_block(config, consumer, shared, score, n, bounds, (end - 1) * config.keys, dtype)
+    state = (_empty_output(shared), p, m, l)
+    n += 1
+    block = end - 2
+    upper = gl.maximum(block + 1 - gl.maximum(full_end, begin), 0)  # blocks that upper bounds cut
+    for i in range(upper):
+        state = _block(config, consumer, shared, score, n, bounds, block * config.keys, state, True)
+        block -= 1
+        n += 1
+    if has_lower_bound(config):
+        full = gl.maximum(block + 1 - gl.maximum(full_begin, begin), 0)
+    else:
+        full = block + 1 - begin
+    for i in range(full):
+        state = _block(config, consumer, shared, score, n, bounds, 0, state, False)
+        n += 1
+    if has_lower_bound(config):
+        block -= full
+        for i in range(block + 1 - begin):
+            state = _block(config, consumer, shared, score, n, bounds, block * config.keys, state, True)
+            block -= 1
+            n += 1
+    return state, n
+
+
+@gluon.jit
+def _read_tile(shared, turn):
+    """The tile that the producer posted, the same in every thread (shuffled so that the compiler knows it for a scalar)."""
+    shared.tile_ring.wait(turn)
+    posted = shared.tile.index(shared.tile_ring.slot(turn)).load(gl.BlockedLayout([1], [32], [4], [0]))
+    shared.tile_ring.release(turn)
+    return gl.inline_asm_elementwise(
+        "shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;", "=r,r", [gl.max(posted, axis=0)], dtype=gl.int32,
+        is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _write_lse(config: gl.constexpr, lse_ptr, lse, call, tile, row):
+    """lse (batch, heads, seqlen_q), or (heads, total_q) packed."""
+    rows = row + gl.arange(0, M, lse.type.layout)
+    line = (tile.seq.batch * call.heads + tile.head).to(gl.int64) * call.seqlen_q
+    gl.store(lse_ptr + line + tile.seq.q_begin + rows, lse, mask=rows < tile.seq.q_rows)
+
+
+@gluon.jit
+def _write_output(config: gl.constexpr, consumer: gl.constexpr, o_maps, shared, o, factor, call, tile, row):
+    if stages_output(config):
+        tma_store_wait(0)  # the last tile's store has left the buffer
+    for part in gl.static_range(len(o)):
+        out = normalise(config, o[part], factor, row, tile.seq.q_live)
+        matrix(shared.o[part].index(consumer)).store(out.to(shared.o[part].dtype))
+    fence_async_shared()
+    store_rows(o_maps, shared.o, consumer, tile.seq.queries(call.pitch.o), tile.head, row)
+
+
+@gluon.jit
+def consumer_warpgroup(config: gl.constexpr, consumer: gl.constexpr, o_maps, lse_ptr, shared, score, call):
+    dtype: gl.constexpr = shared.o[0].dtype
+    rows_layout: gl.constexpr = row_layout(columns_of(shared.v[0].shape))
+    if consumer == config.consumers - 1:
+        pass_turn(consumer, config.consumers)  # the first turn is consumer 0's
+    n = 0
+    turn = 0
+    number = _read_tile(shared, turn)
+    tile = locate(config, number, call)
+    while number < call.schedule.tiles:
+        q_use = turn * config.consumers + consumer
+        row = tile.first + consumer * M
+        shared.q_ring.wait(q_use)
+        state, n = _main_loop(config, consumer, shared, score, call, tile, n, dtype)
+        o, p, m, l = state
+        if stages_output(config):
+            shared.q_ring.release(q_use)  # every product with this Q is done
+        shared.v_stream.wait(n - 1)
+        products = _issue_values(shared, shared.v_stream.slot(n - 1), p, o)
+
+        # under the last P V: the log-sum-exp, and where the next tile lies
+        turn += 1
+        number = _read_tile(shared, turn)
+        following = locate(config, number, call)
+        sink = m * 0.0
+        if has(config, "sinks"):
+            sink = sink + gl.load(score.sinks + tile.head) * LOG2_E
+        live = row + gl.arange(0, M, rows_layout) < tile.seq.q_live
+        m = gl.convert_layout(m, rows_layout)
+        l = gl.convert_layout(gl.sum(l, axis=1), rows_layout)
+        factor, lse = normaliser(config, m, l, gl.convert_layout(sink, rows_layout), live)
+        _write_lse(config, lse_ptr, lse, call, tile, row)
+        o = _wait_for_values(products)
+        shared.v_stream.release(n - 1)
+        n += 1
+        _write_output(config, consumer, o_maps, shared, o, factor, call, tile, row)
+        if not stages_output(config):
+            tma_store_wait(0)
+            shared.q_ring.release(q_use)
+        tile = following
+    tma_store_wait(0)
+
+
+# ------------------------------------------------------------------------------------------------------------- kernel
+
+
+@gluon.jit
+def _allocate(maps, count: gl.constexpr):
+    """`count` tiles, one buffer a part of the head dim."""
+    buffers = ()
+    for part in gl.static_range(len(maps)):
+        buffers = buffers + (allocate_tiles(maps[part], count),)
+    return buffers
+
+
+@gluon.jit
+def _allocate_all(config: gl.constexpr, q_maps, k_maps, v_maps, o_maps):
+    q = _allocate(q_maps, config.consumers)
+    k = _allocate(k_maps, config.stages)
+    v = _allocate(v_maps, config.stages)
+    if stages_output(config):
+        o = _allocate(o_maps, config.consumers)
+    else:
+        o = q
+    tile = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    q_ring = make_ring(config.consumers, 1)
+    k_stream = make_stream(config.stages, config.consumers, NAMED_BARRIER_K)
+    v_stream = make_stream(config.stages, config.consumers, NAMED_BARRIER_V)
+    tile_ring = make_ring(2, config.consumers)
+    fence_async_shared()
+    return Shared(q, k, v, o, tile, q_ring, k_stream, v_stream, tile_ring)
+
+
+@gluon.jit
+def _parts(whole, tail):
+    if tail is None:
+        return (whole,)
+    else:
+        return (whole, tail)
+
+
+@gluon.jit
+def attention_forward(
+    q_map, q_tail, k_map, k_tail, v_map, v_tail, o_map, o_tail,
+    lse_ptr, sinks_ptr, cu_q, cu_k, used_q, used_k, key_start, key_end, query_end, document_begin, document_end, counter,
+    batch, heads, group, seqlen_q, seqlen_k, left, right, document_stride, tiles, blocks, section, q_pitch, k_pitch, v_pitch, o_pitch, scale, inner,
+    CONFIG: gl.constexpr,
+):  # fmt: skip
+    """`*_tail`: the second part of a head dim that is no power of two, else None. Pointers that no feature needs are never
+    read. In packed calls seqlen_q and seqlen_k are totals."""
+    config: gl.constexpr = CONFIG
+    q_maps = _parts(q_map, q_tail)
+    k_maps = _parts(k_map, k_tail)
+    v_maps = _parts(v_map, v_tail)
+    o_maps = _parts(o_map, o_tail)
+    call = Call(
+        batch, heads, group, seqlen_q, seqlen_k,
+        Band(left, right, document_begin, document_end, document_stride),
+        Lengths(cu_q, cu_k, used_q, used_k, key_start, key_end, query_end),
+        Pitch(q_pitch, k_pitch, v_pitch, o_pitch),
+        Schedule(counter, tiles, blocks, section),
+    )  # fmt: skip
+    score = Score(scale, inner, sinks_ptr)
+    shared = _allocate_all(config, q_maps, k_maps, v_maps, o_maps)
+    if config.consumers == 2:
+        gl.warp_specialize([
+            (consumer_warpgroup, (config, 0, o_maps, lse_ptr, shared, score, call)),
+            (consumer_warpgroup, (config, 1, o_maps, lse_ptr, shared, score, call)),
+            (producer, (config, q_maps, k_maps, v_maps, shared, call)),
+        ], [4, 1], [config.consumer_registers, config.producer_registers])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (consumer_warpgroup, (config, 0, o_maps, lse_ptr, shared, score, call)),
+            (consumer_warpgroup, (config, 1, o_maps, lse_ptr, shared, score, call)),
+            (consumer_warpgroup, (config, 2, o_maps, lse_ptr, shared, score, call)),
+            (producer, (config, q_maps, k_maps, v_maps, shared, call)),
+        ], [4, 4, 1], [config.consumer_registers, config.consumer_registers, config.producer_registers])  # fmt: skip

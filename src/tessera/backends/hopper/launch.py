@@ -1,0 +1,241 @@
+"""From a plan and its operands to a launch: the kernel's description, its arguments, and the tile counters.
+
+Nothing here asks questions of the data or waits for the device.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tessera import jit
+from tessera.backends.hopper.config import ROWS, Feature, ForwardConfig
+from tessera.operands import Operands
+from tessera.problem import Layout, Problem
+
+ELEMENTS = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+L2_BYTES = 32 << 20
+"""K and V of the heads that are in flight together: as in FlashAttention-3; 24 and 50 MB were no better (H200, 2026-11-21)."""
+LOG2_E = 1.4426950408889634
+_FAR = 1 << 30
+_WRAP_STRIDE = 1 << 34
+
+
+def kernel_spec(config: ForwardConfig, dtype: torch.dtype) -> jit.KernelSpec:
+    """The kernel for a configuration: a function of it and of the dtype, and of nothing else."""
+    element = ELEMENTS[dtype]
+    arguments: dict[str, jit.Tiles | jit.Pointer | jit.Scalar] = {}
+    constants: dict[str, object] = {"CONFIG": config}
+    for name, rows, dims in (
+        ("q", ROWS, config.dims), ("k", config.keys, config.dims), ("v", config.keys, config.dims_v), ("o", ROWS, config.dims_v),
+    ):  # fmt: skip
+        arguments[f"{name}_map"] = jit.Tiles(element, (1, 1, 1, rows, dims[0]))
+        if len(dims) == 2:
+            arguments[f"{name}_tail"] = jit.Tiles(element, (1, 1, 1, rows, dims[1]))
+        else:
+            constants[f"{name}_tail"] = None
+    arguments["lse_ptr"] = jit.Pointer("fp32", align=4)
+    arguments["sinks_ptr"] = jit.Pointer("fp32", align=4)
+    for name in _POINTERS:
+        arguments[name] = jit.Pointer("i32", align=4)
+    for name in _INTEGERS:
+        arguments[name] = jit.Scalar("i32")
+    arguments["scale"] = arguments["inner"] = jit.Scalar("fp32")
+    return jit.KernelSpec.of("tessera.backends.hopper.forward:attention_forward", arguments, constants)
+
+
+_POINTERS = (
+    "cu_q", "cu_k", "used_q", "used_k", "key_start", "key_end", "query_end", "document_begin", "document_end", "counter",
+)  # fmt: skip
+_INTEGERS = (
+    "batch", "heads", "group", "seqlen_q", "seqlen_k", "left", "right", "document_stride", "tiles", "blocks", "section",
+    "q_pitch", "k_pitch", "v_pitch", "o_pitch",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ForwardLaunch:
+    """One problem's launch: everything that does not depend on the tensors, worked out once."""
+
+    problem: Problem
+    config: ForwardConfig
+    multiprocessors: int
+
+    @cached_property
+    def spec(self) -> jit.KernelSpec:
+        return kernel_spec(self.config, self.problem.dtype)
+
+    @cached_property
+    def blocks(self) -> int:
+        """Row blocks of one dense sequence, or an upper bound over all packed ones (and what lies after the last)."""
+        shape = self.problem.shape
+        if self.problem.layout is Layout.VARLEN:
+            return shape.seqlen_q // self.config.rows + shape.batch + 1
+        return -(-shape.seqlen_q // self.config.rows)
+
+    @cached_property
+    def tiles(self) -> int:
+        shape = self.problem.shape
+        copies = 1 if self.problem.layout is Layout.VARLEN else shape.batch
+        return self.blocks * shape.heads_q * copies
+
+    @cached_property
+    def section(self) -> int:
+        """Dense: query heads whose K and V share L2, a power of two of groups. Packed: keys of one head that fit in it."""
+        shape = self.problem.shape
+        keys = max(1, L2_BYTES // (2 * (shape.head_dim + shape.head_dim_v)))
+        if self.problem.layout is Layout.VARLEN:
+            return min(keys, _FAR)
+        heads = max(1, keys // max(1, shape.seqlen_k))
+        return min(shape.batch * shape.heads_q, (1 << (heads.bit_length() - 1)) * shape.group)
+
+    @cached_property
+    def integers(self) -> tuple[int, ...]:
+        """The kernel's integers in its order, but for the stride of the documents' bounds (see `_integers`) and the pitches."""
+        shape, mask = self.problem.shape, self.problem.mask
+        left = _FAR if mask.left is None else min(mask.left, _FAR)
+        right = _FAR if mask.right is None else min(mask.right, _FAR)
+        return (
+            shape.batch, shape.heads_q, shape.group, shape.seqlen_q, shape.seqlen_k, left, right, 0,
+            self.tiles, self.blocks, self.section,
+        )  # fmt: skip
+
+    @cached_property
+    def scales(self) -> tuple[float, float]:
+        """What turns a score into log2 units; with a cap c it multiplies tanh(inner q.k), inner = scale / c."""
+        score = self.problem.score
+        outer, inner = (score.softcap, score.scale / score.softcap) if score.softcap else (score.scale, 0.0)
+        return outer * LOG2_E, inner
+
+    def __call__(self, operands: Operands) -> tuple[Tensor, Tensor]:
+        problem, q = self.problem, operands.q
+        index = q.device.index
+        out = torch.empty(problem.out_shape, dtype=q.dtype, device=q.device)
+        lse = torch.empty(problem.lse_shape, dtype=torch.float32, device=q.device)
+        kernel = jit.load(self.spec, index)
+        stream = jit.current_stream(index)
+        maps = iter(kernel.tiles)
+        arguments: list[int | float | bytes] = []
+        pitches = []
+        kept = []  # copies that must live until the kernel is in the stream
+        for tensor, dims in (
+            (q, self.config.dims), (operands.k, self.config.dims), (operands.v, self.config.dims_v), (out, self.config.dims_v),
+        ):  # fmt: skip
+            rows = Rows.of(tensor)
+            kept.append(rows.tensor)
+            pitches.append(rows.pitch)
+            arguments += [next(maps)(rows.address, rows.shape, rows.strides) for _ in dims]
+        arguments.append(lse.data_ptr())
+        arguments += self._pointers(operands, kept)
+        arguments.append(counters.address(index, stream))
+        arguments += self._integers(operands)
+        arguments += pitches
+        arguments += self.scales
+        kernel(stream, min(self.tiles, self.multiprocessors), 1, 1, *arguments)
+        return out, lse
+
+    def _pointers(self, operands: Operands, kept: list[Tensor | None]) -> list[int]:
+        """Addresses of sinks, lengths, padding and documents; 0 for what there is not (the kernel has no code for it)."""
+        if not self.config.features:
+            return [0] * len(_POINTERS)
+        sinks, lengths, mask = operands.sinks, operands.lengths, operands.mask
+        if sinks is not None:
+            sinks = sinks.float().contiguous()
+        tensors = [
+            lengths.cu_seqlens_q, lengths.cu_seqlens_k, lengths.seqused_q, lengths.seqused_k,
+            mask.key_start, mask.key_end, mask.query_end, mask.document_begin, mask.document_end,
+        ]  # fmt: skip
+        tensors = [None if tensor is None else tensor.contiguous() for tensor in tensors]
+        kept += [sinks, *tensors]
+        return [0 if tensor is None else tensor.data_ptr() for tensor in (sinks, *tensors)]
+
+    def _integers(self, operands: Operands) -> tuple[int, ...]:
+        if Feature.DOCUMENTS not in self.config.features:
+            return self.integers
+        begin = operands.mask.document_begin
+        stride = 0 if begin is None or begin.shape[0] == 1 else self.problem.shape.seqlen_q
+        place = _INTEGERS.index("document_stride")
+        return (*self.integers[:place], stride, *self.integers[place + 1 :])
+
+
+class Rows(NamedTuple):
+    """A tensor as pieces/kv_source.py describes it to TMA: (wrap, end, head, row, column); `pitch` is batch entries' distance
+    in rows. `tensor` is what lies at the address: a copy, where TMA can't reach the original."""
+
+    address: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    pitch: int
+    tensor: Tensor
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Rows:
+        if tensor.dim() == 4:
+            batch, rows, heads, columns = tensor.shape
+            batch_stride, row_stride, head_stride, _ = tensor.stride()
+        else:
+            batch, batch_stride, (rows, heads, columns) = 1, 0, tensor.shape
+            row_stride, head_stride, _ = tensor.stride()
+        batch_stride = batch_stride if batch > 1 else 0
+        if rows == 1:
+            row_stride = batch_stride or 8  # a lone row's stride means nothing, and may be odd
+        if heads == 1:
+            head_stride = 8
+        misaligned = tensor.data_ptr() % 16 or (batch_stride | row_stride | head_stride) % 8
+        if misaligned or row_stride == 0 or batch_stride % row_stride or batch_stride // row_stride * batch > _FAR:
+            return cls.of(tensor.clone(memory_format=torch.contiguous_format))
+        shape = (_FAR + 1, _FAR, heads, _FAR, columns)
+        strides = (_WRAP_STRIDE - row_stride, row_stride, head_stride, row_stride, 1)
+        return cls(tensor.data_ptr(), shape, strides, batch_stride // row_stride, tensor)
+
+
+class Counters:
+    """The int32 tile counters of pieces/scheduler.py, zero between launches: one a stream, and one a captured launch.
+
+    Launches of one stream follow one another, so they share a counter. A captured launch may be replayed beside anything, so
+    it has its own; replays of one graph do not overlap. Counters are never given back (4 bytes each).
+    """
+
+    SIZE = 1 << 14
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._slabs: dict[int, list[Tensor]] = {}
+        self._used: dict[int, int] = {}
+        self._of_stream: dict[tuple[int, int], int] = {}
+        self._captured: list[Tensor] = []
+
+    def address(self, device: int, stream: int) -> int:
+        """The address of the counter for a launch on this stream now."""
+        if torch.cuda.is_current_stream_capturing():
+            return self._take(device)
+        found = self._of_stream.get((device, stream))
+        if found is None:
+            found = self._of_stream.setdefault((device, stream), self._take(device))
+        return found
+
+    def _take(self, device: int) -> int:
+        with self._lock:
+            slabs = self._slabs.setdefault(device, [])
+            used = self._used.get(device, 0)
+            if used == self.SIZE * len(slabs):
+                if torch.cuda.is_current_stream_capturing():
+                    return self._captured_counter(device)
+                slabs.append(torch.zeros(self.SIZE, dtype=torch.int32, device=torch.device("cuda", device)))
+                torch.cuda.current_stream(device).synchronize()  # once in 16384 counters: other streams use them too
+            self._used[device] = used + 1
+            return slabs[-1].data_ptr() + 4 * (used % self.SIZE)
+
+    def _captured_counter(self, device: int) -> int:
+        """No slab may be made while a graph is captured (its zeroing would be too): the graph gets a counter that it zeroes."""
+        own = torch.zeros(1, dtype=torch.int32, device=torch.device("cuda", device))
+        self._captured.append(own)
+        return own.data_ptr()
+
+
+counters = Counters()

@@ -1,0 +1,1 @@
+"""The parts of the Hopper kernels, one idea a file."""

@@ -1,0 +1,156 @@
+"""Channels between warps: rings of shared-memory slots behind mbarriers, and the turns that the consumers take.
+
+The n-th use of a ring is slot n mod slots; the parity of n div slots tells this lap from the last. The producer waits
+for `empty`, the TMA's bytes complete `full`.
+"""
+
+from tessera.jit.compat import aggregate, gl, gluon, mbarrier
+
+# Hardware's named barriers, 0 to 15. Triton takes 0, 1 and one for each partition (2 to 4 here).
+NAMED_BARRIER_TURN = gl.constexpr(7)
+"""7 to 9: the consumers' turns, one a consumer."""
+NAMED_BARRIER_K = gl.constexpr(10)
+NAMED_BARRIER_V = gl.constexpr(13)
+"""10 to 12, 13 to 15: slots of K and of V that are free again, one a slot."""
+
+
+@aggregate
+class Ring:
+    """`full` and `empty` mbarriers of a ring; the data lies in buffers indexed by `slot(n)`."""
+
+    full: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
+    slots: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, full, empty, slots):
+        self.full = full
+        self.empty = empty
+        self.slots = gl.constexpr(slots)
+
+    @gluon.jit
+    def slot(self, n):
+        return n % self.slots
+
+    @gluon.jit
+    def parity(self, n):
+        return (n // self.slots) & 1
+
+    @gluon.jit
+    def acquire(self, n):
+        """Producer: wait until every consumer has released use n - slots."""
+        mbarrier.wait(self.empty.index(self.slot(n)), self.parity(n) ^ 1)
+
+    @gluon.jit
+    def expect(self, n, count):
+        """Producer: `count` bytes will arrive by TMA; returns the barrier that they complete."""
+        bar = self.full.index(self.slot(n))
+        mbarrier.expect(bar, count)
+        return bar
+
+    @gluon.jit
+    def publish(self, n):
+        """Producer: the slot holds what ordinary stores wrote."""
+        mbarrier.arrive(self.full.index(self.slot(n)))
+
+    @gluon.jit
+    def wait(self, n):
+        mbarrier.wait(self.full.index(self.slot(n)), self.parity(n))
+
+    @gluon.jit
+    def release(self, n):
+        mbarrier.arrive(self.empty.index(self.slot(n)))
+
+
+@gluon.jit
+def make_ring(slots: gl.constexpr, readers: gl.constexpr):
+    full = gl.allocate_shared_memory(gl.int64, [slots, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [slots, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(slots):
+        mbarrier.init(full.index(slot), count=1)
+        mbarrier.init(empty.index(slot), count=readers)
+    return Ring(full, empty, slots)
+
+
+@aggregate
+class Stream:
+    """A ring that is used every turn of the main loop: `full` is an mbarrier, "empty" a named barrier, `first` the first slot's.
+
+    Gluon's mbarrier.arrive holds up the whole warpgroup before one thread arrives for it. On a named barrier each warp
+    arrives by itself and goes on. The producer needs no lap's parity: a consumer can't come to release a slot again
+    before the producer has filled it again. Every use is acquired and released, whether or not something is loaded.
+    """
+
+    full: gl.shared_memory_descriptor
+    slots: gl.constexpr
+    consumers: gl.constexpr
+    first: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, full, slots, consumers, first):
+        self.full = full
+        self.slots = gl.constexpr(slots)
+        self.consumers = gl.constexpr(consumers)
+        self.first = gl.constexpr(first)
+
+    @gluon.jit
+    def slot(self, n):
+        return n % self.slots
+
+    @gluon.jit
+    def acquire(self, n):
+        """Producer: wait until every consumer has released use n - slots."""
+        if n >= self.slots:
+            _named_barrier("sync", self.first + self.slot(n), self.consumers)
+
+    @gluon.jit
+    def expect(self, n, count):
+        bar = self.full.index(self.slot(n))
+        mbarrier.expect(bar, count)
+        return bar
+
+    @gluon.jit
+    def wait(self, n):
+        mbarrier.wait(self.full.index(self.slot(n)), (n // self.slots) & 1)
+
+    @gluon.jit
+    def release(self, n):
+        _named_barrier("arrive", self.first + self.slot(n), self.consumers)
+
+
+@gluon.jit
+def make_stream(slots: gl.constexpr, consumers: gl.constexpr, first: gl.constexpr):
+    full = gl.allocate_shared_memory(gl.int64, [slots, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(slots):
+        mbarrier.init(full.index(slot), count=1)
+    return Stream(full, slots, consumers, first)
+
+
+@gluon.constexpr_function
+def _slot_asm(kind, consumers):
+    return f"bar.{kind} $1, {32 + 128 * consumers}; mov.u32 $0, 0;"  # the producer's warp and all of the consumers'
+
+
+@gluon.jit
+def _named_barrier(kind: gl.constexpr, number, consumers: gl.constexpr):
+    asm: gl.constexpr = _slot_asm(kind, consumers)
+    gl.inline_asm_elementwise(asm, "=r,r", [number], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.constexpr_function
+def _turn_asm(kind, consumer):
+    # 256 threads meet: the warpgroup that waits for its turn and the one that passes it on
+    return f"bar.{kind} {NAMED_BARRIER_TURN.value + consumer}, 256; mov.u32 $0, 0;"
+
+
+@gluon.jit
+def take_turn(consumer: gl.constexpr):
+    """Ping-pong (FlashAttention-3, section 3.1): one warpgroup's products run under another's softmax."""
+    asm: gl.constexpr = _turn_asm("sync", consumer)
+    gl.inline_asm_elementwise(asm, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def pass_turn(consumer: gl.constexpr, consumers: gl.constexpr):
+    asm: gl.constexpr = _turn_asm("arrive", (consumer + 1) % consumers)
+    gl.inline_asm_elementwise(asm, "=r", [], dtype=gl.int32, is_pure=False, pack=1)

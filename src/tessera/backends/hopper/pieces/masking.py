@@ -1,0 +1,109 @@
+"""Masks as one interval of keys a row: lo(i) <= j < hi(i), both non-decreasing in i (see tessera.mask).
+
+Keys count from the sequence's first visible key here (kv_source.Sequence). Rows lo..hi of a tile then see the keys
+[lo(first), hi(last)), and all of them see [lo(last), hi(first)): only blocks that these ranges cut are masked, element
+by element, and blocks outside are never loaded.
+"""
+
+from tessera.backends.hopper.pieces.tiles import M, accumulator_layout, has
+from tessera.jit.compat import aggregate, gl, gluon
+
+
+@aggregate
+class Band:
+    """What limits a row: distances to the diagonal, and rows of document bounds (begin, end; batch stride)."""
+
+    left: gl.tensor
+    right: gl.tensor
+    document_begin: gl.tensor
+    document_end: gl.tensor
+    document_stride: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, left, right, document_begin, document_end, document_stride):
+        self.left = left
+        self.right = right
+        self.document_begin = document_begin
+        self.document_end = document_end
+        self.document_stride = document_stride
+
+
+@gluon.constexpr_function
+def has_lower_bound(config):
+    return has(config, "left") or has(config, "documents")
+
+
+@gluon.constexpr_function
+def has_upper_bound(config):
+    return has(config, "right") or has(config, "documents")
+
+
+@gluon.jit
+def lowest_key(config: gl.constexpr, band, seq, row):
+    """lo(row), for one row or a tensor of rows (inside the sequence where there are documents)."""
+    lo = row * 0
+    if has(config, "left"):
+        lo = gl.maximum(lo, row + (seq.diagonal - band.left))
+    if has(config, "documents"):
+        lo = gl.maximum(lo, gl.load(band.document_begin + seq.batch * band.document_stride + row) - seq.k_begin)
+    return lo
+
+
+@gluon.jit
+def highest_key(config: gl.constexpr, band, seq, row):
+    """hi(row): one past the last key."""
+    hi = row * 0 + seq.k_rows
+    if has(config, "right"):
+        hi = gl.minimum(hi, row + (seq.diagonal + band.right + 1))
+    if has(config, "documents"):
+        hi = gl.minimum(hi, gl.load(band.document_end + seq.batch * band.document_stride + row) - seq.k_begin)
+    return hi
+
+
+@gluon.jit
+def block_range(config: gl.constexpr, band, seq, first, last):
+    """Blocks [begin, end) that the rows first..last (live ones) need; one, fully masked, where they see no key."""
+    begin = lowest_key(config, band, seq, first) // config.keys
+    end = (highest_key(config, band, seq, last) + config.keys - 1) // config.keys
+    return begin, gl.maximum(end, begin + 1)
+
+
+@gluon.jit
+def full_block_range(config: gl.constexpr, band, seq, first, last):
+    """Blocks [begin, end) that every one of the rows first..last sees whole."""
+    begin = (lowest_key(config, band, seq, last) + config.keys - 1) // config.keys
+    end = gl.maximum(highest_key(config, band, seq, first), 0) // config.keys
+    return begin, end
+
+
+@gluon.jit
+def row_bounds(config: gl.constexpr, band, seq, first):
+    """The bounds of 64 rows as (hi,) or (hi, lo), each (64, 8): the bound minus the key's place in its group of 8.
+
+    A block then compares constants with it, two instructions a score; comparing two ramps takes four times as many.
+    """
+    keys: gl.constexpr = config.keys
+    s = gl.zeros([M, keys], gl.float32, accumulator_layout(keys))
+    grouped: gl.constexpr = gl.reshape(s, [M, keys // 8, 8]).type.layout
+    layout: gl.constexpr = gl.SliceLayout(1, grouped)
+    place = gl.arange(0, 8, gl.SliceLayout(0, layout))[None, :]
+    rows = first + gl.arange(0, M, gl.SliceLayout(1, layout))
+    inside = gl.minimum(rows, seq.q_rows - 1)
+    bounds = (highest_key(config, band, seq, inside)[:, None] - place,)
+    if has_lower_bound(config):
+        bounds = bounds + (lowest_key(config, band, seq, inside)[:, None] - place,)
+    return bounds
+
+
+@gluon.jit
+def mask_scores(s, bounds, first_key):
+    """S (64, keys) with -inf where a row does not see the key."""
+    keys: gl.constexpr = s.shape[1]
+    grouped = gl.reshape(s, [M, keys // 8, 8])
+    layout: gl.constexpr = grouped.type.layout
+    group = gl.arange(0, keys // 8, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None] * 8
+    keep = group < gl.expand_dims(bounds[0] - first_key, 1)
+    if len(bounds) == 2:
+        keep = keep & (group >= gl.expand_dims(bounds[1] - first_key, 1))
+    grouped = gl.where(keep, grouped, float("-inf"))
+    return gl.convert_layout(gl.reshape(grouped, [M, keys]), s.type.layout, assert_trivial=True)

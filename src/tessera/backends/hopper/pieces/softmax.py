@@ -1,0 +1,131 @@
+"""The online softmax of one warpgroup, in base 2.
+
+State of a row: `m`, the reference that is subtracted (log2 units, scale folded in), and `l`, the sum of the
+exponentials so far, kept as eight partial sums a row until the end so that no shuffle runs in the main loop.
+
+The reference follows the row's maximum only where the maximum has outgrown it by more than 2^8 (the lazy rescaling of
+FlashAttention-4, arXiv 2603.05451): P then stays below 2^8, which 16-bit floats hold as exactly as 1, the sums have room
+in float32, and out = O / l is the same number. What it buys: O, which is as large as the tile allows, is multiplied once
+or twice a tile instead of once a block.
+"""
+
+from tessera.backends.hopper.pieces.tiles import M, row_layout
+from tessera.jit.compat import gl, gluon
+
+GROWTH = gl.constexpr(8.0)
+"""How far, in powers of two, a maximum may outgrow the reference before the reference moves."""
+
+
+@gluon.jit
+def exp2(x):
+    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def tanh(x):
+    return gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def to_16_bit(x, dtype: gl.constexpr):
+    """Round pairs of neighbours; in inline asm a pair stays one register over the loop's back edge (else 64 PRMT a block)."""
+    if dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=gl.bfloat16, is_pure=True, pack=2
+        )
+    else:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=gl.float16, is_pure=True, pack=2
+        )
+
+
+@gluon.jit
+def move_reference(s, m, scale):
+    """The reference after block s (64, keys), and the factor for what was summed under the old one: 1 where it stays."""
+    top = gl.max(s, axis=1) * scale  # (64,)
+    grows = top - m > GROWTH  # -inf - -inf is NaN: a row without keys so far stays at -inf
+    new = gl.where(grows, top, m)
+    return new, gl.where(grows, exp2(m - new), 1.0)
+
+
+@gluon.jit
+def exponentials(s, m, scale, MASKED: gl.constexpr):
+    """2^(scale s - m) as (64, keys). In a masked block a row may have no key yet: -inf - -inf must not be NaN."""
+    shift = m
+    if MASKED:
+        shift = gl.where(m == float("-inf"), 0.0, m)
+    return exp2(s * scale - shift[:, None])
+
+
+@gluon.jit
+def partial_sums(p):
+    """(64, keys) -> (64, 8): sums within a thread."""
+    return gl.sum(gl.reshape(p, [M, p.shape[1] // 8, 8]), axis=1)
+
+
+@gluon.jit
+def add_to_sums(l, alpha, sums):
+    return l * gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout))[:, None] + sums
+
+
+@gluon.constexpr_function
+def _rescale_asm(n):
+    """Multiply n accumulator registers by their rows' alpha, unless every row of the warp has alpha 1.
+
+    Operands: n outputs, the n inputs tied to them, then alpha for each. wgmma holds two neighbours of one row, then two of
+    the row 8 below, so alphas 0 and 2 are all there are.
+    """
+    first, second = f"${2 * n}", f"${2 * n + 2}"
+    lines = [
+        "{ .reg .pred same;",
+        f"setp.eq.f32 same, {first}, 0f3F800000;",
+        f"setp.eq.and.f32 same, {second}, 0f3F800000, same;",
+        "vote.sync.all.pred same, same, 0xffffffff;",
+        "@same bra DONE;",
+    ]
+    lines += [f"mul.f32 ${i}, ${i}, {second if i & 2 else first};" for i in range(n)]
+    return "\n".join([*lines, "DONE: }"])
+
+
+@gluon.constexpr_function
+def _rescale_constraints(n):
+    return ",".join(["=f"] * n + [str(i) for i in range(n)] + ["f"] * n)
+
+
+@gluon.jit
+def rescale(o, alpha):
+    """O (64, columns) times alpha a row; a warp whose rows all keep their reference jumps over it."""
+    columns: gl.constexpr = o.shape[1]
+    registers: gl.constexpr = columns // 2
+    factor = gl.convert_layout(alpha, row_layout(columns))[:, None]
+    asm: gl.constexpr = _rescale_asm(registers)
+    constraints: gl.constexpr = _rescale_constraints(registers)
+    return gl.inline_asm_elementwise(
+        asm, constraints, [o, factor], dtype=gl.float32, is_pure=False, pack=registers
+    )
+
+
+@gluon.constexpr_function
+def _boundary_asm(n):
+    never = "0x7FC0DEAD"  # a NaN that no arithmetic makes
+    lines = ["{ .reg .pred never;", f"WAIT: setp.eq.b32 never, ${n}, {never};"]
+    lines += [f"setp.eq.or.b32 never, ${n + i}, {never}, never;" for i in range(1, n)]
+    lines += ["vote.sync.any.pred never, never, 0xffffffff;", "@!never bra DONE;", "nanosleep.u32 64;", "bra WAIT;", "DONE:"]
+    return "\n".join(lines + [f"mov.u32 ${i}, 0;" for i in range(n)] + ["}"])
+
+
+@gluon.constexpr_function
+def _boundary_constraints(n):
+    return ",".join(["=r"] * n + ["f"] * n)
+
+
+@gluon.jit
+def finish_before(x, n: gl.constexpr):
+    """Everything that x, n registers a thread, depends on is computed before what follows.
+
+    ptxas hoists `wgmma.wait_group` over the softmax, which then waits for P V first; the order of the instructions
+    does not stop it, the end of a basic block does. So: a loop that is never taken, and that ptxas can't know is not.
+    """
+    asm: gl.constexpr = _boundary_asm(n)
+    constraints: gl.constexpr = _boundary_constraints(n)
+    gl.inline_asm_elementwise(asm, constraints, [x], dtype=gl.int32, is_pure=False, pack=n)

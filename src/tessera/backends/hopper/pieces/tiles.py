@@ -1,0 +1,75 @@
+"""Register layouts of one warpgroup's tiles, and what is asked of a configuration while compiling."""
+
+from tessera.backends.hopper.config import ROWS, Overlap, Staging
+from tessera.jit.compat import gl, gluon
+
+
+@gluon.constexpr_function
+def has(config, name):
+    """Whether a feature is compiled in. By name: a kernel's source then shows the word."""
+    return any(feature.value == name for feature in config.features)
+
+
+@gluon.constexpr_function
+def keeps_p_during_softmax(config):
+    return config.overlap is Overlap.WHOLE
+
+
+@gluon.constexpr_function
+def stages_output(config):
+    return config.staging is Staging.OWN
+
+
+@gluon.constexpr_function
+def head_bytes(dims):
+    """Bytes of one row of a tile, 16-bit elements."""
+    return 2 * sum(dims)
+
+
+@gluon.constexpr_function
+def columns_of(buffer_shape):
+    """Columns of one part of a head dim, from the shape of its buffer or block."""
+    return buffer_shape[-1]
+
+
+@gluon.constexpr_function
+def accumulator_layout(columns):
+    """A (64, columns) float32 accumulator of wgmma over the four warps: thread t of warp w holds rows 16 w + t / 4 (+ 8)."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
+
+
+@gluon.constexpr_function
+def operand_layout(columns):
+    """P as wgmma's A operand in registers, for a product with `columns` columns: the accumulator's own arrangement."""
+    return gl.DotOperandLayout(0, accumulator_layout(columns), 2)
+
+
+@gluon.constexpr_function
+def row_layout(columns):
+    """One value a row of such an accumulator."""
+    return gl.SliceLayout(1, accumulator_layout(columns))
+
+
+M = gl.constexpr(ROWS)
+
+
+@gluon.jit
+def allocate_tiles(tiles, count: gl.constexpr):
+    """Shared memory for `count` blocks of a tensor descriptor."""
+    shape: gl.constexpr = [count] + tiles.block_type.shape
+    return gl.allocate_shared_memory(tiles.dtype, shape, tiles.layout)
+
+
+@gluon.jit
+def matrix(tile):
+    """A tile as (rows, columns): TMA's blocks have leading ones."""
+    rows: gl.constexpr = tile.shape[-2]
+    columns: gl.constexpr = tile.shape[-1]
+    return tile.reshape([rows, columns])
+
+
+@gluon.jit
+def empty_accumulator(tiles):
+    """Zeros (64, columns) for a product with these tiles."""
+    columns: gl.constexpr = columns_of(tiles.shape)
+    return gl.zeros([M, columns], gl.float32, accumulator_layout(columns))

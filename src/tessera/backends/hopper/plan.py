@@ -1,0 +1,69 @@
+"""Which configuration for a problem: the head dim decides the tile, the grid's size what it is cut into."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from tessera.backends.hopper.config import Feature, ForwardConfig, Overlap, Staging
+from tessera.problem import Layout, Problem
+
+SHARED_LIMIT = 227 * 1024 - 1024
+"""Bytes of shared memory a block may have on sm_90, less the barriers."""
+
+
+def features_of(problem: Problem) -> tuple[Feature, ...]:
+    """What must be compiled in, always in the same order."""
+    mask, score = problem.mask, problem.score
+    wanted = {
+        Feature.VARLEN: problem.layout is Layout.VARLEN,
+        Feature.SEQUSED_Q: "seqused_q" in problem.lengths,
+        Feature.SEQUSED_K: "seqused_k" in problem.lengths,
+        Feature.LEFT: mask.left is not None,
+        Feature.RIGHT: mask.right is not None,
+        Feature.KEY_START: "key_start" in mask.bounds,
+        Feature.KEY_END: "key_end" in mask.bounds,
+        Feature.QUERY_END: "query_end" in mask.bounds,
+        Feature.DOCUMENTS: "document_begin" in mask.bounds,
+        Feature.SOFTCAP: score.softcap > 0,
+        Feature.SINKS: score.sinks is not None,
+    }
+    return tuple(feature for feature, needed in wanted.items() if needed)
+
+
+def split_dim(dim: int) -> tuple[int, ...]:
+    """A head dim as one power of two, or two that waste less: 96 = 64 + 32. Columns past it read as zeros."""
+    for parts in ((16,), (32,), (32, 16), (64,), (64, 16), (64, 32), (128,), (128, 16), (128, 32), (128, 64), (256,)):
+        if sum(parts) >= dim:
+            return parts
+    raise ValueError(f"head_dim={dim}: at most 256")
+
+
+def forward_config(problem: Problem) -> ForwardConfig:
+    """The configuration for a problem."""
+    dims, dims_v = split_dim(problem.shape.head_dim), split_dim(problem.shape.head_dim_v)
+    features = features_of(problem)
+    if max(sum(dims), sum(dims_v)) <= 64:
+        return ForwardConfig(
+            consumers=3, keys=128, stages=3, dims=dims, dims_v=dims_v, overlap=Overlap.MAXIMA, staging=Staging.OWN,
+            consumer_registers=160, producer_registers=32, features=features,
+        )  # fmt: skip
+    keys = 128 if sum(dims_v) <= 128 and sum(dims) <= 192 else 64
+    base = ForwardConfig(
+        consumers=2, keys=keys, stages=3, dims=dims, dims_v=dims_v,
+        overlap=Overlap.WHOLE if max(sum(dims), sum(dims_v)) <= 128 else Overlap.MAXIMA, staging=Staging.OWN,
+        consumer_registers=240, producer_registers=24, features=features,
+    )  # fmt: skip
+    return deepest(base)
+
+
+def deepest(config: ForwardConfig) -> ForwardConfig:
+    """The same with as many stages as shared memory has room for, three at most; O shares Q's buffer rather than have one."""
+    stagings = [Staging.OWN]
+    if config.dims[: len(config.dims_v)] == config.dims_v:
+        stagings.append(Staging.QUERY)
+    for staging in stagings:
+        for stages in (3, 2):
+            candidate = replace(config, stages=stages, staging=staging)
+            if candidate.shared_bytes() <= SHARED_LIMIT:
+                return candidate
+    raise ValueError(f"{config}: no room in shared memory")

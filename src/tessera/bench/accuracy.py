@@ -1,0 +1,123 @@
+"""Right before fast: what a benchmark compares every result with before it times anything.
+
+The oracle where its matrix of scores fits; torch's SDPA in float32 where that computes the same; else the oracle on the last
+rows of queries (any mask here stays the same mask on them, since diagonals are aligned to the end), with gradients
+coming in for those rows alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tessera import reference
+from tessera.bench.peers import Sdpa, features, missing
+from tessera.operands import Request, bind
+from tessera.problem import Gradients, Layout, Problem
+
+MOST_SCORES = {"cpu": 1 << 24, "cuda": 1 << 28}
+"""The most scores that the oracle is given: 128 MB a matrix on a CPU, 2 GB on a GPU, and it holds several."""
+
+_FORWARD_ALLOWED = {torch.float16: 2 * 2**-10, torch.bfloat16: 2 * 2**-7, torch.float32: 2e-5, torch.float64: 1e-12}
+
+
+def allowed_error(problem: Problem) -> float:
+    """The largest relative error of a row: two units of a 16-bit dtype, twice that for gradients (one more rounded factor)."""
+    return _FORWARD_ALLOWED[problem.dtype] * (2 if problem.gradients is Gradients.INPUTS else 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Standard:
+    """The right results: (out,) of a forward problem or (dq, dk, dv), the first of them on the last `rows` rows of queries.
+
+    `dout` is what the backward is to start from, None for a forward problem; `how` says in words how this was computed.
+    """
+
+    how: str
+    results: tuple[Tensor, ...]
+    dout: Tensor | None
+    rows: int
+
+    def error(self, results: Sequence[Tensor]) -> float:
+        """The largest relative error of any row of any result; NaN where one holds NaN."""
+        rows = (slice(None), slice(-self.rows, None)) if results[0].dim() == 4 else slice(-self.rows, None)
+        shown = (results[0].detach()[rows], *results[1:])
+        return max((worst_row(x.detach(), ref) for x, ref in zip(shown, self.results, strict=True)), key=_nan_first)
+
+
+def worst_row(result: Tensor, ref: Tensor) -> float:
+    """max over rows (all but the last dimension) of |x - ref| / |ref|; a row smaller than the mean counts as the mean."""
+    if not ref.numel():
+        return 0.0
+    size = torch.linalg.vector_norm(ref.double(), dim=-1)
+    difference = torch.linalg.vector_norm(result.double() - ref.double(), dim=-1)
+    return (difference / size.clamp(min=size.mean().item())).max().item()
+
+
+def standard_for(request: Request, problem: Problem) -> Standard:
+    """The right results for these tensors, on their device."""
+    limit = MOST_SCORES.get(request.q.device.type, MOST_SCORES["cpu"])
+    shape = problem.shape
+    fits = max(1, limit // max(1, shape.batch * shape.heads_q * shape.seqlen_k))
+    if problem.layout is Layout.VARLEN or fits >= shape.seqlen_q:
+        return by_oracle(request, problem, shape.seqlen_q)
+    if missing(problem, Sdpa.SERVED) is None:
+        return _by_sdpa(request, problem)
+    return by_oracle(request, problem, fits)
+
+
+def incoming(request: Request, problem: Problem) -> Tensor:
+    """A random dout for the problem, in q's dtype: (batch, seqlen_q, heads_q, head_dim_v) or (total, heads_q, head_dim_v)."""
+    generator = torch.Generator(request.q.device).manual_seed(4321)
+    return torch.randn(problem.out_shape, generator=generator, device=request.q.device, dtype=problem.dtype)
+
+
+def by_oracle(request: Request, problem: Problem, rows: int) -> Standard:
+    """The oracle's results on the last `rows` rows of queries (all of them, where there are no more)."""
+    whole = rows >= problem.shape.seqlen_q
+    how = "oracle, float64" if whole else f"oracle, float64, last {rows} rows"
+    leaves = _leaves(request, problem.dtype)
+    q = leaves[0] if whole else leaves[0][:, -rows:]
+    part, operands = bind(request._replace(q=q, k=leaves[1], v=leaves[2]))
+    if problem.gradients is Gradients.NONE:
+        return Standard(how, (reference.attention(part, operands)[0],), None, rows)
+    dout = incoming(request, problem)
+    if not whole:
+        dout[:, :-rows] = 0
+    last = dout if whole else dout[:, -rows:]
+    out = reference.attention(part, operands)[0]
+    dq, dk, dv = torch.autograd.grad(out, leaves, last.double())
+    return Standard(how, (dq if whole else dq[:, -rows:], dk, dv), dout, rows)
+
+
+def _by_sdpa(request: Request, problem: Problem) -> Standard:
+    leaves = _leaves(request, torch.float32)
+    q, k, v = (x.transpose(1, 2) for x in leaves)
+    k, v = (x.repeat_interleave(problem.shape.group, dim=1) if problem.shape.group > 1 else x for x in (k, v))
+    on_gpu = request.q.device.type == "cuda"
+    # float32 on a GPU: the memory-efficient kernel; torch's default precision for products there is true float32
+    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION) if on_gpu else nullcontext():
+        causal = "causal" in features(problem)
+        out = functional.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=problem.score.scale)
+    out = out.transpose(1, 2)
+    rows = problem.shape.seqlen_q
+    if problem.gradients is Gradients.NONE:
+        return Standard("SDPA, float32", (out,), None, rows)
+    dout = incoming(request, problem)
+    return Standard("SDPA, float32", torch.autograd.grad(out, leaves, dout.float()), dout, rows)
+
+
+def _leaves(request: Request, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v in `dtype`, wanting gradients where the request wants them."""
+    q, k, v = (x.detach().to(dtype).requires_grad_(request.requires_grad) for x in (request.q, request.k, request.v))
+    return q, k, v
+
+
+def _nan_first(error: float) -> float:
+    return float("inf") if error != error else error

@@ -1,0 +1,218 @@
+"""Peers beside torch's own: the FlashAttention packages, FlashAttention-3's bare operators from a folder, flex attention."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+from tessera.bench.peers import BANDS, Backward, Eager, Forward, Peer, Sdpa, TorchFlash, longest, missing, through_autograd
+from tessera.device import Device
+from tessera.operands import Request
+from tessera.problem import Layout, Problem
+
+_FLASH = BANDS | {"grouped queries", "packed sequences", "head_dim_v"}
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def _needs_hopper(problem: Problem, device: Device) -> str | None:
+    if device.kind != "cuda" or device.capability[0] < 9:
+        return "it needs a GPU of compute capability 9.0"
+    return None if problem.dtype in _HALF else f"no {str(problem.dtype).removeprefix('torch.')}"
+
+
+def _window(problem: Problem) -> tuple[int, int]:
+    """(left, right) in FlashAttention's convention: -1 for no limit; a causal mask is given apart."""
+    mask = problem.mask
+    if mask.is_causal:
+        return -1, -1
+    return (-1 if mask.left is None else mask.left), (-1 if mask.right is None else mask.right)
+
+
+@dataclass(frozen=True)
+class FlashPackage:
+    """A package with flash_attn_func and flash_attn_varlen_func: flash_attn_interface (FA3), flash_attn.cute (FA4)."""
+
+    name: str
+    module: str
+
+    def why_not(self, problem: Problem, device: Device) -> str | None:
+        if not _importable(self.module):
+            return f"{self.module} is not installed"
+        return _needs_hopper(problem, device) or missing(problem, _FLASH | {"softcap"})
+
+    def forward(self, request: Request, problem: Problem) -> Forward:
+        functions = import_module(self.module)
+        options: dict[str, Any] = {
+            "softmax_scale": problem.score.scale,
+            "causal": problem.mask.is_causal,
+            "window_size": _window(problem),
+            "softcap": problem.score.softcap,
+        }
+        q, k, v = request.q, request.k, request.v
+        if problem.layout is Layout.DENSE:
+            return lambda: _first(functions.flash_attn_func(q, k, v, **options))
+        options |= {"cu_seqlens_q": request.cu_seqlens_q, "cu_seqlens_k": request.cu_seqlens_k}
+        options |= {"max_seqlen_q": longest(request.cu_seqlens_q), "max_seqlen_k": longest(request.cu_seqlens_k)}
+        return lambda: _first(functions.flash_attn_varlen_func(q, k, v, **options))
+
+    def backward(self, request: Request, problem: Problem, dout: Tensor) -> Backward:
+        return through_autograd(self, request, problem, dout)
+
+
+@dataclass(frozen=True)
+class Fa3Operators:
+    """FlashAttention-3's torch operators, loaded from a folder that holds fa3.so and, beside it, libcudart.so.12."""
+
+    folder: Path
+    name: str = "fa3"
+
+    def why_not(self, problem: Problem, device: Device) -> str | None:
+        if not (self.folder / "fa3.so").is_file():
+            return f"there is no fa3.so in {self.folder}"
+        return _needs_hopper(problem, device) or missing(problem, _FLASH)
+
+    def forward(self, request: Request, problem: Problem) -> Forward:
+        run = self._forward(request, problem)
+        return lambda: run()[0]
+
+    def _forward(self, request: Request, problem: Problem) -> Any:
+        operators = _load_fa3(self.folder)
+        options: dict[str, Any] = {"is_causal": problem.mask.is_causal, "softmax_scale": problem.score.scale}
+        left, right = _window(problem)
+        if (left, right) != (-1, -1):
+            options |= {"window_size_left": left, "window_size_right": right}
+        if problem.layout is Layout.VARLEN:
+            options |= _packed(request)
+        q, k, v = request.q, request.k, request.v
+        if problem.shape.seqlen_q > 1:
+            return lambda: operators.fwd(q, k, v, num_splits=1, **options)
+        # decode: the operator's own heuristic chooses the splits, from metadata that an inference server makes once a step
+        shape = problem.shape
+        used = torch.full((shape.batch,), shape.seqlen_k, dtype=torch.int32, device=q.device)
+        metadata = operators.get_scheduler_metadata(
+            shape.batch, 1, shape.seqlen_k, shape.heads_q, shape.heads_kv, shape.head_dim, shape.head_dim_v, q.dtype, used,
+            is_causal=False, num_splits=0,
+        )  # fmt: skip
+        options |= {"seqused_k": used, "scheduler_metadata": metadata}
+        return lambda: operators.fwd(q, k, v, num_splits=0, **options)
+
+    def backward(self, request: Request, problem: Problem, dout: Tensor) -> Backward:
+        operators = _load_fa3(self.folder)
+        q, k, v = (x.detach() for x in (request.q, request.k, request.v))
+        with torch.no_grad():
+            out, lse = self._forward(request, problem)()[:2]
+        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+        options: dict[str, Any] = {"is_causal": problem.mask.is_causal, "softmax_scale": problem.score.scale}
+        left, right = _window(problem)
+        if (left, right) != (-1, -1):
+            options |= {"window_size_left": left, "window_size_right": right}
+        if problem.layout is Layout.VARLEN:
+            options |= _packed(request)
+
+        def run() -> tuple[Tensor, ...]:
+            operators.bwd(dout, q, k, v, out, lse, dq, dk, dv, **options)
+            return dq, dk, dv
+
+        return run
+
+
+@dataclass(frozen=True)
+class Flex:
+    """torch's flex_attention, compiled."""
+
+    name: str = "flex"
+
+    def why_not(self, problem: Problem, device: Device) -> str | None:
+        if device.kind != "cuda":
+            return "on a CPU it has no backward, and compiles with a C++ compiler"
+        return missing(problem, BANDS | {"grouped queries", "softcap"})
+
+    def forward(self, request: Request, problem: Problem) -> Forward:
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        shape, mask, score = problem.shape, problem.mask, problem.score
+        offset = shape.seqlen_k - shape.seqlen_q
+        left, right = (math.inf if side is None else side for side in (mask.left, mask.right))
+        block_mask = None
+        if not mask.is_full:
+
+            def keep(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+                return (j >= i + offset - left) & (j <= i + offset + right)
+
+            block_mask = create_block_mask(keep, None, None, shape.seqlen_q, shape.seqlen_k, device=str(request.q.device))
+
+        def cap(x: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return score.softcap * torch.tanh(x / score.softcap)
+
+        q, k, v = (x.transpose(1, 2) for x in (request.q, request.k, request.v))
+        options: dict[str, Any] = {"score_mod": cap if score.softcap else None, "block_mask": block_mask}
+        options |= {"scale": score.scale, "enable_gqa": shape.group > 1}
+        return lambda: _compiled_flex()(q, k, v, **options).transpose(1, 2)
+
+    def backward(self, request: Request, problem: Problem, dout: Tensor) -> Backward:
+        return through_autograd(self, request, problem, dout)
+
+
+@cache
+def _compiled_flex() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+@cache
+def _load_fa3(folder: Path) -> Any:
+    runtime = folder / "libcudart.so.12"
+    if runtime.is_file():
+        ctypes.CDLL(str(runtime))
+    torch.ops.load_library(str(folder / "fa3.so"))
+    return torch.ops.flash_attn_3
+
+
+def _packed(request: Request) -> dict[str, Any]:
+    return {
+        "cu_seqlens_q": request.cu_seqlens_q,
+        "cu_seqlens_k": request.cu_seqlens_k,
+        "max_seqlen_q": longest(request.cu_seqlens_q),
+        "max_seqlen_k": longest(request.cu_seqlens_k),
+    }
+
+
+def _first(result: Any) -> Tensor:
+    return result[0] if isinstance(result, tuple) else result
+
+
+def _importable(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # the parent package is missing
+        return False
+
+
+def peers(fa3_folder: Path | None = None) -> dict[str, Peer]:
+    """Every peer by name, whether or not it can run here: each says so itself (`Peer.why_not`)."""
+    fa3: Peer = FlashPackage("fa3", "flash_attn_interface") if fa3_folder is None else Fa3Operators(fa3_folder)
+    everyone: tuple[Peer, ...] = (
+        Sdpa(),
+        Eager(),
+        Sdpa("cudnn", SDPBackend.CUDNN_ATTENTION),
+        TorchFlash(),
+        fa3,
+        FlashPackage("fa4", "flash_attn.cute"),
+        Flex(),
+    )
+    return {peer.name: peer for peer in everyone}
+
+
+DEFAULT_PEERS = {"cpu": ("sdpa", "eager"), "cuda": ("cudnn", "fa2", "fa3", "fa4")}
+"""The peers that a benchmark times unless told otherwise, by the device's kind; those that can't run are left out."""

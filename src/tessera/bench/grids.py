@@ -1,0 +1,156 @@
+"""Named grids: the cells that a benchmark runs, in the order in which a person reads them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import Enum
+
+import torch
+
+from tessera.bench.cells import Cell, Direction
+from tessera.cases import Case
+
+
+class Metric(Enum):
+    """What a grid is bound by, hence how its cells are quoted."""
+
+    TFLOPS = "TFLOP/s"
+    GFLOPS = "GFLOP/s"
+    BANDWIDTH = "GB/s"
+
+    def rate(self, flops: int, moved_bytes: int, seconds: float) -> float:
+        """Work over time in this metric's unit."""
+        return {
+            Metric.TFLOPS: flops / 1e12,
+            Metric.GFLOPS: flops / 1e9,
+            Metric.BANDWIDTH: moved_bytes / 1e9,
+        }[self] / seconds
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A named list of cases. `device` is the kind ("cpu", "cuda") and `dtype` the dtype that it is meant for."""
+
+    name: str
+    about: str
+    cases: tuple[Case, ...]
+    dtype: torch.dtype
+    device: str
+    metric: Metric = Metric.TFLOPS
+
+    def cells(self, direction: Direction = Direction.FORWARD, dtype: torch.dtype | None = None) -> tuple[Cell, ...]:
+        """The grid's cells in one direction, in its own dtype or another."""
+        return tuple(Cell(case, dtype or self.dtype, direction) for case in self.cases)
+
+
+def _length(tokens: int) -> str:
+    return f"{tokens // 1024}k" if tokens >= 1024 and tokens % 1024 == 0 else str(tokens)
+
+
+def _named(case: Case) -> Case:
+    """The case under a name that says what it is: "family, size"."""
+    heads = "" if case.heads_q == case.heads_kv else f" h{case.heads_q}/{case.heads_kv}"
+    mask = "causal" if case.causal else "full"
+    if case.window is not None:
+        mask = f"window {case.window[0]}"
+    score = f" softcap {case.softcap:g}" if case.softcap else ""
+    length = _length(case.seqlen_k) if case.seqlen_q == case.seqlen_k else f"{case.seqlen_q}x{_length(case.seqlen_k)}"
+    batch = f"b{case.batch} " if case.seqlen_q == 1 else ""
+    if case.lengths_k is not None:
+        length, batch = f"{len(case.lengths_k)}x{_length(max(case.lengths_k))}", "packed "
+    return replace(case, name=f"d{case.head_dim}{heads} {mask}{score}, {batch}{length}")
+
+
+def family_of(name: str) -> tuple[str, str]:
+    """A cell's name as (family, size): what its neighbours in a figure share, and where it stands among them."""
+    family, _, size = name.rpartition(", ")
+    return family, size
+
+
+def square(head_dim: int, seqlen: int, batch: int, heads: int, **options: object) -> Case:
+    """A named case with seqlen_q = seqlen_k and, unless `options` say otherwise, as many key/value heads as query heads."""
+    case = Case("", batch, seqlen, seqlen, heads, heads, head_dim)
+    return _named(replace(case, **options))  # type: ignore[arg-type]
+
+
+TOKENS = 16384
+"""Tokens in a batch of the papers' figures; their hidden size is 2048."""
+_LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
+
+
+def _paper(lengths: tuple[int, ...]) -> tuple[Case, ...]:
+    """The figures of FlashAttention-3, section 4.1: 16384 tokens, hidden 2048, full and causal."""
+    return tuple(
+        square(dim, seqlen, TOKENS // seqlen, 2048 // dim, causal=causal)
+        for dim in (64, 128, 256)
+        for causal in (False, True)
+        for seqlen in lengths
+    )
+
+
+def _decode() -> tuple[Case, ...]:
+    """One query token beside a cache: batch and cached tokens as an inference server meets them, 32 heads over 8."""
+    sizes = ((1, 8192), (1, 131072), (16, 8192), (16, 32768), (64, 8192))
+    return tuple(_named(Case("", batch, 1, cached, 32, 8, 128)) for batch, cached in sizes)
+
+
+_MIXED = (64, 4096, 128, 512, 2048, 256, 1024, 3072, 192, 640, 1536, 2816)
+"""Packed sequences of very different lengths, 16384 tokens in all."""
+
+_GRIDS = (
+    Grid(
+        "cpu-quick",
+        "seconds on any CPU: 4 heads, d 64, float32",
+        tuple(square(64, seqlen, 1, 4, causal=causal) for causal in (False, True) for seqlen in (256, 512, 1024)),
+        torch.float32,
+        "cpu",
+        Metric.GFLOPS,
+    ),
+    Grid(
+        "cpu",
+        "what a CPU meets: 8 heads, d 64 and 128, windows and softcap, float32",
+        (
+            *(square(64, seqlen, 1, 8, causal=causal) for causal in (False, True) for seqlen in (512, 1024, 2048, 4096, 8192)),
+            *(square(128, seqlen, 1, 8, causal=True) for seqlen in (1024, 4096)),
+            square(64, 2048, 1, 8, heads_kv=2, causal=True),
+            square(64, 8192, 1, 8, window=(256, 0)),
+            square(64, 4096, 1, 8, softcap=20.0, causal=True),
+        ),
+        torch.float32,
+        "cpu",
+        Metric.GFLOPS,
+    ),
+    Grid("paper", "the papers' figures: 16384 tokens, hidden 2048, bf16", _paper(_LENGTHS), torch.bfloat16, "cuda"),
+    Grid("paper-quick", "three lengths of the papers' figures", _paper((1024, 4096, 16384)), torch.bfloat16, "cuda"),
+    Grid(
+        "gqa",
+        "grouped queries: 32 query heads over 8, d 128, 16384 tokens, bf16",
+        tuple(square(128, s, TOKENS // s, 32, heads_kv=8, causal=c) for c in (False, True) for s in _LENGTHS[1:]),
+        torch.bfloat16,
+        "cuda",
+    ),
+    Grid(
+        "window",
+        "sliding windows: d 128, 16 heads, 16384 tokens, bf16",
+        tuple(square(128, s, TOKENS // s, 16, window=(w, 0)) for w in (256, 1024, 4096) for s in (4096, 8192, 16384) if s > w),
+        torch.bfloat16,
+        "cuda",
+    ),
+    Grid(
+        "varlen",
+        "packed sequences of 64 to 4096 tokens, 16384 in all, d 128, 16 heads, bf16",
+        tuple(square(128, 1, 1, 16, lengths_q=_MIXED, lengths_k=_MIXED, causal=causal) for causal in (False, True)),
+        torch.bfloat16,
+        "cuda",
+    ),
+    Grid(
+        "decode",
+        "one query token over a cache, 32 heads over 8, d 128, bf16",
+        _decode(),
+        torch.bfloat16,
+        "cuda",
+        Metric.BANDWIDTH,
+    ),
+)  # fmt: skip
+
+GRIDS: dict[str, Grid] = {grid.name: grid for grid in _GRIDS}

@@ -1,0 +1,24 @@
+"""The commands of `tessera`: each is a function in a module of its own; this file only makes them one program.
+
+Exit codes: 0 all is well; 1 something was computed wrong, lost or missing; 2 bad input; 3 no backend can run it.
+"""
+
+from __future__ import annotations
+
+import typer
+
+from tessera.commands.bench import bench
+from tessera.commands.check import check
+from tessera.commands.demo import demo
+from tessera.commands.doctor import doctor
+from tessera.commands.explain import explain
+
+app = typer.Typer(
+    name="tessera",
+    help="Exact attention in tiles: on a Hopper GPU at the speed of the chip, on any CPU without a change to the program.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_show_locals=False,
+)
+for _command in (demo, doctor, explain, check, bench):
+    app.command()(_command)

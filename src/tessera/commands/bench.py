@@ -1,0 +1,182 @@
+"""`tessera bench`: a named grid, ours and the peers in turns. A thin skin over tessera.bench."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from tessera.bench import flash_peers, machine, plots
+from tessera.bench.cells import Cell, Direction
+from tessera.bench.grids import GRIDS, Grid, Metric
+from tessera.bench.peers import Peer, Tessera
+from tessera.bench.report import CellResult, Entry, Outcome, Report
+from tessera.bench.runner import CELL_LIMIT_S, Limits, run
+from tessera.commands import screen
+from tessera.commands.options import DTYPES, DtypeOption, usable_device
+from tessera.dispatch import BACKENDS
+
+_DRAW = {Outcome.REFUSED: "[dim]-[/]", Outcome.WRONG: "[bad]wrong[/]", Outcome.FAILED: "[bad]failed[/]"}
+
+
+def bench(
+    grid: Annotated[str | None, typer.Option(help="One of the grids below; a quick one by default.")] = None,
+    peers: Annotated[str | None, typer.Option(help="sdpa, eager, cudnn, fa2, fa3, fa4, flex, with commas.")] = None,
+    backward: Annotated[bool, typer.Option("--backward", help="Time the backward.")] = False,
+    dtype: Annotated[str | None, DtypeOption(help="Instead of the grid's own.")] = None,
+    device: Annotated[str | None, typer.Option(help="A device of this machine; by default the grid's kind.")] = None,
+    backend: Annotated[str | None, typer.Option(help="Our backend; by default the one that dispatch picks.")] = None,
+    only: Annotated[str, typer.Option("-k", help="Only cells whose name contains this.")] = "",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything that was measured here.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the rates here, as PNG.")] = None,
+    fa3_dir: Annotated[Path | None, typer.Option(help="A folder with FlashAttention-3's fa3.so.")] = None,
+    deadline: Annotated[float | None, typer.Option(help="Seconds after which no cell is begun.")] = None,
+    cell_limit: Annotated[float, typer.Option(help="Seconds after which a cell is given up.")] = CELL_LIMIT_S,
+) -> None:
+    """Time Tessera beside its peers on a named grid.
+
+    Every result is first compared with the float64 oracle (or float32 SDPA); who is wrong is not timed. Then all take
+    turns, so that they meet the same clock and the same neighbours; a ratio is the median of the rounds' own ratios, with its
+    quartiles. A cell that fails or hangs costs that cell. The exit code is 1 when a cell of ours has no time.
+
+    Grids:  cpu-quick, cpu;  on a GPU: paper, paper-quick, gqa, window, varlen, decode
+
+    Example:  [bold]tessera bench --grid paper --backward --peers cudnn,fa3 --json out/h200.json --plot out/h200.png[/]
+    """
+    chosen = _grid(grid)
+    where = _device(device or chosen.device)
+    if backend is not None and backend not in BACKENDS:
+        screen.fail(f"--backend={backend!r}: there is no such backend; use one of {', '.join(BACKENDS)}", screen.BAD_INPUT)
+    direction = Direction.BACKWARD if backward else Direction.FORWARD
+    cells = [cell for cell in chosen.cells(direction, DTYPES[dtype] if dtype else None) if only in cell.name]
+    if not cells:
+        screen.fail(f"-k={only!r}: no cell of {chosen.name} has this in its name", screen.BAD_INPUT)
+    contenders: list[Peer] = [Tessera(backend), *_peers(peers, where, fa3_dir)]
+    console = screen.console()
+    console.print(f"[bold]{chosen.name}[/]: {chosen.about}; {direction.value}, {len(cells)} cells on {where}")
+    report = _measure(chosen, cells, contenders, where, Limits(cell_limit, deadline), json_file)
+    _show(console, report)
+    if plot is not None and report.contenders:
+        console.print(f"plot    {plots.rates(report, plot)}", soft_wrap=True)
+    if json_file is not None:
+        console.print(f"figures {json_file}", soft_wrap=True)
+    raise typer.Exit(0 if report.ok else 1)
+
+
+def _grid(name: str | None) -> Grid:
+    if name is None:
+        name = "paper-quick" if torch.cuda.is_available() else "cpu-quick"
+    if name not in GRIDS:
+        screen.fail(f"--grid={name!r}: there is no such grid; use one of {', '.join(GRIDS)}", screen.BAD_INPUT)
+    return GRIDS[name]
+
+
+def _device(name: str) -> str:
+    try:
+        return usable_device(name)
+    except typer.BadParameter as error:
+        screen.fail(f"--device={error}", screen.BAD_INPUT)
+
+
+def _peers(names: str | None, device: str, fa3_dir: Path | None) -> Sequence[Peer]:
+    everyone = flash_peers.peers(fa3_dir)
+    kind = torch.device(device).type
+    wanted = flash_peers.DEFAULT_PEERS[kind] if names is None else [name for name in names.split(",") if name]
+    unknown = [name for name in wanted if name not in everyone]
+    if unknown:
+        screen.fail(f"--peers={unknown[0]!r}: there is no such peer; use some of {', '.join(everyone)}", screen.BAD_INPUT)
+    return [everyone[name] for name in wanted]
+
+
+def _measure(
+    grid: Grid, cells: Sequence[Cell], contenders: Sequence[Peer], device: str, limits: Limits, json_file: Path | None
+) -> Report:
+    """Run the cells under a progress bar. The JSON file is written after each, so that a killed run loses one cell."""
+    here = machine.describe()
+    done: list[CellResult] = []
+
+    def report() -> Report:
+        dtype = str(cells[0].dtype).removeprefix("torch.")
+        own = contenders[0].name
+        return Report(grid.name, cells[0].direction, grid.metric, dtype, device, own, here, tuple(done))
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=screen.errors(), transient=True) as progress:
+        task = progress.add_task(cells[0].name, total=len(cells))
+        for result in run(cells, contenders, device, None, grid.metric, limits):
+            done.append(result)
+            following = cells[len(done)].name if len(done) < len(cells) else ""
+            progress.update(task, advance=1, description=following)
+            if json_file is not None:
+                report().write(json_file)
+    return report()
+
+
+def _show(console: Console, report: Report) -> None:
+    peers = [name for name in report.contenders if name != report.ours]
+    unit = report.metric.value
+    shown = screen.table("cell", f">{report.ours}", *(f">{name}" for name in peers), *(f">over {name}" for name in peers))
+    for cell in report.cells:
+        lost = any(_is_lost(cell.entries.get(name)) for name in peers)
+        name = f"[bad]{cell.name}[/]" if lost else cell.name
+        if cell.note:
+            shown.add_row(name, f"[bad]{screen.escape(cell.note)}[/]")
+            continue
+        rates = [_rate(cell.entries.get(contender), report) for contender in (report.ours, *peers)]
+        shown.add_row(name, *rates, *(_ratio(cell.entries.get(peer)) for peer in peers))
+    console.print(shown)
+    console.print(f"[dim]{unit} (time); 'over': how many times faster {report.ours} is, median of paired rounds (quartiles)[/]")
+    _show_notes(console, report)
+    _show_summary(console, report)
+
+
+def _is_lost(entry: Entry | None) -> bool:
+    return entry is not None and entry.speedup is not None and entry.speedup.median < 1
+
+
+def _rate(entry: Entry | None, report: Report) -> str:
+    if entry is None:
+        return ""
+    if entry.rate is None or entry.seconds is None:
+        return _DRAW[entry.outcome]
+    rate = f"{entry.rate:,.0f}" if entry.rate >= 100 or report.metric is Metric.BANDWIDTH else f"{entry.rate:.3g}"
+    return f"{rate} [dim]({screen.seconds(entry.seconds.median)})[/]"
+
+
+def _ratio(entry: Entry | None) -> str:
+    if entry is None or entry.speedup is None:
+        return ""
+    return f"[{'bad' if _is_lost(entry) else 'good'}]{entry.speedup}[/]"
+
+
+def _show_notes(console: Console, report: Report) -> None:
+    """Why entries are missing, each reason once, with the number of cells it touched."""
+    reasons: dict[tuple[str, str, Outcome], int] = {}
+    for cell in report.cells:
+        for name, entry in cell.entries.items():
+            if entry.note:
+                key = (name, entry.note, entry.outcome)
+                reasons[key] = reasons.get(key, 0) + 1
+    for (name, note, outcome), count in reasons.items():
+        style = "dim" if outcome is Outcome.REFUSED else "bad"
+        cells = f"{count} cell{'s' if count > 1 else ''}"
+        console.print(f"[{style}]{name} {outcome.value} in {cells}: {screen.escape(note)}[/]", soft_wrap=True)
+
+
+def _show_summary(console: Console, report: Report) -> None:
+    lost = report.lost()
+    console.print()
+    for loss in lost:
+        sure = "" if loss.speedup.high < 1 else "  [dim](within the spread)[/]"
+        console.print(f"[bad]behind {loss.peer}[/]  {loss.cell}: {loss.speedup}{sure}")
+    means = ", ".join(f"{name} [bold]{value:.3f}[/]" for name, value in report.geomeans().items())
+    if means:
+        console.print(f"{report.ours} over each peer, geometric mean: {means}")
+    best = report.against_best()
+    if best is not None and len(report.geomeans()) > 1:
+        console.print(f"{report.ours} over the best peer of each cell: [bold]{best:.3f}[/]")

@@ -1,0 +1,70 @@
+"""What the commands share of the terminal: the console, colours, numbers as people read them, endings."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NoReturn
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.theme import Theme
+
+__all__ = ["BAD_INPUT", "UNSUPPORTED", "console", "escape", "fail", "print_json", "seconds", "size", "table"]
+
+BAD_INPUT = 2
+UNSUPPORTED = 3
+
+_THEME = Theme({"good": "green", "bad": "bold red", "dim": "bright_black", "ours": "bold green", "key": "cyan"})
+
+_NARROWEST = 110
+"""Columns that tables are laid out for where the output is no terminal (a file, a pipe)."""
+
+
+def console() -> Console:
+    """Standard output as a rich console."""
+    plain = Console(theme=_THEME, highlight=False)
+    return plain if plain.is_terminal else Console(theme=_THEME, highlight=False, width=max(plain.width, _NARROWEST))
+
+
+def errors() -> Console:
+    """Standard error as a rich console."""
+    return Console(theme=_THEME, highlight=False, stderr=True)
+
+
+def table(*headings: str, title: str | None = None) -> Table:
+    """A table with a rule under its head and none elsewhere; a heading that begins with ">" is aligned to the right."""
+    made = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    for heading in headings:
+        right = heading.startswith(">")
+        made.add_column(heading.removeprefix(">"), justify="right" if right else "left", no_wrap=right)
+    return made
+
+
+def print_json(data: Any) -> None:
+    """`data` as JSON on standard output, with no colours: for programs."""
+    typer.echo(json.dumps(data, indent=1))
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Print a message on standard error and end with an exit code."""
+    errors().print(f"[bad]error[/]  {escape(message)}", soft_wrap=True)
+    raise typer.Exit(code)
+
+
+def seconds(value: float) -> str:
+    """A duration with three digits: 812 us, 16.0 ms, 2.31 s."""
+    unit, factor = next(((unit, f) for unit, f in (("s", 1.0), ("ms", 1e-3)) if value >= f), ("us", 1e-6))
+    return f"{_three_digits(value / factor)} {unit}"
+
+
+def size(value: float) -> str:
+    """Bytes with three digits: 512 B, 33.6 MB, 8.59 GB."""
+    unit, factor = next(((unit, f) for unit, f in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if value >= f), ("B", 1.0))
+    return f"{_three_digits(value / factor)} {unit}"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:,.{0 if value >= 100 else 1 if value >= 10 else 2}f}"

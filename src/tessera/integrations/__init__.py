@@ -1,0 +1,1 @@
+"""Tessera inside other libraries. Each module imports its library itself, when it is imported or first used."""

@@ -1,0 +1,22 @@
+"""Kernels from description to launch: compile (without a GPU too), cache on disk, load, launch in about two microseconds.
+
+    spec = jit.KernelSpec(kernel="package.module:function", arguments=(...), constants=(...))
+    kernel = jit.load(spec, device_index)
+    kernel(jit.current_stream(device_index), grid_x, 1, 1, kernel.tiles[0](address, shape, strides), pointer, number)
+
+Importing this imports neither Triton nor CUDA; a compile imports Triton, a launch libcuda.
+"""
+
+from tessera.jit.binary import Binary, Descriptor
+from tessera.jit.cache import clear as clear_cache
+from tessera.jit.cache import info as cache_info
+from tessera.jit.compiler import compile, compiles, warmup
+from tessera.jit.launcher import Kernel, current_stream, load
+from tessera.jit.spec import Dtype, KernelSpec, Pointer, Scalar, Tiles, Variant
+from tessera.jit.tensormap import TileEncoder, why_not_tma
+from tessera.jit.toolchain import NoTritonError
+
+__all__ = [
+    "Binary", "Descriptor", "Dtype", "Kernel", "KernelSpec", "NoTritonError", "Pointer", "Scalar", "TileEncoder", "Tiles",
+    "Variant", "cache_info", "clear_cache", "compile", "compiles", "current_stream", "load", "warmup", "why_not_tma",
+]  # fmt: skip

@@ -1,0 +1,194 @@
+"""The one file that knows Triton's versions (3.6 to 3.9: those that torch 2.11 to 2.15 bring).
+
+Kernel files take Gluon's names from here, the compiler takes its way from a function to PTX. Importing this module
+imports Triton, so only kernel files do, and `tessera.jit` when it compiles.
+
+Sources: Triton's `experimental/gluon`, `compiler/compiler.py`, `backends/nvidia/{compiler,driver}.py` at v3.6.0, v3.7.1,
+v3.8.0 and v3.9.0. The kernel ABI is the same in all four: a tensor descriptor becomes a 128-byte CUtensorMap by value,
+one int32 a dimension (sizes) and one int64 a dimension (strides); constexprs vanish; two pointers (global and profile
+scratch) come last.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler.compiler import make_backend
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.language import core
+from triton.runtime.jit import JITCallable
+
+from tessera.jit.binary import Descriptor
+from tessera.jit.spec import Dtype, KernelSpec, Pointer, Scalar, Tiles
+
+__all__ = [
+    "aggregate", "barrier", "fence_async_shared", "gl", "gluon", "mbarrier", "tma_load", "tma_reduce_add", "tma_store",
+    "tma_store_wait", "warpgroup_mma", "warpgroup_mma_wait",
+]  # fmt: skip
+
+VERSION = tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:2])
+
+# Names that moved: thread_barrier -> barrier in 3.7, _aggregate -> aggregate in 3.8, tma.async_copy_* -> async_load and
+# async_store in 3.8, where the old names remain, and raise from 3.9 on. So the new name is looked for first.
+aggregate = gluon.aggregate if hasattr(gluon, "aggregate") else core._aggregate
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+tma_store_wait = tma.store_wait
+
+if hasattr(tma, "async_atomic_add"):
+    tma_reduce_add = tma.async_atomic_add
+else:
+
+    @builtin
+    def tma_reduce_add(tensor_desc, coord, src, _semantic=None):  # type: ignore[no-untyped-def]
+        """Add a block of shared memory to global memory through TMA: Gluon 3.6 and 3.7 have the operation, but no name."""
+        from triton._C.libtriton import ir
+
+        coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+        _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor_desc.handle, coord, src.handle)
+
+
+_GLUON_DTYPES = {
+    "i8": gl.int8, "u8": gl.uint8, "i16": gl.int16, "u16": gl.uint16, "i32": gl.int32, "u32": gl.uint32,
+    "i64": gl.int64, "u64": gl.uint64, "fp8e4nv": gl.float8e4nv, "fp8e5": gl.float8e5, "fp16": gl.float16,
+    "bf16": gl.bfloat16, "fp32": gl.float32, "fp64": gl.float64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """What Triton made of a spec, before ptxas. Sizes in bytes."""
+
+    ptx: str
+    entry: str
+    warps: int
+    shared: int
+    scratch: int
+    descriptors: tuple[Descriptor, ...]
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """What ptxas made of it: the binary and everything it said (Triton itself hides warnings)."""
+
+    cubin: bytes
+    messages: str
+
+
+class AssemblerError(RuntimeError):
+    """ptxas refused its input, or crashed; the message holds its words."""
+
+
+def lower(spec: KernelSpec, function: Any) -> Lowered:
+    """Takes a Gluon function to PTX for the spec's target. No GPU needed. Triton's own errors pass through."""
+    from triton._C.libtriton import ir
+
+    backend = make_backend(GPUTarget("cuda", spec.capability, 32))
+    options = backend.parse_options(
+        # fp_fusion: 3.9 warns where it is left open, and its default flips in 3.10.
+        {"num_warps": spec.num_warps, "num_ctas": spec.num_ctas, "maxnreg": spec.maxnreg, "enable_fp_fusion": spec.fp_fusion}
+    )
+    source = _ast_source(spec, function)
+    stages: dict[str, Callable[[Any, dict[str, Any]], Any]] = {}
+    backend.add_stages(stages, options, source.language)
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    metadata: dict[str, Any] = dict(options.__dict__)
+    module = source.make_ir(
+        backend.target, options, backend.get_codegen_implementation(options), backend.get_module_map(), context
+    )
+    for name in ("ttgir", "llir", "ptx"):
+        module = stages[name](module, metadata)
+    described = metadata.get("tensordesc_meta") or []
+    tiles = spec.tiles
+    if len(described) != len(tiles):
+        raise RuntimeError(f"{spec.kernel}: Triton kept {len(described)} of {len(tiles)} tensor descriptors")
+    return Lowered(
+        ptx=module,
+        entry=metadata["name"],
+        warps=metadata["num_warps"],
+        shared=metadata["shared"],
+        scratch=(metadata.get("global_scratch_size") or 0) + (metadata.get("profile_scratch_size") or 0),
+        descriptors=tuple(
+            Descriptor(tile.element, tuple(meta["block_size"]), meta["swizzle"])
+            for tile, meta in zip(tiles, described, strict=True)
+        ),
+    )
+
+
+def _ast_source(spec: KernelSpec, function: Any) -> GluonASTSource:
+    """Triton's description of the call, in the order of the function's parameters, nothing specialised on a value."""
+    arguments, constants = dict(spec.arguments), dict(spec.constants)
+    names: list[str] = function.arg_names
+    described = [name for name in names if name not in constants]
+    if list(arguments) != described or set(constants) - set(names):
+        raise TypeError(
+            f"{spec.kernel} takes {', '.join(names)}; the spec gives arguments {', '.join(arguments)} "
+            f"and constants {', '.join(constants)} (arguments in the kernel's order, each parameter once)"
+        )
+    signature, attributes = {}, {}
+    for index, name in enumerate(names):
+        signature[name] = "constexpr" if name in constants else _type_name(arguments[name])
+        argument = arguments.get(name)
+        if isinstance(argument, (Pointer, Scalar)) and argument.align > 1:
+            attributes[(index,)] = [["tt.divisibility", argument.align]]
+    values = {(names.index(name),): _gluon_constant(value) for name, value in constants.items()}
+    return GluonASTSource(function, signature, values, attributes)
+
+
+def _type_name(argument: Pointer | Scalar | Tiles) -> str:
+    if isinstance(argument, Pointer):
+        return "*" + argument.element
+    if isinstance(argument, Scalar):
+        return argument.element
+    block = list(argument.block)
+    layout = gl.NVMMASharedLayout.get_default_for(block, _GLUON_DTYPES[argument.element])
+    return f"tensordesc<{argument.element}{block},{layout!r}>"
+
+
+def _gluon_constant(value: Any) -> Any:
+    if isinstance(value, Dtype):
+        return _GLUON_DTYPES[value.name]
+    return tuple(_gluon_constant(item) for item in value) if isinstance(value, tuple) else value
+
+
+def assemble(spec: KernelSpec, lowered: Lowered) -> Assembled:
+    """Runs ptxas as Triton does, but keeps what it says. Raises AssemblerError."""
+    flags = ["-lineinfo", "-v", f"--gpu-name={spec.target}"]
+    if not spec.fp_fusion:
+        flags.append("--fmad=false")
+    if VERSION >= (3, 7):
+        flags.append("--regAllocOptLevel=2")  # as Triton passes it from 3.7 on, for an error of ptxas 13
+    ptxas = get_ptxas(spec.capability).path  # 3.9 takes the newer of its two for Hopper
+    with tempfile.TemporaryDirectory(prefix="tessera-") as folder:
+        text, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        text.write_text(lowered.ptx)
+        ran = subprocess.run([ptxas, *flags, str(text), "-o", str(binary)], capture_output=True, text=True)
+        if ran.returncode != 0:
+            raise AssemblerError(f"{spec.kernel}: ptxas ended with {ran.returncode}\n{ran.stderr[-4000:]}")
+        return Assembled(binary.read_bytes(), ran.stderr.replace(folder + "/", ""))
+
+
+def is_jitted(value: object) -> bool:
+    """Whether a global is code that Triton compiles or runs while compiling (jit functions, constexpr functions)."""
+    return isinstance(value, JITCallable)

@@ -1,0 +1,179 @@
+"""The compile gate: every kernel variant, compiled for Hopper on a machine without a GPU, and judged by its machine code.
+
+    python -m tessera.jit.gate [--json FILE] [--jobs N] [--variants module:function] [words of names ...]
+
+A wgmma kernel fails silently: ptxas serialises its tensor-core instructions, or spills registers in the main loop, says
+so in messages that Triton hides, and the kernel still gives right results, several times slower. This makes it a failed
+check. Works under every Triton that `compat` knows; run it once under each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import multiprocessing
+import re
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tessera.jit.compiler import obtain
+from tessera.jit.sass import TENSOR_CORE, disassemble, parse
+from tessera.jit.spec import Variant
+from tessera.jit.toolchain import toolchain_key, triton_version
+
+PROVIDERS = ("tessera.backends.hopper.variants:variants",)
+"""Functions that return all the variants that plans can choose."""
+
+SHARED_LIMIT = 227 * 1024
+"""Bytes of shared memory that one block may have on Hopper (CUDA C++ Programming Guide, "Compute Capabilities")."""
+REGISTER_FILE = 64 * 1024
+"""32-bit registers of one SM."""
+COUNTED = ("HGMMA", "QGMMA", "USETMAXREG", "LDL", "STL", "MUFU", "BAR", "UTMALDG", "UTMASTG", "UTMAREDG")
+
+_WARNING = re.compile(r"warning|\(C75\d\d\)|Potential Performance Loss|serializ", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One variant's compile. Sizes in bytes; `loop_*` tell of the main loop: the innermost with the most tensor-core work.
+
+    `spills` are those ptxas counts anywhere (stores, loads); `loop_spills` the local-memory instructions inside any
+    innermost loop with tensor-core instructions. `faults` is empty for a variant that passes.
+    """
+
+    name: str
+    registers: int
+    threads: int
+    shared: int
+    spills: tuple[int, int]
+    loop_spills: int
+    loop_instructions: int
+    loop_tensor_core: int
+    counts: dict[str, int]
+    warnings: tuple[str, ...]
+    seconds: float
+    faults: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        return not self.faults
+
+
+def examine(variant: Variant) -> Verdict:
+    """Compiles a variant (or finds it in the disk cache) and judges it. A failed compile is a fault, not an exception."""
+    start = time.perf_counter()
+    try:
+        binary = obtain(variant.spec)
+        code = parse(disassemble(binary.cubin))
+    except Exception as error:
+        words = f"{type(error).__name__}: {error}"[:2000]
+        return Verdict(variant.name, 0, 0, 0, (0, 0), 0, 0, 0, {}, (), time.perf_counter() - start, (words,))
+    loops = code.tensor_core_loops()
+    main = loops[0] if loops else None
+    warnings = tuple(line.strip() for line in binary.messages.splitlines() if _WARNING.search(line))
+    verdict = Verdict(
+        name=variant.name,
+        registers=binary.registers,
+        threads=binary.threads,
+        shared=binary.shared,
+        spills=binary.spills,
+        loop_spills=sum(loop.spills for loop in loops),
+        loop_instructions=main.instructions if main else 0,
+        loop_tensor_core=main.tensor_core if main else 0,
+        counts={opcode: code.counts[opcode] for opcode in COUNTED},
+        warnings=warnings,
+        seconds=time.perf_counter() - start,
+        faults=(),
+    )
+    return Verdict(**{**vars(verdict), "faults": tuple(_faults(variant, verdict))})
+
+
+def _faults(variant: Variant, verdict: Verdict) -> Iterable[str]:
+    yield from verdict.warnings
+    if verdict.loop_spills:
+        yield f"{verdict.loop_spills} spill instructions (LDL, STL) in loops with tensor-core work"
+    if variant.wgmma and not any(verdict.counts[opcode] for opcode in TENSOR_CORE):
+        yield "no HGMMA or QGMMA: the products do not run on wgmma"
+    if variant.setmaxnreg and not verdict.counts["USETMAXREG"]:
+        yield "no USETMAXREG: registers are not moved between warpgroups"
+    if verdict.shared > SHARED_LIMIT:
+        yield f"{verdict.shared} bytes of shared memory; Hopper has {SHARED_LIMIT} a block"
+    if verdict.registers * verdict.threads > REGISTER_FILE:
+        yield f"{verdict.registers} registers x {verdict.threads} threads exceed the register file"
+
+
+def examine_all(variants: Sequence[Variant], jobs: int = 1) -> tuple[Verdict, ...]:
+    """Judges all variants, `jobs` processes at a time, in the given order."""
+    if jobs <= 1:
+        return tuple(examine(variant) for variant in variants)
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return tuple(pool.map(examine, variants))
+
+
+def collect(providers: Iterable[str] = PROVIDERS, words: Sequence[str] = ()) -> tuple[Variant, ...]:
+    """The variants of all providers ("module:function") whose names hold every one of `words`."""
+    found: list[Variant] = []
+    for provider in providers:
+        module, function = provider.split(":")
+        found += getattr(importlib.import_module(module), function)()
+    return tuple(variant for variant in found if all(word in variant.name for word in words))
+
+
+def table(verdicts: Sequence[Verdict]) -> str:
+    """The verdicts as text, a line each, the faults below."""
+    width = max((len(verdict.name) for verdict in verdicts), default=4)
+    heads = ("regs", "threads", "shared", "spill", "loop", "mma", "spill", *COUNTED)
+    lines = [
+        f"{'':{width}}  {'':>5} {'':>7} {'':>7} {'bytes':>9} {'--- main loop ---':>17}",
+        f"{'variant':{width}}  {heads[0]:>5} {heads[1]:>7} {heads[2]:>7} {'st/ld':>9} {'instr':>5} {'mma':>5} {'spill':>5}  "
+        + " ".join(f"{opcode:>{max(4, len(opcode))}}" for opcode in COUNTED)
+        + "  verdict",
+    ]
+    for one in verdicts:
+        counts = " ".join(f"{one.counts.get(opcode, 0):>{max(4, len(opcode))}}" for opcode in COUNTED)
+        spills = f"{one.spills[0]}/{one.spills[1]}"
+        lines.append(
+            f"{one.name:{width}}  {one.registers:>5} {one.threads:>7} {one.shared:>7} {spills:>9} {one.loop_instructions:>5} "
+            f"{one.loop_tensor_core:>5} {one.loop_spills:>5}  {counts}  {'ok' if one.passed else 'FAILED'}"
+        )
+    for one in verdicts:
+        lines += [f"{one.name}: {fault}" for fault in one.faults]
+    passed = sum(one.passed for one in verdicts)
+    lines.append(
+        f"{passed} of {len(verdicts)} pass; {toolchain_key().splitlines()[0]}; {sum(one.seconds for one in verdicts):.0f} s"
+    )
+    return "\n".join(lines)
+
+
+def as_json(verdicts: Sequence[Verdict]) -> str:
+    """The verdicts with the compiler's version, for keeping."""
+    content = {"triton": triton_version(), "toolchain": toolchain_key(), "variants": [asdict(one) for one in verdicts]}
+    return json.dumps(content, indent=1)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns 0 when every variant passes."""
+    parser = argparse.ArgumentParser(prog="python -m tessera.jit.gate", description=__doc__.split("\n\n")[0])
+    parser.add_argument("words", nargs="*", help="only variants whose names hold all of these")
+    parser.add_argument("--json", type=Path, help="also write the verdicts to this file")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that compile at the same time")
+    parser.add_argument("--variants", action="append", help=f"module:function that returns variants (default: {PROVIDERS[0]})")
+    chosen = parser.parse_args(arguments)
+    variants = collect(chosen.variants or PROVIDERS, chosen.words)
+    if not variants:
+        print("no variant has such a name", file=sys.stderr)
+        return 2
+    verdicts = examine_all(variants, chosen.jobs)
+    print(table(verdicts))
+    if chosen.json:
+        chosen.json.write_text(as_json(verdicts))
+    return 0 if all(one.passed for one in verdicts) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,286 @@
+"""The benchmark library: right before fast, in turns, and a cell that fails costs itself alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tessera.bench import GRIDS, Cell, Direction, Limits, Outcome, Schedule, Tessera, accuracy, interleaved, machine, measure, run
+from tessera.bench.cells import flops_by_length
+from tessera.bench.grids import family_of, square
+from tessera.bench.memory import peak_of
+from tessera.bench.peers import Eager, Sdpa, features
+from tessera.bench.report import CellResult, Entry, Report, geomean
+from tessera.bench.timing import Ratio, speedup
+from tessera.cases import CASES, Case
+from tessera.device import Device
+from tessera.mask import Mask
+from tessera.operands import Request, bind
+from tessera.problem import Problem
+
+CPU = Device.named("cpu")
+BRIEF = Schedule(rounds=2, turn_s=0.0)
+SMALL = Case("small, 64", batch=1, seqlen_q=64, seqlen_k=64, heads_q=2, heads_kv=2, head_dim=16)
+
+
+@dataclass(frozen=True)
+class Odd:
+    """A peer that is out of order in one way: `fault` is what it does in its first run."""
+
+    fault: str
+    name: str = "odd"
+
+    def why_not(self, problem: Problem, device: Device) -> str | None:
+        return "out of order" if self.fault == "refuse" else None
+
+    def forward(self, request: Request, problem: Problem):
+        def call() -> Tensor:
+            out = Eager().forward(request, problem)()
+            if self.fault == "raise":
+                raise RuntimeError("out of order")
+            if self.fault == "wrong row":
+                out[:, 3] *= 1.01
+            if self.fault == "nan":
+                out[0, 0, 0, 0] = float("nan")
+            if problem.shape.seqlen_q == SMALL.seqlen_q:  # these two take the process with them
+                if self.fault == "die":
+                    os._exit(7)
+                if self.fault == "hang":
+                    time.sleep(600)
+            return out
+
+        return call
+
+    def backward(self, request: Request, problem: Problem, dout: Tensor):
+        raise AssertionError("not asked for here")
+
+
+class CountingClock:
+    """Says that each call takes as many seconds as it returns."""
+
+    def seconds(self, call, repeats: int) -> float:
+        return sum(call() for _ in range(repeats)) / repeats
+
+
+def test_everybody_takes_a_turn_in_every_round():
+    order = []
+
+    def contender(name: str, seconds: float):
+        return lambda: order.append(name) or seconds
+
+    calls = {"a": contender("a", 2.0), "b": contender("b", 3.0), "c": contender("c", 1.0)}
+    times = interleaved(calls, CountingClock(), Schedule(rounds=6, turn_s=0.0))
+    assert times == {"a": (2.0,) * 6, "b": (3.0,) * 6, "c": (1.0,) * 6}
+    rounds = [order[i : i + 3] for i in range(6, len(order), 3)]  # after two warm-up calls each
+    assert all(sorted(turn) == ["a", "b", "c"] for turn in rounds)
+    assert len({turn[0] for turn in rounds}) == 3  # nobody is always first
+
+
+def test_no_round_begins_after_the_limit():
+    times = interleaved({"a": lambda: 1.0}, CountingClock(), Schedule(rounds=50, turn_s=0.0, limit_s=0.0))
+    assert len(times["a"]) == 2
+
+
+def test_the_ratio_pairs_rounds():
+    """A machine that slows down fourfold in the middle changes no ratio; ratios of medians would be off."""
+    ours, theirs = (1.0, 1.0, 4.0, 4.0, 4.0), (2.0, 2.0, 8.0, 8.0, 8.0)
+    assert speedup(ours, theirs) == Ratio(2.0, 2.0, 2.0)
+    assert speedup((1.0, 1.0, 1.0), (1.0, 2.0, 9.0)).median == 2.0
+
+
+@pytest.mark.parametrize("name", ["varlen", "varlen, cross", "varlen, window", "causal", "window both ways"])
+def test_flops_count_the_scores_of_the_mask(name: str):
+    case = CASES[name]
+    cell = Cell(case, torch.float32)
+    problem, _ = bind(cell.request("cpu"))
+    mask = Mask(problem.mask.left, problem.mask.right)
+    if case.lengths_q is None or case.lengths_k is None:
+        scores = mask.allowed(case.batch, case.seqlen_q, case.seqlen_k).sum().item()
+    else:
+        pairs = zip(case.lengths_q, case.lengths_k, strict=True)
+        scores = sum(mask.allowed(1, rows, keys).sum().item() for rows, keys in pairs)
+    assert cell.flops(problem) == 4 * case.head_dim * case.heads_q * scores
+    assert replace(cell, direction=Direction.BACKWARD).flops(problem) == int(2.5 * cell.flops(problem))
+
+
+def test_packed_flops_without_lengths_are_the_problems_own():
+    problem, _ = bind(CASES["varlen"].request())
+    assert flops_by_length(problem, None, None) == problem.flops()
+
+
+def test_the_papers_grid_is_the_papers():
+    cells = GRIDS["paper"].cells()
+    assert len(cells) == 36
+    for cell in cells:
+        case = cell.case
+        assert case.batch * case.seqlen_q == 16384
+        assert case.heads_q * case.head_dim == 2048
+        assert cell.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=list(GRIDS))
+def test_names_say_family_and_size_and_tell_cells_apart(grid):
+    names = [case.name for case in grid.cases]
+    assert len(set(names)) == len(names)
+    assert all(all(family_of(name)) for name in names)
+
+
+@pytest.mark.parametrize("route", ["oracle", "SDPA", "last rows"])
+@pytest.mark.parametrize("direction", Direction, ids=lambda d: d.value)
+def test_the_standard_passes_right_results_and_catches_one_wrong_row(route: str, direction: Direction, monkeypatch):
+    case = square(16, 128, 2, 4, heads_kv=2, causal=True)
+    if route == "last rows":
+        case = replace(case, causal=False, window=(40, 3))
+    if route != "oracle":
+        monkeypatch.setitem(accuracy.MOST_SCORES, "cpu", 2 * 4 * 128 * 50)
+    request = Cell(case, torch.float32, direction).request("cpu")
+    problem, _ = bind(request)
+    standard = accuracy.standard_for(request, problem)
+    assert route in standard.how
+    ours = Tessera()
+    if direction is Direction.FORWARD:
+        results = [ours.forward(request, problem)().detach()]
+    else:
+        assert standard.dout is not None
+        results = list(ours.backward(request, problem, standard.dout)())
+    assert standard.error(results) < accuracy.allowed_error(problem)
+    for index in range(len(results)):
+        spoilt = [x.clone() for x in results]
+        spoilt[index][1, -5, 0] *= 1.01
+        assert standard.error(spoilt) > accuracy.allowed_error(problem)
+        spoilt[index][1, -5, 0, 0] = float("nan")
+        assert not standard.error(spoilt) <= accuracy.allowed_error(problem)
+
+
+@pytest.mark.parametrize(
+    ("fault", "outcome"),
+    [("raise", Outcome.FAILED), ("wrong row", Outcome.WRONG), ("nan", Outcome.WRONG), ("refuse", Outcome.REFUSED)],
+)
+def test_who_is_wrong_or_fails_is_not_timed(fault: str, outcome: Outcome):
+    result = measure(Cell(SMALL, torch.float32), [Tessera(), Odd(fault), Sdpa()], "cpu", BRIEF)
+    assert result.entries["odd"].outcome is outcome
+    assert result.entries["odd"].note
+    assert result.entries["odd"].seconds is None
+    for name in ("tessera", "sdpa"):
+        assert result.entries[name].outcome is Outcome.TIMED
+    assert result.entries["tessera"].speedup is None
+    assert result.entries["sdpa"].speedup is not None
+
+
+def test_a_backward_cell_times_the_backward_of_each():
+    cell = Cell(replace(SMALL, causal=True), torch.float32, Direction.BACKWARD)
+    result = measure(cell, [Tessera("torch"), Sdpa(), Eager()], "cpu", BRIEF)
+    assert {entry.outcome for entry in result.entries.values()} == {Outcome.TIMED}
+    assert all(entry.error is not None and entry.error < 1e-5 for entry in result.entries.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("fault", "words"), [("die", "died"), ("hang", "given up after")])
+def test_a_cell_that_takes_its_process_costs_itself_alone(fault: str, words: str):
+    cells = [Cell(SMALL, torch.float32), Cell(replace(SMALL, name="other, 48", seqlen_q=48), torch.float32)]
+    limits = Limits(cell_s=2.0 if fault == "hang" else 60.0)
+    if fault == "hang":
+        limits = Limits(cell_s=12.0)
+    lost, measured = run(cells, [Tessera(), Odd(fault)], "cpu", BRIEF, limits=limits)
+    assert words in lost.note
+    assert not lost.entries
+    assert measured.entries["odd"].outcome is Outcome.TIMED
+
+
+def test_no_cell_begins_after_the_deadline():
+    results = list(run([Cell(SMALL, torch.float32)] * 3, [Tessera()], "cpu", BRIEF, limits=Limits(total_s=0.0)))
+    assert len(results) == 3
+    assert all("deadline" in result.note for result in results)
+
+
+def test_peers_say_what_they_lack():
+    softcap, _ = bind(CASES["softcap"].request())
+    assert "softcap" in features(softcap)
+    assert Sdpa().why_not(softcap, CPU) == "no softcap"
+    assert Eager().why_not(softcap, CPU) is None
+    everything, _ = bind(CASES["everything"].request())
+    assert "no alibi, no bias, no dropout" in str(Eager().why_not(everything, CPU))
+
+
+@pytest.mark.parametrize("name", ["full", "gqa", "window", "softcap", "fewer queries, causal", "d192 v128"])
+def test_eager_is_the_formula(name: str):
+    request = CASES[name].request()
+    problem, _ = bind(request)
+    assert Eager().why_not(problem, CPU) is None
+    standard = accuracy.standard_for(request, problem)
+    assert standard.error([Eager().forward(request, problem)()]) < accuracy.allowed_error(problem)
+
+
+def _report() -> Report:
+    def entry(ratio: float | None) -> Entry:
+        own = None if ratio is None else Ratio(ratio, ratio * 0.9, ratio * 1.1)
+        return Entry(Outcome.TIMED, Ratio(1.0, 0.9, 1.1), 2.0, own, 1e-7, 1e-5)
+
+    def cell(name: str, sdpa: float, eager: float) -> CellResult:
+        return CellResult(name, 64, 512, 512, "full", entries={"eager": entry(eager), "tessera": entry(None), "sdpa": entry(sdpa)})
+
+    cells = (cell("d64 full, 512", 0.5, 4.0), cell("d64 full, 1k", 2.0, 0.25), cell("d64 causal, 1k", 1.0, 1.0))
+    return Report("g", Direction.FORWARD, GRIDS["cpu"].metric, "float32", "cpu", "tessera", machine.describe(), cells)
+
+
+def test_the_report_counts_means_and_losses():
+    report = _report()
+    assert report.ok
+    assert report.contenders == ("tessera", "eager", "sdpa")
+    assert report.geomeans() == {"eager": pytest.approx(1.0), "sdpa": pytest.approx(1.0)}
+    assert report.against_best() == pytest.approx(geomean([0.5, 0.25, 1.0]))
+    assert [(loss.cell, loss.peer) for loss in report.lost()] == [("d64 full, 1k", "eager"), ("d64 full, 512", "sdpa")]
+    lost_one = replace(report, cells=(*report.cells, CellResult("x, 1", 64, 1, 1, "full", note="given up after 9 s")))
+    assert not lost_one.ok
+    assert not replace(report, cells=()).ok
+
+
+def test_the_json_is_strict_and_complete(tmp_path: Path):
+    report = _report()
+    spoilt = replace(report.cells[0], entries={"tessera": Entry(Outcome.WRONG, error=float("nan"), allowed=1e-5)})
+    replace(report, cells=(spoilt, *report.cells[1:])).write(tmp_path / "new" / "r.json")
+    data = json.loads((tmp_path / "new" / "r.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert data["schema"] == 1
+    assert data["machine"]["versions"]["torch"] == torch.__version__
+    assert data["cells"][0]["entries"]["tessera"] == data["cells"][0]["entries"]["tessera"] | {"outcome": "wrong", "error": None}
+    assert data["summary"]["ok"] is False
+    assert data["summary"]["lost"][0]["peer"] == "eager"
+
+
+def test_peak_memory_sees_what_a_call_held_for_a_moment():
+    def momentary() -> int:
+        return int(torch.ones(32 << 20, dtype=torch.int8).sum())
+
+    measured = peak_of(momentary)
+    assert measured.result == 32 << 20
+    assert 30 << 20 < measured.peak_bytes < 64 << 20
+
+
+@pytest.mark.slow
+def test_a_fresh_process_shows_what_tiles_save():
+    from tessera.bench.fresh import footprint
+
+    cell = Cell(square(64, 2048, 1, 2), torch.float32)
+    scores = 2 * 2048 * 2048 * 4
+    ours, naive = footprint(Tessera(), cell), footprint(Eager(), cell)
+    assert ours is not None
+    assert naive is not None
+    assert naive.peak_bytes > 1.5 * scores
+    assert ours.peak_bytes < scores / 2
+
+
+def test_the_plot_is_a_picture(tmp_path: Path):
+    plots = pytest.importorskip("tessera.bench.plots")
+    pytest.importorskip("matplotlib")
+    written = plots.rates(_report(), tmp_path / "r.png")
+    assert written.read_bytes().startswith(b"\x89PNG")
+    nothing = replace(_report(), cells=())
+    with pytest.raises(ValueError, match="no cell was timed"):
+        plots.rates(nothing, tmp_path / "n.png")

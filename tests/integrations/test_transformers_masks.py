@@ -1,0 +1,214 @@
+"""The intervals that layers are given against transformers' own dense mask of the same arguments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import LlamaConfig
+from transformers import masking_utils as hf
+
+import tessera.integrations.transformers_masks as masks
+from tessera.integrations.transformers import attention
+from tessera.integrations.transformers_masks import Intervals, key_bounds
+
+BATCH = 2
+LEFT_PADDING = torch.tensor([3, 0])
+DOCUMENT_POSITIONS = torch.cat([torch.arange(4), torch.arange(7), torch.arange(1), torch.arange(12)]).expand(BATCH, -1)
+DOCUMENTS = hf.find_packed_sequence_indices(DOCUMENT_POSITIONS)
+IMAGES = torch.tensor([0] * 3 + [-1] * 5 + [1] * 6 + [-1] * 10).expand(BATCH, -1)
+
+
+def prefix(batch_idx, head_idx, q_idx, kv_idx):
+    """As PaliGemma's: the first 9 positions are seen by all."""
+    return kv_idx < 9
+
+
+FUNCTIONS = {
+    "causal": hf.causal_mask_function,
+    "bidirectional": hf.bidirectional_mask_function,
+    "window": hf.sliding_window_causal_mask_function(5),
+    "window both ways": hf.sliding_window_bidirectional_mask_function(4),
+    "chunks": hf.chunked_causal_mask_function(6, LEFT_PADDING),
+    "packed": hf.packed_sequence_compatibility_function(hf.causal_mask_function, DOCUMENT_POSITIONS, DOCUMENTS),
+    "packed, window": hf.packed_sequence_compatibility_function(
+        hf.sliding_window_causal_mask_function(3), DOCUMENT_POSITIONS, DOCUMENTS
+    ),
+    "images": hf.or_masks(hf.causal_mask_function, hf.blockwise_overlay(IMAGES)),
+    "prefix": hf.or_masks(hf.causal_mask_function, prefix),
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where queries and keys stand."""
+
+    q_length: int
+    kv_length: int
+    q_offset: int | Tensor = 0
+    kv_offset: int = 0
+
+    def arguments(self) -> dict[str, Any]:
+        return vars(self) | {"batch_size": BATCH, "config": LlamaConfig()}
+
+
+PLACES = {
+    "a prompt": Place(24, 24),
+    "a step": Place(1, 24, 23),
+    "some tokens behind a cache": Place(7, 24, 17),
+    "a window's cache": Place(3, 7, 21, 17),
+    "a static cache's prompt": Place(10, 24, torch.tensor(0)),
+    "a static cache's step": Place(1, 24, torch.tensor(11)),
+    "some tokens in a static cache": Place(5, 24, torch.tensor(11)),
+}
+
+
+def padding(side: str, length: int = 24) -> Tensor | None:
+    """(batch, length) bool, False for padding; "early end" is how a static cache's mask is shorter than its keys."""
+    if side == "none":
+        return None
+    mask = torch.ones(BATCH, length, dtype=torch.bool)
+    if side == "left":
+        mask[0, :3] = False
+    elif side == "right":
+        mask[0, -6:] = False
+    elif side == "both":
+        mask[0, :3] = mask[0, -6:] = False
+    elif side == "everything":
+        mask[0] = False
+    elif side == "early end":
+        mask = mask[:, :16]
+    return mask
+
+
+def expanded(bounds: Tensor, place: Place) -> Tensor:
+    """The intervals as (batch, seqlen_q, seqlen_k) bool, by their definition."""
+    begin, end = bounds[:, 0].unbind(1)
+    keys = torch.arange(place.kv_length)
+    allowed = (begin[..., None] <= keys) & (keys < end[..., None])
+    return allowed.expand(BATCH, place.q_length, place.kv_length)
+
+
+@pytest.mark.parametrize("side", ["none", "no", "left", "right", "both", "everything", "early end"])
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_intervals_are_transformers_own_mask(function: str, place: str, side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(masks, "SCORES_AT_ONCE", 5 * BATCH * PLACES[place].kv_length)  # 5 rows at a time
+    arguments = PLACES[place].arguments() | {
+        "mask_function": FUNCTIONS[function], "attention_mask": padding(side), "use_vmap": function == "prefix",
+        "allow_is_causal_skip": False,
+    }  # fmt: skip
+    dense = hf.sdpa_mask(**arguments)[:, 0]
+    bounds = key_bounds(**arguments)
+    assert bounds.dtype == torch.int32
+    assert bounds.shape[:3] == (BATCH, 1, 2)
+    assert torch.equal(expanded(bounds, PLACES[place]), dense)
+
+
+@pytest.mark.parametrize(
+    ("function", "place", "side", "skipped"),
+    [
+        ("causal", "a prompt", "none", True),
+        ("causal", "a prompt", "no", True),
+        ("causal", "some tokens behind a cache", "no", True),
+        ("causal", "a window's cache", "no", True),
+        ("causal", "a prompt", "left", False),
+        ("causal", "a static cache's prompt", "none", False),
+        ("causal", "a static cache's step", "none", False),
+        ("bidirectional", "a prompt", "no", True),
+        ("bidirectional", "a prompt", "right", False),
+        ("window", "a prompt", "none", False),
+        ("packed", "a prompt", "none", False),
+    ],
+)
+def test_no_mask_only_where_the_layers_own_diagonal_is_all(function: str, place: str, side: str, skipped: bool) -> None:
+    arguments = PLACES[place].arguments() | {"mask_function": FUNCTIONS[function], "attention_mask": padding(side)}
+    bounds = key_bounds(**arguments, allow_is_bidirectional_skip=function == "bidirectional")
+    assert (bounds is None) == skipped
+
+
+def test_mask_with_holes_stays_dense() -> None:
+    mask = padding("no")
+    mask[1, 7] = False
+    arguments = PLACES["a prompt"].arguments() | {"attention_mask": mask}
+    with pytest.warns(UserWarning, match=r"not one interval .* dense \(2, 1, 24, 24\) bias"):
+        result = key_bounds(**arguments)
+    assert torch.equal(result, hf.sdpa_mask(**arguments, allow_is_causal_skip=False))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_intervals_say_exactly_what_they_were_made_of_or_that_they_do_not(data: st.DataObject) -> None:
+    rows, keys, step = (data.draw(st.integers(1, 6)) for _ in range(3))
+    bits = data.draw(st.lists(st.booleans(), min_size=rows * keys, max_size=rows * keys))
+    mask = torch.tensor(bits).view(1, rows, keys)
+    found = Intervals.of(mask.split(step, dim=1))
+    keys_of = torch.arange(keys)
+    rebuilt = (found.begin[..., None] <= keys_of) & (keys_of < found.end[..., None])
+    in_order = bool((found.begin.diff() >= 0).all() and (found.end.diff() >= 0).all())
+    assert bool(found.exact) == (in_order and torch.equal(rebuilt, mask))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_every_mask_of_ordered_intervals_is_exact(data: st.DataObject) -> None:
+    rows, keys = data.draw(st.integers(1, 8)), data.draw(st.integers(1, 8))
+    ends = [sorted(data.draw(st.lists(st.integers(0, keys), min_size=rows, max_size=rows))) for _ in range(2)]
+    begin, end = (torch.tensor(side)[None, :, None] for side in ends)
+    keys_of = torch.arange(keys)
+    assert Intervals.of([(begin <= keys_of) & (keys_of < end)]).exact
+
+
+LAYER = torch.nn.Module()
+Q, K = torch.randn(2, 4, 6, 16), torch.randn(2, 2, 9, 16)
+OFFSETS = torch.tensor([0, 6, 12], dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("mask", "options", "message"),
+    [
+        (None, {"output_attentions": True}, "output_attentions=True: the probabilities never exist"),
+        (None, {"cache": object()}, "cache=object: continuous batching"),
+        (None, {"indices": torch.zeros(1)}, "indices=Tensor: sparse attention"),
+        (None, {"block_indices": torch.zeros(1)}, "block_indices=Tensor: sparse attention"),
+        (None, {"sinks": torch.zeros(2, 4, 6, 1)}, "sinks=Tensor: sinks that differ from query to query"),
+        (torch.ones(2, 9, dtype=torch.bool), {}, r"attention_mask=shape \(2, 9\): a layer takes its mask in 4 dimensions"),
+        (torch.zeros(2, 1, 2, 6, dtype=torch.int64), {}, "attention_mask=torch.int64: a mask of integers may mean anything"),
+        (torch.zeros(2, 1, 4, 6, dtype=torch.int32), {}, "the model computes with its mask"),
+        (torch.zeros(2, 1, 2, 5, dtype=torch.int32), {}, "mask.document_begin=shape"),
+        (torch.zeros(2, 1, 6, 8), {}, "does not broadcast"),
+        (
+            torch.zeros(2, 1, 2, 6, dtype=torch.int32), {"cu_seq_lens_q": OFFSETS, "cu_seq_lens_k": OFFSETS},
+            "cu_seq_lens_q=batch of 2: offsets run through the tokens of the whole batch",
+        ),
+        (
+            None, {"cu_seq_lens_q": OFFSETS, "cu_seq_lens_k": OFFSETS, "position_bias": torch.zeros(1, 4, 6, 9)},
+            "position_bias=shape .* packed sequences have no common plane",
+        ),
+    ],
+)  # fmt: skip
+def test_refused_in_words(mask: Tensor | None, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        attention(LAYER, Q, K, K, mask, **options)
+
+
+def test_a_layer_without_a_mask_function() -> None:
+    """A mask of None, as a model without transformers' masks leaves it: the layer's own causality and window, total size 4."""
+    q, k = Q, K[:, :, :6]
+    for causal, seen in ((True, lambda i, j: (j <= i) & (i - j < 4)), (False, lambda i, j: (i - j).abs() < 4)):
+        i, j = torch.arange(6)[:, None], torch.arange(6)
+        keys = k.repeat_interleave(2, dim=1)
+        expected = torch.nn.functional.scaled_dot_product_attention(q, keys, keys, attn_mask=seen(i, j)).transpose(1, 2)
+        out, probabilities = attention(LAYER, q, k, k, None, is_causal=causal, sliding_window=4)
+        torch.testing.assert_close(out, expected)
+        assert probabilities is None
+
+
+def test_last_stride_other_than_one() -> None:
+    strided = Q.transpose(2, 3).contiguous().transpose(2, 3)
+    torch.testing.assert_close(attention(LAYER, strided, K, K, None)[0], attention(LAYER, Q, K, K, None)[0])
