@@ -26,13 +26,13 @@ __all__ = [
     "Unsupported",
     "attention",
     "attention_varlen",
-    "backends",
+    "backend_names",
     "dropout_mask",
     "merge",
     "plan",
 ]
 
 
-def backends() -> tuple[str, ...]:
+def backend_names() -> tuple[str, ...]:
     """The backends' names in the order in which they are asked."""
     return tuple(BACKENDS)

@@ -98,7 +98,7 @@ def attention(
         mask: a tessera.Mask, intersected with `causal` and `window`.
         return_lse: also return lse, natural log of the softmax's denominator (sinks included); differentiable.
         deterministic: two runs agree bit for bit, gradients too.
-        backend: one of tessera.backends(), or None for the first that can.
+        backend: one of tessera.backend_names(), or None for the first that can.
 
     Returns:
         out (batch, seqlen_q, heads_q, head_dim_v) in q's dtype, contiguous; with return_lse also lse (batch, heads_q, seqlen_q),
@@ -260,7 +260,7 @@ def _complete(request: Request, window: Window | None, mask: Mask | None, device
         if value is not None or name in ("q", "k", "v"):
             _check_tensor(name, value)
     if request.backend is not None and not isinstance(request.backend, str):
-        raise bad_type("backend", repr(request.backend), "backends go by name", "use one of tessera.backends(), or None")
+        raise bad_type("backend", repr(request.backend), "backends go by name", "use one of tessera.backend_names(), or None")
     if torch._C._is_any_autocast_enabled():
         request = _autocast(request, device_kind or request.q.device.type)
     if mask is not None or window is not None:

@@ -32,7 +32,11 @@ _known: dict[tuple[object, ...], Prepared] = {}
 def prepare(request: Request) -> tuple[Prepared, Operands]:
     """The prepared plan of a request, checked, and its operands. Raises as `attention` does."""
     key = (*map(_seen, request[:TENSORS]), request[TENSORS:-1], request.seed is None)
-    prepared = _known.get(key)
+    try:
+        prepared = _known.get(key)
+    except TypeError:  # something among the options cannot be hashed: say which
+        check_scalars(request)
+        raise
     if prepared is None:
         problem = describe(request)
         plan = dispatch.select(problem, Device.of(request.q.device), request.backend)

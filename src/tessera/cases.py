@@ -54,13 +54,20 @@ class Case:
         return self.lengths_q is not None
 
     def request(
-        self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0, requires_grad: bool = False
+        self,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+        requires_grad: bool = False,
+        draw_on: torch.device | str = "cpu",
     ) -> Request:
-        """The case's tensors and options. Inputs are N(0, 1), drawn on the CPU: the same on every device."""
-        generator = torch.Generator().manual_seed(seed)
+        """The case's tensors and options. Inputs are N(0, 1), drawn on the CPU: the same on every device; benchmarks,
+        which need many, draw them elsewhere."""
+        generator = torch.Generator(draw_on).manual_seed(seed)
 
         def draw(shape: tuple[int, ...], like: torch.dtype = dtype) -> Tensor:
-            return torch.randn(shape, generator=generator, dtype=torch.float32).to(device=device, dtype=like)
+            drawn = torch.randn(shape, generator=generator, device=draw_on, dtype=torch.float32)
+            return drawn.to(device=device, dtype=like)
 
         q, k, v = (_lay_out(x, self.strides) for x in self._qkv(draw))
         bias = None if self.bias is None else draw(self.bias)
@@ -68,7 +75,7 @@ class Case:
         slopes = None
         if self.alibi is not None:
             shape = (self.heads_q,) if self.alibi == "head" else (self.batch, self.heads_q)
-            slopes = torch.rand(*shape, generator=generator).to(device) * 0.3
+            slopes = torch.rand(*shape, generator=generator, device=draw_on).to(device) * 0.3
         trainable = [x for x in (q, k, v, bias, sinks) if x is not None]
         if requires_grad:
             for x in trainable:
@@ -139,6 +146,7 @@ _PLAIN = (
     Case("head-major strides", strides="head_major", causal=True, seqlen_q=150, seqlen_k=150),
     Case("gapped strides", strides="gapped", seqlen_q=150, seqlen_k=150),
     Case("own scale", softmax_scale=0.3),
+    Case("scale below 0, causal", softmax_scale=-0.3, causal=True),
 )
 _HEAD_DIMS = (8, 16, 32, 40, 72, 80, 96, 128, 160, 192, 256)
 _DIMS = tuple(Case(f"d{d}", head_dim=d, causal=d % 16 == 0, seqlen_q=160, seqlen_k=190) for d in _HEAD_DIMS) + (

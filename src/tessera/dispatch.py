@@ -72,6 +72,7 @@ class Backend(Protocol):
 
 # In order of preference. A module defines BACKEND; it is imported when first asked.
 BACKENDS = {
+    "hopper": "tessera.backends.hopper",
     "cpu": "tessera.backends.cpu",
     "torch": "tessera.backends.cpu.portable",
 }

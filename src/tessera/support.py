@@ -123,6 +123,7 @@ _MASKS = (
 _SCORES = (
     Feature("Scores", "softmax_scale", _vary(softmax_scale=0.3)),
     Feature("Scores", "softmax_scale < 0", _vary(softmax_scale=-0.3)),
+    Feature("Scores", "softmax_scale < 0, causal", _vary(softmax_scale=-0.3, causal=True)),
     Feature("Scores", "softcap", _vary(softcap=20.0)),
     Feature("Scores", "alibi_slopes", _vary(alibi="head")),
     Feature("Scores", "alibi_slopes by batch", _vary(alibi="batch")),

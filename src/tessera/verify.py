@@ -4,12 +4,13 @@
 
 ref is the oracle in float64; eager is the oracle's own arithmetic in the compute dtype on the same inputs; noise is the
 one unit in the last place of the result's dtype at the size of ref, twice what rounding ref alone costs, and 64 units of the
-compute dtype (FlashAttention's test rule, with its ref + 0.3 - 0.3 made explicit).
+compute dtype (FlashAttention's test rule, with its ref + 0.3 - 0.3 made explicit). For gradients the noise holds also what the
+rounding of the stored out does to them through D = rowsum(dO * O).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -73,9 +74,24 @@ def run(request: Request, check_gradients: bool = True) -> list[Comparison]:
     dout = torch.randn(refs[0].shape, generator=generator).to(results[0].dtype).to(results[0].device)
     dlse = torch.randn(refs[1].shape, generator=generator).to(results[1].dtype).to(results[1].device)
     gradients = [_gradients(out, lse, dout, dlse, inputs) for out, lse in (results, refs, eagers)]
-    for name, result, ref, eager in zip(names, *gradients, strict=True):
-        comparisons.append(compare(f"d{name}", result, ref.double(), eager))
+    stored = _gradients_of_stored_out(results[0], *refs, dout, inputs)
+    for name, result, ref, eager, share in zip(names, *gradients, stored, strict=True):
+        compared = compare(f"d{name}", result, ref.double(), eager)
+        on_top = 2 * share.abs().max().item() if share.numel() else 0.0
+        comparisons.append(replace(compared, allowed=compared.allowed + on_top))
     return comparisons
+
+
+def _gradients_of_stored_out(
+    stored: Tensor, out: Tensor, lse: Tensor, dout: Tensor, inputs: list[Tensor]
+) -> tuple[Tensor, ...]:
+    """What the rounding of the stored out does to the gradients through D = rowsum(dO * O): the same as a gradient -dD of lse.
+
+    Every backward that recomputes P pays it. In a sum of few terms, as a sink's gradient is, eager's own error may by luck be
+    far smaller than what low precision costs.
+    """
+    d_error = (dout.double() * (stored.detach().double() - out.detach())).sum(dim=-1).transpose(-1, -2)
+    return _gradients(out, lse, torch.zeros_like(dout), d_error, inputs)
 
 
 def _gradients(out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
@@ -84,4 +100,4 @@ def _gradients(out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor, inputs: lis
     total = (out * dout.to(out.dtype)).sum() + torch.where(rows, lse, 0.0).mul(dlse.to(lse.dtype)).sum()
     if not total.requires_grad:  # no sequence at all: nothing depends on the inputs
         return tuple(torch.zeros_like(x) for x in inputs)
-    return torch.autograd.grad(total, inputs)
+    return torch.autograd.grad(total, inputs, retain_graph=True)

@@ -132,11 +132,11 @@ def test_names_say_family_and_size_and_tell_cells_apart(grid):
     assert all(all(family_of(name)) for name in names)
 
 
-@pytest.mark.parametrize("route", ["oracle", "SDPA", "last rows"])
+@pytest.mark.parametrize("route", ["oracle", "SDPA", "last 50 rows"])
 @pytest.mark.parametrize("direction", Direction, ids=lambda d: d.value)
 def test_the_standard_passes_right_results_and_catches_one_wrong_row(route: str, direction: Direction, monkeypatch):
     case = square(16, 128, 2, 4, heads_kv=2, causal=True)
-    if route == "last rows":
+    if route == "last 50 rows":
         case = replace(case, causal=False, window=(40, 3))
     if route != "oracle":
         monkeypatch.setitem(accuracy.MOST_SCORES, "cpu", 2 * 4 * 128 * 50)
@@ -185,10 +185,7 @@ def test_a_backward_cell_times_the_backward_of_each():
 @pytest.mark.parametrize(("fault", "words"), [("die", "died"), ("hang", "given up after")])
 def test_a_cell_that_takes_its_process_costs_itself_alone(fault: str, words: str):
     cells = [Cell(SMALL, torch.float32), Cell(replace(SMALL, name="other, 48", seqlen_q=48), torch.float32)]
-    limits = Limits(cell_s=2.0 if fault == "hang" else 60.0)
-    if fault == "hang":
-        limits = Limits(cell_s=12.0)
-    lost, measured = run(cells, [Tessera(), Odd(fault)], "cpu", BRIEF, limits=limits)
+    lost, measured = run(cells, [Tessera(), Odd(fault)], "cpu", BRIEF, limits=Limits(cell_s=8.0))
     assert words in lost.note
     assert not lost.entries
     assert measured.entries["odd"].outcome is Outcome.TIMED
@@ -224,7 +221,8 @@ def _report() -> Report:
         return Entry(Outcome.TIMED, Ratio(1.0, 0.9, 1.1), 2.0, own, 1e-7, 1e-5)
 
     def cell(name: str, sdpa: float, eager: float) -> CellResult:
-        return CellResult(name, 64, 512, 512, "full", entries={"eager": entry(eager), "tessera": entry(None), "sdpa": entry(sdpa)})
+        entries = {"eager": entry(eager), "tessera": entry(None), "sdpa": entry(sdpa)}
+        return CellResult(name, 64, 512, 512, "full", entries=entries)
 
     cells = (cell("d64 full, 512", 0.5, 4.0), cell("d64 full, 1k", 2.0, 0.25), cell("d64 causal, 1k", 1.0, 1.0))
     return Report("g", Direction.FORWARD, GRIDS["cpu"].metric, "float32", "cpu", "tessera", machine.describe(), cells)
@@ -256,10 +254,10 @@ def test_the_json_is_strict_and_complete(tmp_path: Path):
 
 def test_peak_memory_sees_what_a_call_held_for_a_moment():
     def momentary() -> int:
-        return int(torch.ones(32 << 20, dtype=torch.int8).sum())
+        return int(torch.ones(32 << 20, dtype=torch.int8)[-1])
 
     measured = peak_of(momentary)
-    assert measured.result == 32 << 20
+    assert measured.result == 1
     assert 30 << 20 < measured.peak_bytes < 64 << 20
 
 

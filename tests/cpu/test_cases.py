@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tessera import calls, dispatch, operators, verify
-from tessera.backends.cpu import ATEN, TILED, aten
+from tessera.backends.cpu import ATEN, TILED, aten, portable
+from tessera.backends.cpu.tiled import Tiles
 from tessera.cases import CASES, Case
 from tessera.device import Device
 from tessera.operands import DTYPES, bind
@@ -29,7 +30,7 @@ def _no_aten(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The cpu backend as it is where torch's kernel computes nothing exactly."""
     dispatch.select.cache_clear()
     monkeypatch.setattr(calls, "_known", {})
-    monkeypatch.setattr(aten, "limits_of", lambda problem, device: "this test wants the tiled kernel")
+    monkeypatch.setattr(aten, "limits_of", lambda *_: "this test wants the tiled kernel")
     yield
     dispatch.select.cache_clear()
 
@@ -56,6 +57,15 @@ def test_cpu_tiled_where_aten_could(name: str, dtype: torch.dtype) -> None:
     _check(CASES[name], dtype, "cpu")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_small_tiles(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of odd sizes and few heads at a time: every loop over tiles runs many times, the softmax's maximum moves."""
+    monkeypatch.setattr(calls, "_known", {})
+    monkeypatch.setattr(portable, "tiles_for", lambda _: Tiles(rows=53, keys=71, scores=2 * 53 * 71))
+    _check(CASES[name], dtype, "torch")
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_torch(name: str) -> None:
     _check(CASES[name], torch.float32, "torch")
@@ -79,3 +89,14 @@ def test_two_runs_agree_bit_for_bit(name: str) -> None:
         runs.append((out, lse, *torch.autograd.grad((out.sum() + lse[lse.isfinite()].sum()), (request.q, request.k, request.v))))
     for first, second in zip(*runs, strict=True):
         assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("name", ["causal", "gqa", "everything", "varlen, cross"])
+def test_two_threads(name: str) -> None:
+    """The suite runs with one thread a process; the kernels split their work by the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        _check(CASES[name], torch.float32, "cpu")
+    finally:
+        torch.set_num_threads(before)

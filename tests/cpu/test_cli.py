@@ -13,8 +13,11 @@ pytest.importorskip("rich")
 from typer.testing import CliRunner
 
 from tessera import cli, dispatch, operators
+from tessera.bench.__main__ import main as bench_main
+from tessera.bench.report import Report
 from tessera.commands import app
 from tessera.commands.corpus import passages
+from tessera.errors import Reason
 
 RUNNER = CliRunner()
 
@@ -24,7 +27,7 @@ def invoke(*arguments: str):
 
 
 def test_missing_packages_are_named_with_the_way_to_get_them(monkeypatch, capsys):
-    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    monkeypatch.setattr(cli, "find_spec", lambda _: None)
     with pytest.raises(SystemExit) as ending:
         cli.main()
     assert ending.value.code == 1
@@ -127,23 +130,16 @@ def test_check_passes_and_counts():
     assert "bf16" in result.output
 
 
-def test_check_lists_refusals_with_their_reason():
-    """float16 causal with a dense bias: what one named backend refuses is neither hidden nor a failure."""
-    refusing = next(iter(dispatch.BACKENDS))
-    if not dispatch.load(refusing).why_not(*_probe()):
-        pytest.skip(f"{refusing} refuses nothing on a CPU")
-    result = invoke("check", "-k", "full", "--backend", refusing)
+def test_check_lists_refusals_with_their_reason(monkeypatch):
+    """What a backend refuses is neither hidden nor a failure."""
+    lacks = Reason("softcap", "15.0", "there is none here", "use softcap=0")
+    monkeypatch.setattr(dispatch.load("torch"), "why_not", lambda problem, _: (lacks,) if problem.score.softcap else ())
+    dispatch.select.cache_clear()
+    result = invoke("check", "-k", "softcap", "--backend", "torch")
+    dispatch.select.cache_clear()
     assert result.exit_code == 0
-    assert "refused:" in result.output
-
-
-def _probe():
-    from tessera.cases import CASES
-    from tessera.device import Device
-    from tessera.operands import bind
-
-    problem, _ = bind(CASES["full"].request())
-    return problem, Device.named("cpu")
+    assert "refused: torch: softcap=15.0: there is none here; use softcap=0" in " ".join(result.output.split())
+    assert "0 passed, 0 failed, 2 refused" in result.output
 
 
 def test_check_fails_where_a_result_is_wrong(monkeypatch):
@@ -172,6 +168,26 @@ def test_bench_measures_reports_and_draws(tmp_path: Path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_bench_shows_and_draws_what_was_measured_elsewhere(tmp_path: Path, capsys):
+    """On a GPU machine with torch alone `python -m tessera.bench` measures; its file is read here, and is what was written."""
+    pytest.importorskip("matplotlib")
+    figures, picture = tmp_path / "b.json", tmp_path / "b.png"
+    assert bench_main(["cpu-quick", "-k", "causal, 256", "--peers", "sdpa,fa4", "--json", str(figures)]) == 0
+    printed = capsys.readouterr().out
+    assert "fa4: refused, flash_attn.cute is not installed" in printed
+    assert Report.read(figures).to_json() == json.loads(figures.read_text())
+    result = invoke("bench", "--report", str(figures), "--plot", str(picture))
+    assert result.exit_code == 0, result.output
+    assert "geometric mean: sdpa" in result.output
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("flags", [("paper", "--device", "cuda:99"), ("cpu", "--peers", "magic"), ("cpu", "-k", "no such cell")])
+def test_the_plain_bench_refuses_bad_input(flags: tuple[str, ...], capsys):
+    assert bench_main(list(flags)) == 2
+    assert "use " in capsys.readouterr().err
+
+
 def test_bench_names_the_reason_why_a_peer_is_missing():
     result = invoke("bench", "-k", "full, 256", "--peers", "fa3,cudnn", "--grid", "cpu-quick")
     assert result.exit_code == 0, result.output
@@ -185,7 +201,15 @@ def test_bench_fails_where_ours_has_no_time():
 
 
 @pytest.mark.parametrize(
-    "flags", [("--grid", "none"), ("--peers", "magic"), ("--backend", "magic"), ("-k", "no such cell"), ("--device", "cuda:99")]
+    "flags",
+    [
+        ("--report", "/nowhere.json"),
+        ("--grid", "none"),
+        ("--peers", "magic"),
+        ("--backend", "magic"),
+        ("-k", "no such cell"),
+        ("--device", "cuda:99"),
+    ],
 )
 def test_bench_refuses_bad_input(flags: tuple[str, ...]):
     assert invoke("bench", *flags).exit_code == 2

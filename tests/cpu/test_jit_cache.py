@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import time
 import warnings
 from pathlib import Path
@@ -89,6 +90,27 @@ def test_a_disk_that_takes_nothing_warns(folder, monkeypatch):
         assert not cache.write("key", BINARY)
     with warnings.catch_warnings(), cache.lock("key") as held:
         assert not held
+
+
+def test_a_shared_folder_serves_every_user(folder):
+    before = os.umask(0o022)
+    try:
+        cache.write("key", BINARY)
+    finally:
+        os.umask(before)
+    assert (folder / cache.LAYOUT / "key.bin").stat().st_mode & 0o777 == 0o644
+
+
+def test_no_home_is_no_cache(monkeypatch):
+    def nowhere():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("TESSERA_CACHE_DIR")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", nowhere)
+    assert cache.read("key") is None
+    with pytest.warns(UserWarning, match="home directory"):
+        assert not cache.write("key", BINARY)
 
 
 def test_where_it_lies(monkeypatch, tmp_path):

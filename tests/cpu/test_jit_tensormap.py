@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from typing import Any
 
 import pytest
@@ -108,16 +109,47 @@ def test_repeated_tensors_cost_a_look_up_and_new_addresses_a_copy(cuda):
     assert (len(cuda.encoded), cuda.moved) == (2, 3)
 
 
-def test_the_oldest_are_forgotten_first(cuda, monkeypatch):
-    monkeypatch.setattr(tensormap, "CAPACITY", 2)
+def test_a_bound_place_is_a_table_by_address(cuda):
     encode = TileEncoder(DESCRIPTOR)
+    place = encode.bind((2, 300, 80), (48000, 160, 1))
+    assert place[4096] is encode(4096, (2, 300, 80), (48000, 160, 1))
+    assert place is encode.bind(torch.Size((2, 300, 80)), (48000, 160, 1))
+    assert dict.get(place, 8192) is None
+    assert place[8192] is place[8192]
+    assert cuda.moved == 2
+
+
+def test_the_oldest_are_forgotten_first(cuda, monkeypatch):
+    monkeypatch.setattr(tensormap, "ADDRESSES", 2)
+    monkeypatch.setattr(tensormap, "PLACES", 2)
+    encode = TileEncoder(DESCRIPTOR)
+    place = encode.bind((1, 64, 64), (4096, 64, 1))
     for address in (0, 16, 32):
-        encode(address, (1, 64, 64), (4096, 64, 1))
-    assert cuda.moved == 3
-    encode(32, (1, 64, 64), (4096, 64, 1))
-    assert cuda.moved == 3
-    encode(0, (1, 64, 64), (4096, 64, 1))
-    assert cuda.moved == 4
+        assert place[address][:8] == address.to_bytes(8, "little")
+    assert list(place) == [16, 32]
+    for rows in (65, 66):
+        encode.bind((1, rows, 64), (4096, 64, 1))
+    assert encode.bind((1, 64, 64), (4096, 64, 1)) is not place
+    assert place[48][:8] == (48).to_bytes(8, "little"), "who holds a place keeps it"
+
+
+def test_threads_share_an_encoder(cuda):
+    encode = TileEncoder(DESCRIPTOR)
+    wrong: list[int] = []
+
+    def work(seed: int) -> None:
+        for step in range(500):
+            address = 16 * ((step * 7 + seed) % 50)
+            if encode(address, (1, 64 + seed % 2, 64), (4096, 64, 1))[:8] != address.to_bytes(8, "little"):
+                wrong.append(address)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert (len(cuda.encoded), cuda.moved) == (2, 100)
 
 
 def test_refusals_carry_their_reasons_and_leave_no_trace(cuda):

@@ -63,7 +63,7 @@ def same(a: Mask, b: Mask) -> bool:
 
 @given(several_masks(3))
 def test_intersection_laws(drawn: tuple[int, int, list[Mask]]) -> None:
-    seqlen_q, seqlen_k, (a, b, c) = drawn
+    _, _, (a, b, c) = drawn
     assert same(a & b, b & a)
     assert same((a & b) & c, a & (b & c))
     assert same(a & a, a)

@@ -160,7 +160,9 @@ def test_gradcheck_sinks(options: dict[str, Any], seqlen_q: int) -> None:
     assert gradcheck(function, (*small(seqlen_q=seqlen_q), leaf(4)))
 
 
-@pytest.mark.parametrize("options", [{}, {"causal": True}, {"softcap": 2.0, "window": (2, 0)}, {"dropout_p": 0.3, "seed": 1}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": True}, {"softcap": 2.0, "window": (2, 0)}, {"dropout_p": 0.3, "seed": 1}], ids=str
+)
 def test_gradcheck_varlen(options: dict[str, Any]) -> None:
     def function(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Any:
         return attention_varlen(q, k, v, OFFSETS_Q, OFFSETS_K, sinks=sinks, return_lse=True, **options)[0]
@@ -410,8 +412,9 @@ def test_expanded_and_strided_upstream_gradients(options: dict[str, Any]) -> Non
     q, k, v = small()
     out, lse = attention(q, k, v, return_lse=True, **options)
     strided = torch.randn(out.shape[::-1], dtype=out.dtype).permute(3, 2, 1, 0)
+    transposed = lse.detach().mT.contiguous().mT
     for dout in (torch.ones((), dtype=out.dtype).expand(out.shape), strided):
-        for dlse in (torch.zeros_like(lse), torch.full((), 0.5, dtype=lse.dtype).expand(lse.shape), lse.detach().mT.contiguous().mT):
+        for dlse in (torch.zeros_like(lse), torch.full((), 0.5, dtype=lse.dtype).expand(lse.shape), transposed):
             got = torch.autograd.grad((out, lse), (q, k, v), (dout, dlse), retain_graph=True)
             want = torch.autograd.grad((out, lse), (q, k, v), (dout.contiguous(), dlse.contiguous()), retain_graph=True)
             for a, b in zip(got, want, strict=True):
@@ -539,3 +542,17 @@ def test_plan_is_what_the_call_does() -> None:
             assert plan(q, k, v, **options).backward is None
     with torch.autocast("cpu", torch.bfloat16):
         assert plan(q, k, v).problem.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("lowest", [-1e30, torch.finfo(torch.float32).min])
+def test_bias_of_huge_negative_numbers(lowest: float) -> None:
+    """Masks as Hugging Face writes them: the lowest finite number masks beside others, and a row of nothing else is even."""
+    q, k, v = small(torch.float32)
+    bias = torch.zeros(5, 7)
+    bias[1, 3:] = lowest
+    bias[2] = lowest
+    out, lse = attention(q, k, v, bias=bias, return_lse=True)
+    torch.testing.assert_close(out[:, 1], attention(q, k[:, :3], v[:, :3])[:, 1])
+    torch.testing.assert_close(out[:, 2], v.mean(dim=1).repeat_interleave(2, dim=1))
+    assert lse.isfinite().all()
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(out.sum(), (q, k, v)))

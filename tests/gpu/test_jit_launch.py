@@ -129,14 +129,6 @@ def test_map_of_a_moved_tensor_equals_one_encoded_afresh(kernel):
     assert moved != encode(first.data_ptr(), (64, 128), (128, 1))
 
 
-def test_remembered_maps_are_bounded(kernel, monkeypatch):
-    monkeypatch.setattr(tensormap, "CAPACITY", 3)
-    encode = tensormap.TileEncoder(kernel.tiles[0].descriptor)
-    made = {rows: encode(4096, (rows, 128), (128, 1)) for rows in range(1, 9)}
-    assert len(encode._arguments) == len(encode._templates) == 3
-    assert all(encode(4096, (rows, 128), (128, 1)) == blob for rows, blob in made.items())
-
-
 def test_graph_capture_loads_inside_and_replays():
     spec = matmul_spec()
     a, b = random(130, 64), random(64, 64)

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers import masking_utils as hf
 
+import tessera.integrations.transformers as integration
 import tessera.integrations.transformers_masks as masks
 from tessera.integrations.transformers import attention
 from tessera.integrations.transformers_masks import Intervals, key_bounds
@@ -88,9 +89,15 @@ def padding(side: str, length: int = 24) -> Tensor | None:
 
 def expanded(bounds: Tensor, place: Place) -> Tensor:
     """The intervals as (batch, seqlen_q, seqlen_k) bool, by their definition."""
-    begin, end = bounds[:, 0].unbind(1)
     keys = torch.arange(place.kv_length)
-    allowed = (begin[..., None] <= keys) & (keys < end[..., None])
+    sides, rows = bounds.shape[2:]
+    if (sides, rows) == (0, 0):
+        allowed = torch.ones(1, 1, 1, dtype=torch.bool)
+    elif (sides, rows) == (1, 0):
+        allowed = (keys <= torch.arange(place.kv_length - place.q_length, place.kv_length)[:, None])[None]
+    else:
+        begin, end = bounds[:, 0].unbind(1)
+        allowed = (begin[..., None] <= keys) & (keys < end[..., None])
     return allowed.expand(BATCH, place.q_length, place.kv_length)
 
 
@@ -101,35 +108,36 @@ def test_intervals_are_transformers_own_mask(function: str, place: str, side: st
     monkeypatch.setattr(masks, "SCORES_AT_ONCE", 5 * BATCH * PLACES[place].kv_length)  # 5 rows at a time
     arguments = PLACES[place].arguments() | {
         "mask_function": FUNCTIONS[function], "attention_mask": padding(side), "use_vmap": function == "prefix",
-        "allow_is_causal_skip": False,
     }  # fmt: skip
-    dense = hf.sdpa_mask(**arguments)[:, 0]
+    dense = hf.sdpa_mask(**arguments, allow_is_causal_skip=False)[:, 0]
     bounds = key_bounds(**arguments)
     assert bounds.dtype == torch.int32
-    assert bounds.shape[:3] == (BATCH, 1, 2)
+    assert bounds.shape[:2] == (BATCH, 1)
     assert torch.equal(expanded(bounds, PLACES[place]), dense)
 
 
 @pytest.mark.parametrize(
-    ("function", "place", "side", "skipped"),
+    ("function", "place", "side", "shape"),
     [
-        ("causal", "a prompt", "none", True),
-        ("causal", "a prompt", "no", True),
-        ("causal", "some tokens behind a cache", "no", True),
-        ("causal", "a window's cache", "no", True),
-        ("causal", "a prompt", "left", False),
-        ("causal", "a static cache's prompt", "none", False),
-        ("causal", "a static cache's step", "none", False),
-        ("bidirectional", "a prompt", "no", True),
-        ("bidirectional", "a prompt", "right", False),
-        ("window", "a prompt", "none", False),
-        ("packed", "a prompt", "none", False),
+        ("causal", "a prompt", "none", (1, 0)),
+        ("causal", "a prompt", "no", (1, 0)),
+        ("causal", "some tokens behind a cache", "no", (1, 0)),
+        ("causal", "a window's cache", "no", (1, 0)),
+        ("causal", "a prompt", "left", (2, 24)),
+        ("causal", "a static cache's prompt", "none", (2, 10)),
+        ("causal", "a static cache's step", "none", (2, 1)),
+        ("bidirectional", "a prompt", "no", (0, 0)),
+        ("bidirectional", "a prompt", "right", (2, 1)),
+        ("window", "a prompt", "none", (2, 24)),
+        ("window", "a step", "none", (2, 1)),
+        ("packed", "a prompt", "none", (2, 24)),
     ],
 )
-def test_no_mask_only_where_the_layers_own_diagonal_is_all(function: str, place: str, side: str, skipped: bool) -> None:
+def test_what_kernels_must_know_ahead_stands_in_the_shape(
+    function: str, place: str, side: str, shape: tuple[int, int]
+) -> None:
     arguments = PLACES[place].arguments() | {"mask_function": FUNCTIONS[function], "attention_mask": padding(side)}
-    bounds = key_bounds(**arguments, allow_is_bidirectional_skip=function == "bidirectional")
-    assert (bounds is None) == skipped
+    assert key_bounds(**arguments).shape == (BATCH, 1, *shape)
 
 
 def test_mask_with_holes_stays_dense() -> None:
@@ -186,10 +194,6 @@ OFFSETS = torch.tensor([0, 6, 12], dtype=torch.int32)
             torch.zeros(2, 1, 2, 6, dtype=torch.int32), {"cu_seq_lens_q": OFFSETS, "cu_seq_lens_k": OFFSETS},
             "cu_seq_lens_q=batch of 2: offsets run through the tokens of the whole batch",
         ),
-        (
-            None, {"cu_seq_lens_q": OFFSETS, "cu_seq_lens_k": OFFSETS, "position_bias": torch.zeros(1, 4, 6, 9)},
-            "position_bias=shape .* packed sequences have no common plane",
-        ),
     ],
 )  # fmt: skip
 def test_refused_in_words(mask: Tensor | None, options: dict[str, Any], message: str) -> None:
@@ -207,6 +211,30 @@ def test_a_layer_without_a_mask_function() -> None:
         out, probabilities = attention(LAYER, q, k, k, None, is_causal=causal, sliding_window=4)
         torch.testing.assert_close(out, expected)
         assert probabilities is None
+
+
+@pytest.mark.parametrize(("sides", "causal"), [(0, False), (1, True)])
+def test_intervals_overrule_the_layer(sides: int, causal: bool) -> None:
+    """Some decoders' layers (BigBird-Pegasus') say that they are not causal."""
+    intervals = torch.empty(2, 1, sides, 0, dtype=torch.int32)
+    out, _ = attention(LAYER, Q, K, K, intervals, is_causal=not causal, sliding_window=2)
+    assert torch.equal(out, attention(LAYER, Q, K, K, None, is_causal=causal)[0])
+
+
+@pytest.mark.parametrize(("sliding_window", "window"), [(9, (None, 0)), (100, (None, 0)), (8, (7, 0))])
+def test_a_window_as_long_as_the_keys_is_none(
+    sliding_window: int, window: tuple[int | None, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Most models' windows are longer than most prompts, and plain causal attention is the faster kernel."""
+    asked: list[Any] = []
+
+    def spy(*_: Tensor, **options: Any) -> Tensor:
+        asked.append((options["mask"].left, options["mask"].right))
+        return Q.transpose(1, 2)
+
+    monkeypatch.setattr(integration, "dense_attention", spy)
+    integration.attention(LAYER, Q, K, K, None, is_causal=True, sliding_window=sliding_window)
+    assert asked == [window]
 
 
 def test_last_stride_other_than_one() -> None:

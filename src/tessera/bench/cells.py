@@ -36,8 +36,9 @@ class Cell:
         return self.case.name
 
     def request(self, device: torch.device | str, seed: int = 0) -> Request:
-        """The cell's tensors on `device`; they want gradients in a backward cell."""
-        return self.case.request(device, self.dtype, seed, requires_grad=self.direction is Direction.BACKWARD)
+        """The cell's tensors, drawn on `device`; they want gradients in a backward cell."""
+        wanted = self.direction is Direction.BACKWARD
+        return self.case.request(device, self.dtype, seed, requires_grad=wanted, draw_on=device)
 
     def flops(self, problem: Problem) -> int:
         """Floating-point operations of the cell's direction: 4 D for each score that the mask leaves, forward."""

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend
 
 from tessera.bench.peers import BANDS, Backward, Eager, Forward, Peer, Sdpa, TorchFlash, longest, missing, through_autograd
 from tessera.device import Device
@@ -205,7 +204,7 @@ def peers(fa3_folder: Path | None = None) -> dict[str, Peer]:
     everyone: tuple[Peer, ...] = (
         Sdpa(),
         Eager(),
-        Sdpa("cudnn", SDPBackend.CUDNN_ATTENTION),
+        Sdpa("cudnn", "CUDNN_ATTENTION"),
         TorchFlash(),
         fa3,
         FlashPackage("fa4", "flash_attn.cute"),

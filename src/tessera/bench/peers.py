@@ -154,10 +154,13 @@ class Eager:
 
 @dataclass(frozen=True)
 class Sdpa:
-    """torch's scaled_dot_product_attention: its own choice of kernel, or one kernel by name."""
+    """torch's scaled_dot_product_attention: its own choice of kernel, or one kernel by its name in SDPBackend.
+
+    (A name, for the enum itself does not pickle.)
+    """
 
     name: str = "sdpa"
-    kernel: SDPBackend | None = None
+    kernel: str | None = None
 
     SERVED = frozenset({"causal", "grouped queries"})
 
@@ -171,14 +174,14 @@ class Sdpa:
     def forward(self, request: Request, problem: Problem) -> Forward:
         q, k, v = (x.transpose(1, 2) for x in (request.q, request.k, request.v))
         causal, grouped, scale = "causal" in features(problem), problem.shape.group > 1, problem.score.scale
-        kernel = self.kernel
 
         def run() -> Tensor:
             out = functional.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped)
             return out.transpose(1, 2)
 
-        if kernel is None:
+        if self.kernel is None:
             return run
+        kernel = getattr(SDPBackend, self.kernel)
 
         def run_on_kernel() -> Tensor:
             with sdpa_kernel(kernel):
@@ -205,7 +208,7 @@ class TorchFlash:
 
     @staticmethod
     def _dense() -> Sdpa:
-        return Sdpa("fa2", SDPBackend.FLASH_ATTENTION)
+        return Sdpa("fa2", "FLASH_ATTENTION")
 
     def forward(self, request: Request, problem: Problem) -> Forward:
         if problem.layout is Layout.DENSE:

@@ -13,7 +13,7 @@ from typing import Any
 
 from tessera.bench.cells import Direction
 from tessera.bench.grids import Metric
-from tessera.bench.machine import Machine
+from tessera.bench.machine import Cpu, Gpu, Machine
 from tessera.bench.timing import Ratio
 
 SCHEMA = 1
@@ -136,6 +136,23 @@ class Report:
         }
         return _plain(data)
 
+    @staticmethod
+    def read(path: Path) -> Report:
+        """The report that `write` wrote. Raises ValueError where the file holds none of this schema."""
+        data = json.loads(path.read_text())
+        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+            raise ValueError(f"{path}: not a benchmark's report of schema {SCHEMA}; write one with --json")
+        here = data["machine"]
+        system = Machine(here["system"], Cpu(**here["cpu"]), tuple(Gpu(**gpu) for gpu in here["gpus"]), here["versions"])
+        cells = []
+        for cell in data["cells"]:
+            entries = {name: _entry(entry) for name, entry in cell["entries"].items()}
+            cells.append(CellResult(**(cell | {"entries": entries})))
+        return Report(
+            data["grid"], Direction(data["direction"]), Metric(data["metric"]), data["dtype"], data["device"], data["ours"],
+            system, tuple(cells), data["date"],
+        )  # fmt: skip
+
     def write(self, path: Path) -> None:
         """Write the JSON form; the folder is made."""
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -151,6 +168,11 @@ def geomean(values: Iterable[float]) -> float:
 def _speedup(cell: CellResult, peer: str) -> Ratio | None:
     entry = cell.entries.get(peer)
     return None if entry is None else entry.speedup
+
+
+def _entry(data: dict[str, Any]) -> Entry:
+    ratios = {name: None if data[name] is None else Ratio(**data[name]) for name in ("seconds", "speedup")}
+    return Entry(**(data | ratios | {"outcome": Outcome(data["outcome"])}))
 
 
 def _plain(value: Any) -> Any:

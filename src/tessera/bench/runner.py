@@ -31,7 +31,7 @@ from tessera.problem import Problem
 CELL_LIMIT_S = 180.0
 """After so long a cell is given up: compiling flex attention's backward takes a minute on a slow machine."""
 _START_LIMIT_S = 120.0
-"""How long a process may take to import torch and to reach its device, on top of its first cell's limit."""
+"""How long a new process may take to import torch and everybody's code."""
 
 
 @dataclass(frozen=True)
@@ -140,9 +140,7 @@ def run(
             if left <= 0:
                 yield _without_result(cell, "not measured: the deadline was over")
                 continue
-            if worker is None:
-                worker = _Worker.start(job)
-                left += 0 if end is not None else _START_LIMIT_S
+            worker = worker or _Worker.start(job)
             result = worker.measure(cell, left)
             if worker.lost:
                 worker.stop()
@@ -168,13 +166,13 @@ class _Worker:
 
     def __init__(self, process: multiprocessing.process.BaseProcess, pipe: Connection):
         self._process, self._pipe = process, pipe
-        self.lost = False
+        self._ready = self.lost = False
 
     @staticmethod
     def start(job: _Job) -> _Worker:
         context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
         here, there = context.Pipe()
-        process = context.Process(target=_serve, args=(there, job), daemon=True)
+        process = context.Process(target=_serve, args=(there, job))  # no daemon: compilers start processes of their own
         process.start()
         there.close()
         return _Worker(process, here)
@@ -182,6 +180,7 @@ class _Worker:
     def measure(self, cell: Cell, limit_s: float) -> CellResult:
         """The cell's result, or a note: `lost` then says that this worker is of no more use."""
         try:
+            self._await_start()
             self._pipe.send(cell)
             if self._pipe.poll(limit_s):
                 answer = self._pipe.recv()
@@ -196,6 +195,15 @@ class _Worker:
             note = f"its process died (exit code {self._process.exitcode})"
         self.lost = True
         return _without_result(cell, note)
+
+    def _await_start(self) -> None:
+        """The process says once that it is ready: starting is not counted against its first cell."""
+        if self._ready:
+            return
+        if not self._pipe.poll(_START_LIMIT_S):
+            raise EOFError
+        self._pipe.recv()
+        self._ready = True
 
     def stop(self) -> None:
         self._pipe.close()
@@ -212,6 +220,7 @@ def _poisons_context(failure: str) -> bool:
 
 def _serve(pipe: Connection, job: _Job) -> None:
     """The worker's side: cells in, results (or a failure in words) out, until the pipe closes."""
+    pipe.send("ready")
     while True:
         try:
             cell = pipe.recv()

@@ -17,7 +17,7 @@ app = typer.Typer(
     name="tessera",
     help="Exact attention in tiles: on a Hopper GPU at the speed of the chip, on any CPU without a change to the program.",
     no_args_is_help=True,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
     pretty_exceptions_show_locals=False,
 )
 for _command in (demo, doctor, explain, check, bench):

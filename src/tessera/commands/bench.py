@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from tessera.bench import flash_peers, machine, plots
-from tessera.bench.cells import Cell, Direction
-from tessera.bench.grids import GRIDS, Grid, Metric
-from tessera.bench.peers import Peer, Tessera
-from tessera.bench.report import CellResult, Entry, Outcome, Report
-from tessera.bench.runner import CELL_LIMIT_S, Limits, run
+from tessera.bench import plots
+from tessera.bench.cells import Direction
+from tessera.bench.grids import Metric
+from tessera.bench.report import Entry, Outcome, Report
+from tessera.bench.runner import CELL_LIMIT_S, Limits
+from tessera.bench.session import Order, quick_grid
 from tessera.commands import screen
-from tessera.commands.options import DTYPES, DtypeOption, usable_device
-from tessera.dispatch import BACKENDS
+from tessera.commands.options import DTYPES, DtypeOption
 
 _DRAW = {Outcome.REFUSED: "[dim]-[/]", Outcome.WRONG: "[bad]wrong[/]", Outcome.FAILED: "[bad]failed[/]"}
 
@@ -35,6 +32,7 @@ def bench(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything that was measured here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the rates here, as PNG.")] = None,
     fa3_dir: Annotated[Path | None, typer.Option(help="A folder with FlashAttention-3's fa3.so.")] = None,
+    saved: Annotated[Path | None, typer.Option("--report", help="Measure nothing: show (and draw) what --json wrote.")] = None,
     deadline: Annotated[float | None, typer.Option(help="Seconds after which no cell is begun.")] = None,
     cell_limit: Annotated[float, typer.Option(help="Seconds after which a cell is given up.")] = CELL_LIMIT_S,
 ) -> None:
@@ -46,75 +44,50 @@ def bench(
 
     Grids:  cpu-quick, cpu;  on a GPU: paper, paper-quick, gqa, window, varlen, decode
 
-    Example:  [bold]tessera bench --grid paper --backward --peers cudnn,fa3 --json out/h200.json --plot out/h200.png[/]
+    Example:  tessera bench --grid paper --backward --peers cudnn,fa3 --json out/h200.json --plot out/h200.png
     """
-    chosen = _grid(grid)
-    where = _device(device or chosen.device)
-    if backend is not None and backend not in BACKENDS:
-        screen.fail(f"--backend={backend!r}: there is no such backend; use one of {', '.join(BACKENDS)}", screen.BAD_INPUT)
-    direction = Direction.BACKWARD if backward else Direction.FORWARD
-    cells = [cell for cell in chosen.cells(direction, DTYPES[dtype] if dtype else None) if only in cell.name]
-    if not cells:
-        screen.fail(f"-k={only!r}: no cell of {chosen.name} has this in its name", screen.BAD_INPUT)
-    contenders: list[Peer] = [Tessera(backend), *_peers(peers, where, fa3_dir)]
     console = screen.console()
-    console.print(f"[bold]{chosen.name}[/]: {chosen.about}; {direction.value}, {len(cells)} cells on {where}")
-    report = _measure(chosen, cells, contenders, where, Limits(cell_limit, deadline), json_file)
+    if saved is None:
+        order = Order(
+            grid or quick_grid(), Direction.BACKWARD if backward else Direction.FORWARD, None if dtype is None else DTYPES[dtype],
+            device, backend, None if peers is None else tuple(peers.split(",")), only, fa3_dir, Limits(cell_limit, deadline),
+        )  # fmt: skip
+        report = _measure(console, order, json_file)
+    else:
+        report = _read(saved)
+        console.print(f"[bold]{report.grid}[/]: {report.direction.value}, measured {report.date} on {report.device}")
     _show(console, report)
     if plot is not None and report.contenders:
         console.print(f"plot    {plots.rates(report, plot)}", soft_wrap=True)
-    if json_file is not None:
+    if json_file is not None and saved is None:
         console.print(f"figures {json_file}", soft_wrap=True)
     raise typer.Exit(0 if report.ok else 1)
 
 
-def _grid(name: str | None) -> Grid:
-    if name is None:
-        name = "paper-quick" if torch.cuda.is_available() else "cpu-quick"
-    if name not in GRIDS:
-        screen.fail(f"--grid={name!r}: there is no such grid; use one of {', '.join(GRIDS)}", screen.BAD_INPUT)
-    return GRIDS[name]
-
-
-def _device(name: str) -> str:
+def _read(path: Path) -> Report:
     try:
-        return usable_device(name)
-    except typer.BadParameter as error:
-        screen.fail(f"--device={error}", screen.BAD_INPUT)
+        return Report.read(path)
+    except (OSError, ValueError) as error:
+        screen.fail(f"--report={path}: {error}", screen.BAD_INPUT)
 
 
-def _peers(names: str | None, device: str, fa3_dir: Path | None) -> Sequence[Peer]:
-    everyone = flash_peers.peers(fa3_dir)
-    kind = torch.device(device).type
-    wanted = flash_peers.DEFAULT_PEERS[kind] if names is None else [name for name in names.split(",") if name]
-    unknown = [name for name in wanted if name not in everyone]
-    if unknown:
-        screen.fail(f"--peers={unknown[0]!r}: there is no such peer; use some of {', '.join(everyone)}", screen.BAD_INPUT)
-    return [everyone[name] for name in wanted]
-
-
-def _measure(
-    grid: Grid, cells: Sequence[Cell], contenders: Sequence[Peer], device: str, limits: Limits, json_file: Path | None
-) -> Report:
+def _measure(console: Console, order: Order, json_file: Path | None) -> Report:
     """Run the cells under a progress bar. The JSON file is written after each, so that a killed run loses one cell."""
-    here = machine.describe()
-    done: list[CellResult] = []
-
-    def report() -> Report:
-        dtype = str(cells[0].dtype).removeprefix("torch.")
-        own = contenders[0].name
-        return Report(grid.name, cells[0].direction, grid.metric, dtype, device, own, here, tuple(done))
-
+    try:
+        session = order.session()
+    except ValueError as mistake:
+        screen.fail(str(mistake), screen.BAD_INPUT)
+    about = f"{session.grid.about}; {order.direction.value}, cells: {len(session.cells)}, on {session.device}"
+    console.print(f"[bold]{session.grid.name}[/]: {about}")
+    names = [*(cell.name for cell in session.cells), ""]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=screen.errors(), transient=True) as progress:
-        task = progress.add_task(cells[0].name, total=len(cells))
-        for result in run(cells, contenders, device, None, grid.metric, limits):
-            done.append(result)
-            following = cells[len(done)].name if len(done) < len(cells) else ""
-            progress.update(task, advance=1, description=following)
+        task = progress.add_task(names[0], total=len(session.cells))
+        for report in session.reports():
+            progress.update(task, advance=1, description=names[len(report.cells)])
             if json_file is not None:
-                report().write(json_file)
-    return report()
+                report.write(json_file)
+    return report
 
 
 def _show(console: Console, report: Report) -> None:
@@ -144,7 +117,7 @@ def _rate(entry: Entry | None, report: Report) -> str:
         return ""
     if entry.rate is None or entry.seconds is None:
         return _DRAW[entry.outcome]
-    rate = f"{entry.rate:,.0f}" if entry.rate >= 100 or report.metric is Metric.BANDWIDTH else f"{entry.rate:.3g}"
+    rate = f"{entry.rate:,.0f}" if entry.rate >= 100 or report.metric is Metric.BANDWIDTH else f"{entry.rate:#.3g}"
     return f"{rate} [dim]({screen.seconds(entry.seconds.median)})[/]"
 
 

@@ -49,7 +49,7 @@ def check(
     A result passes when its error is within twice the error of the plain formula in the same dtype, and rounding. Cases
     that a backend refuses are listed with its reason; they are no failures. The exit code is 1 when anything fails.
 
-    Example:  [bold]tessera check -k causal --dtype float16 --dtype bfloat16 --gradients[/]
+    Example:  tessera check -k causal --dtype float16 --dtype bfloat16 --gradients
     """
     chosen = [case for name, case in CASES.items() if substring in name]
     if not chosen:

@@ -32,7 +32,7 @@ def demo(
     The text is what every Python carries: its licence, its reference and its library's docstrings. The exit code is 1 where a
     score differs from eager's, or an output from the plain formula's, by more than 1e-5.
 
-    Example:  [bold]tessera demo --json out/demo.json[/]
+    Example:  tessera demo --json out/demo.json
     """
     console, began = screen.console(), time.perf_counter()
     console.rule("[bold]Semantic search[/] with MiniLM, attention by Tessera", align="left")

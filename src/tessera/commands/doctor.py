@@ -37,7 +37,7 @@ def doctor(
     Each backend that can run here computes a small problem, which is compared with the float64 oracle. The exit code is 0
     when at least one backend gave the right answer.
 
-    Example:  [bold]tessera doctor --json | jq .backends[/]
+    Example:  tessera doctor --json | jq .backends
     """
     here = machine.describe()
     findings = examine()

@@ -77,7 +77,7 @@ def explain(
 
     Exit code 2 for a problem that cannot be, 3 for one that no backend can run.
 
-    Example:  [bold]tessera explain --device h200 --seqlen-q 16384 --heads 32 --heads-kv 8 --causal --backward[/]
+    Example:  tessera explain --device h200 --seqlen-q 16384 --heads 32 --heads-kv 8 --causal --backward
     """
     options: dict[str, Any] = {
         "causal": causal, "window": None if window is None else _numbers("--window", window), "softmax_scale": softmax_scale,

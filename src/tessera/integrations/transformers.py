@@ -10,6 +10,7 @@ forward its mask as intervals of keys in place of a dense tensor. See docs/trans
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
 from typing import Any, cast
@@ -17,8 +18,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from tessera.api import Window, attention_varlen
 from tessera.api import attention as dense_attention
+from tessera.api import attention_varlen
 from tessera.errors import bad_value
 from tessera.mask import Mask
 
@@ -77,12 +78,12 @@ def attention(
     """An attention function as transformers' AttentionInterface calls it; the parameters' names are its own.
 
     Args:
-        module: the attention layer; `is_causal` is read off it where the call does not say.
+        module: the attention layer; with a mask of None, `is_causal` is read off it where the call does not say.
         query: (batch, heads_q, seqlen_q, head_dim); key, value: (batch, heads_kv, seqlen_k, head_dim or head_dim_v).
-        attention_mask: None, the intervals of `transformers_masks.key_bounds`, or a dense mask that broadcasts to
-            (batch, heads_q, seqlen_q, seqlen_k), bool (True: attend) or floating (added to the scores).
+        attention_mask: the intervals of `transformers_masks.key_bounds`; a dense mask that broadcasts to (batch, heads_q,
+            seqlen_q, seqlen_k), bool (True: attend) or floating (added to the scores); or None, where a model makes none.
         dropout: dropped with a seed that is drawn from torch's default generator.
-        sliding_window: its total size, the query's own key included. Only for a mask of None: intervals hold it already.
+        sliding_window: its total size, the query's own key included. Only read with a mask of None: intervals hold it.
         s_aux: (heads_q,), attention sinks. position_bias: added to the scores, before the mask.
         cu_seq_lens_q, cu_seq_lens_k: (sequences + 1,), offsets of packed sequences in the tokens of the whole batch.
 
@@ -90,24 +91,22 @@ def attention(
         (batch, seqlen_q, heads_q, head_dim_v), and None for the probabilities, which never exist in memory.
     """
     _refuse(others)
-    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     options: dict[str, Any] = {"softmax_scale": scaling, "softcap": softcap or 0.0, "sinks": _sinks(s_aux, query)}
     if dropout > 0:
         options |= {"dropout_p": dropout, "seed": int(torch.randint(2**62, ()))}
     q, k, v = (_token_major(x) for x in (query, key, value))
+    offsets = Offsets.of(cu_seq_lens_q, cu_seq_lens_k)
     if attention_mask is None:
-        options |= {"causal": causal, "window": _window(sliding_window, causal)}
-        if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
-            if position_bias is not None:
-                why = "packed sequences have no common plane of scores"
-                raise bad_value("position_bias", f"shape {tuple(position_bias.shape)}", why, "leave out cu_seq_lens_q")
-            return _packed(q, k, v, (cu_seq_lens_q, cu_seq_lens_k), options), None
-        return dense_attention(q, k, v, bias=position_bias, **options), None
-    mask, bias = _read_mask(attention_mask, query.dtype)
-    if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
-        mask = mask & _documents(cu_seq_lens_q, cu_seq_lens_k, q)
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        mask, bias = _own_mask(causal, sliding_window, k.shape[:2].numel() if offsets else max(q.shape[1], k.shape[1])), None
+    else:
+        mask, bias = _read_mask(attention_mask, query.dtype)
     if position_bias is not None:
         bias = position_bias if bias is None else bias + position_bias
+    if offsets is not None:
+        if bias is None and not mask.spec.bounds:
+            return _packed(q, k, v, offsets, window=(mask.left, mask.right), **options), None
+        mask = mask & _documents(offsets, q)
     return dense_attention(q, k, v, mask=mask, bias=bias, **options), None
 
 
@@ -138,20 +137,29 @@ def _sinks(s_aux: Tensor | None, query: Tensor) -> Tensor | None:
     return s_aux if s_aux is None or s_aux.dtype == query.dtype else s_aux.float()
 
 
-def _window(sliding_window: int | None, causal: bool) -> Window | None:
-    if sliding_window is None:
-        return None
-    return sliding_window - 1, 0 if causal else sliding_window - 1
+def _own_mask(causal: bool, sliding_window: int | None, longest: int) -> Mask:
+    """The mask of a layer that was given none, over sequences of at most `longest` tokens.
+
+    A window that reaches over all of them is left out: plain causal attention has faster kernels.
+    """
+    mask = Mask.causal() if causal else Mask.full()
+    if sliding_window is None or sliding_window >= longest:
+        return mask
+    return mask & Mask.window(sliding_window - 1, sliding_window - 1)
 
 
 def _read_mask(attention_mask: Tensor, dtype: torch.dtype) -> tuple[Mask, Tensor | None]:
-    """The Mask, and a bias where the mask is dense. Intervals are complete: the causal diagonal and windows are in them."""
+    """The Mask, and a bias where the mask is dense; transformers_masks says how intervals are written."""
     shape = tuple(attention_mask.shape)
     if attention_mask.dim() != 4:
         raise bad_value("attention_mask", f"shape {shape}", "a layer takes its mask in 4 dimensions", "let the model make it")
     if attention_mask.dtype == torch.int32:
+        if shape[1:] == (1, 0, 0):
+            return Mask.full(), None
+        if shape[1:] == (1, 1, 0):
+            return Mask.causal(), None
         if shape[1:3] != (1, 2):
-            why = "it is not the (batch, 1, 2, rows) intervals that were handed out: the model computes with its mask"
+            why = "it is not the intervals that were handed out: the model computes with its mask"
             raise bad_value("attention_mask", f"int32 of shape {shape}", why, 'use attn_implementation="eager"')
         begin, end = attention_mask[:, 0].unbind(1)  # (batch, rows) each
         if shape[3] == 1:
@@ -165,19 +173,32 @@ def _read_mask(attention_mask: Tensor, dtype: torch.dtype) -> tuple[Mask, Tensor
     return Mask(), attention_mask.to(dtype)
 
 
-def _packed(q: Tensor, k: Tensor, v: Tensor, offsets: tuple[Tensor, Tensor], options: dict[str, Any]) -> Tensor:
-    """Packed sequences that nothing else masks: (batch, seqlen, heads, dim) as the one row of tokens that the offsets cut."""
-    cu_seqlens_q, cu_seqlens_k = (x.to(torch.int32) for x in offsets)
-    out = attention_varlen(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_seqlens_q, cu_seqlens_k, **options)
-    return cast(Tensor, out).unflatten(0, q.shape[:2])
+@dataclass(frozen=True, eq=False)
+class Offsets:
+    """Where packed sequences begin and end in the tokens of the whole batch: int32 (sequences + 1,)."""
+
+    q: Tensor
+    k: Tensor
+
+    @staticmethod
+    def of(cu_seq_lens_q: Tensor | None, cu_seq_lens_k: Tensor | None) -> Offsets | None:
+        if cu_seq_lens_q is None or cu_seq_lens_k is None:
+            return None
+        return Offsets(cu_seq_lens_q.to(torch.int32), cu_seq_lens_k.to(torch.int32))
 
 
-def _documents(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, q: Tensor) -> Mask:
-    """The offsets of packed sequences as a mask, for the one batch entry that they run through."""
+def _packed(q: Tensor, k: Tensor, v: Tensor, offsets: Offsets, **options: Any) -> Tensor:
+    """Packed sequences without other bounds, (batch, seqlen, heads, dim), as the one row of tokens that they are."""
+    q_row, k_row, v_row = (x.flatten(0, 1) for x in (q, k, v))
+    out = cast(Tensor, attention_varlen(q_row, k_row, v_row, offsets.q, offsets.k, **options))
+    return out.unflatten(0, q.shape[:2])
+
+
+def _documents(offsets: Offsets, q: Tensor) -> Mask:
+    """The packed sequences as a mask, for the one batch entry that they run through."""
     if q.shape[0] != 1:
         why = f"offsets run through the tokens of the whole batch, and the masks of its {q.shape[0]} entries differ"
         raise bad_value("cu_seq_lens_q", f"batch of {q.shape[0]}", why, "pack into a batch of 1, or leave out the offsets")
     rows = torch.arange(q.shape[1], device=q.device)
-    document = torch.searchsorted(cu_seqlens_q[1:].contiguous(), rows, right=True)
-    bounds = cu_seqlens_k.to(torch.int32)
-    return Mask(document_begin=bounds[document][None], document_end=bounds[document + 1][None])
+    document = torch.searchsorted(offsets.q[1:].contiguous(), rows, right=True)
+    return Mask(document_begin=offsets.k[document][None], document_end=offsets.k[document + 1][None])

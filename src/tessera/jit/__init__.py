@@ -13,10 +13,10 @@ from tessera.jit.cache import info as cache_info
 from tessera.jit.compiler import compile, compiles, warmup
 from tessera.jit.launcher import Kernel, current_stream, load
 from tessera.jit.spec import Dtype, KernelSpec, Pointer, Scalar, Tiles, Variant
-from tessera.jit.tensormap import TileEncoder, why_not_tma
+from tessera.jit.tensormap import Place, TileEncoder, why_not_tma
 from tessera.jit.toolchain import NoTritonError
 
 __all__ = [
-    "Binary", "Descriptor", "Dtype", "Kernel", "KernelSpec", "NoTritonError", "Pointer", "Scalar", "TileEncoder", "Tiles",
-    "Variant", "cache_info", "clear_cache", "compile", "compiles", "current_stream", "load", "warmup", "why_not_tma",
+    "Binary", "Descriptor", "Dtype", "Kernel", "KernelSpec", "NoTritonError", "Place", "Pointer", "Scalar", "TileEncoder",
+    "Tiles", "Variant", "cache_info", "clear_cache", "compile", "compiles", "current_stream", "load", "warmup", "why_not_tma",
 ]  # fmt: skip

@@ -11,7 +11,7 @@ turns the disk cache off.
 from __future__ import annotations
 
 import os
-import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -30,6 +30,7 @@ LAYOUT = "v1"
 LOCK_TIMEOUT_S = 60.0
 """How long to wait for another process that compiles the same kernel: the largest take about 10 s on a loaded machine."""
 _LOCK_POLL_S = 0.02
+_NO_DISK = (OSError, RuntimeError)  # RuntimeError: pathlib's, for a user without a home folder
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def read(key: str) -> Binary | None:
         return None
     try:
         return from_bytes(_path(key, "bin").read_bytes())
-    except (OSError, DamagedError):
+    except (*_NO_DISK, DamagedError):
         return None
 
 
@@ -74,18 +75,18 @@ def write(key: str, binary: Binary) -> bool:
     """Stores a binary; False (and a warning, once) where the disk does not take it. Never raises for the disk's sake."""
     if not enabled():
         return False
-    target = _path(key, "bin")
     try:
+        target = _path(key, "bin")
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f"{key[:16]}.", suffix=".tmp")
+        temporary = target.with_name(f"{key[:16]}.{os.getpid()}.{threading.get_ident()}.tmp")
         try:
-            with os.fdopen(handle, "wb") as file:
+            # Not tempfile: its files are for one user, and a folder may be shared by many.
+            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), "wb") as file:
                 file.write(to_bytes(binary))
             os.replace(temporary, target)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-    except OSError as error:
+        finally:
+            temporary.unlink(missing_ok=True)
+    except _NO_DISK as error:
         warnings.warn(f"tessera: kernels are not cached on disk ({error}); set TESSERA_CACHE_DIR", stacklevel=2)
         return False
     return True
@@ -109,7 +110,7 @@ def _open_lock(key: str) -> int | None:
         path = _path(key, "lock")
         path.parent.mkdir(parents=True, exist_ok=True)
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError:
+    except _NO_DISK:
         return None
 
 

@@ -1,7 +1,8 @@
 """Tensor maps for TMA (CUtensorMap), encoded by the driver on the host and remembered.
 
-Most calls see tensors they have seen: a look-up. A new address with known sizes and strides (what an allocator yields)
-costs a copy and `cuTensorMapReplaceAddress`. Only new sizes or strides cost a full `cuTensorMapEncodeTiled`.
+A place is a tensor's sizes and strides, bound once (`TileEncoder.bind`); a map is a place at an address. An address seen
+before costs one dictionary look-up by an integer. A new one (what an allocator yields) costs a copy and
+`cuTensorMapReplaceAddress`. Only a new place costs a full `cuTensorMapEncodeTiled`.
 
 Limits: "Tensor Map Object Management" in the CUDA driver API's reference.
 """
@@ -19,8 +20,8 @@ from tessera.jit import driver
 from tessera.jit.binary import Descriptor
 from tessera.jit.spec import ELEMENT_BYTES, TENSOR_MAP_BYTES, tile_format
 
-CAPACITY = 1024
-"""Maps (and as many size-and-stride patterns) kept for each kind of descriptor, about 0.5 KB each; the oldest go first."""
+PLACES, ADDRESSES = 64, 1024
+"""How many places an encoder remembers, and how many addresses a place (a quarter KB each); the oldest go first."""
 
 _CUDA_TYPES = {
     "i8": 0, "u8": 0, "fp8e4nv": 0, "fp8e5": 0, "i16": 1, "u16": 1, "u32": 2, "i32": 3, "u64": 4, "i64": 5,
@@ -34,6 +35,7 @@ _MAX_STRIDE_BYTES = 2**40
 _STRIDE_ALIGN = 16
 
 _Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
 
 
 def why_not_tma(address: int, shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> tuple[Reason, ...]:
@@ -57,48 +59,65 @@ def why_not_tma(address: int, shape: tuple[int, ...], strides: tuple[int, ...], 
 class TileEncoder:
     """Encodes tensor maps for one kind of descriptor, and remembers them. Safe for many threads."""
 
-    __slots__ = ("_arguments", "_lock", "_scratch", "_templates", "descriptor")
+    __slots__ = ("_lock", "_places", "_scratch", "descriptor")
 
     def __init__(self, descriptor: Descriptor):
         self.descriptor = descriptor
-        self._arguments: dict[tuple[int, tuple[int, ...], tuple[int, ...]], bytes] = {}
-        self._templates: dict[tuple[tuple[int, ...], tuple[int, ...]], bytes] = {}
+        self._places: dict[tuple[tuple[int, ...], tuple[int, ...]], Place] = {}
         self._lock = threading.Lock()
         self._scratch: _AlignedMap | None = None
 
     def __call__(self, address: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> bytes:
-        """A descriptor argument for a launch: the map, then the sizes and strides that Triton's ABI wants after it.
+        """The descriptor argument of a launch for this tensor: `bind(shape, strides)[address]`. Raises as those do."""
+        place = self._places.get((shape, strides))
+        return (place if place is not None else self.bind(shape, strides))[address]
 
-        `address` of the first element; `shape` and `strides` (in elements) as tuples, outermost first. Raises
-        Unsupported with `why_not_tma`'s reasons; ask that first.
+    def bind(self, shape: tuple[int, ...], strides: tuple[int, ...]) -> Place:
+        """The maps of tensors with these sizes and strides (in elements; tuples, outermost first).
+
+        Raises Unsupported with `why_not_tma`'s reasons (ask that first), TypeError for another rank than the block's.
         """
-        key = (address, shape, strides)
-        found = self._arguments.get(key)
-        return found if found is not None else self._encode(address, shape, strides)
-
-    def _encode(self, address: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> bytes:
         with self._lock:
-            if self._scratch is None:
-                self._scratch = _AlignedMap()
-            template = self._templates.get((shape, strides))
-            if template is None or address % _STRIDE_ALIGN:
-                template = self._make_template(self._scratch, address, shape, strides)
-                _remember(self._templates, (shape, strides), template)
-            argument = self._scratch.moved(template[:TENSOR_MAP_BYTES], address) + template[TENSOR_MAP_BYTES:]
-            _remember(self._arguments, (address, shape, strides), argument)
-            return argument
+            place = self._places.get((shape, strides))
+            if place is None:
+                rank = len(self.descriptor.box)
+                if len(shape) != rank or len(strides) != rank:
+                    raise TypeError(f"a tensor map of rank {rank} from shape {tuple(shape)} and strides {tuple(strides)}")
+                _refuse(why_not_tma(0, shape, strides, ELEMENT_BYTES[self.descriptor.element]))
+                place = Place(self, tuple(shape), canonical_strides(shape, strides, ELEMENT_BYTES[self.descriptor.element]))
+                _remember(self._places, (shape, strides), place, PLACES)
+            return place
 
-    def _make_template(self, scratch: _AlignedMap, address: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> bytes:
-        """The map for any valid address, and after it the sizes and strides for the kernel."""
-        rank, itemsize = len(self.descriptor.box), ELEMENT_BYTES[self.descriptor.element]
-        if len(shape) != rank or len(strides) != rank:
-            raise TypeError(f"a tensor map of rank {rank} from shape {tuple(shape)} and strides {tuple(strides)}")
-        reasons = why_not_tma(address, shape, strides, itemsize)
-        if reasons:
-            raise Unsupported("TMA cannot reach this tensor", {"tma": reasons})
-        strides = canonical_strides(shape, strides, itemsize)
-        encoded = scratch.encoded(self.descriptor, address, shape, strides)
-        return struct.pack(tile_format(rank), encoded, *shape, *strides)
+
+class Place(dict[int, bytes]):
+    """Descriptor arguments by address: `place[tensor.data_ptr()]` is what a launch takes, encoded where it is missing.
+
+    An argument is the map, and the sizes and strides that Triton's ABI wants after it. Raises Unsupported for an address
+    that is not 16-byte aligned.
+    """
+
+    __slots__ = ("_encoder", "_shape", "_strides", "_template")
+
+    def __init__(self, encoder: TileEncoder, shape: tuple[int, ...], strides: tuple[int, ...]):
+        super().__init__()
+        self._encoder, self._shape, self._strides = encoder, shape, strides
+        self._template: bytes | None = None
+
+    def __missing__(self, address: int) -> bytes:
+        encoder = self._encoder
+        if address % _STRIDE_ALIGN:
+            _refuse(why_not_tma(address, self._shape, self._strides, ELEMENT_BYTES[encoder.descriptor.element]))
+        with encoder._lock:
+            if address in self:  # another thread was faster
+                return self[address]
+            if encoder._scratch is None:
+                encoder._scratch = _AlignedMap()
+            if self._template is None:
+                found = encoder._scratch.encoded(encoder.descriptor, address, self._shape, self._strides)
+                self._template = struct.pack(tile_format(len(self._shape)), found, *self._shape, *self._strides)
+            argument = encoder._scratch.moved(self._template[:TENSOR_MAP_BYTES], address) + self._template[TENSOR_MAP_BYTES:]
+            _remember(self, address, argument, ADDRESSES)
+            return argument
 
 
 class _AlignedMap:
@@ -165,8 +184,13 @@ def canonical_strides(shape: tuple[int, ...], strides: tuple[int, ...], itemsize
     return tuple(reversed(result))
 
 
-def _remember(table: dict[_Key, bytes], key: _Key, value: bytes) -> None:
-    """Adds to a table of at most CAPACITY entries; called under the encoder's lock."""
-    while len(table) >= CAPACITY:
+def _refuse(reasons: tuple[Reason, ...]) -> None:
+    if reasons:
+        raise Unsupported("TMA cannot reach this tensor", {"tma": reasons})
+
+
+def _remember(table: dict[_Key, _Value], key: _Key, value: _Value, capacity: int) -> None:
+    """Adds to a table of at most `capacity` entries; called under the encoder's lock."""
+    while len(table) >= capacity:
         del table[next(iter(table))]
     table[key] = value

@@ -56,6 +56,7 @@ def limits_of(problem: Problem, device: Device) -> str | None:
         (mask.left is None and mask.right in (None, 0), "it has no window"),
         ("document_begin" not in mask.bounds, "it has no document mask"),
         (mask.is_full or mask.right is None or not mask.bounds, "it has no padding under a causal mask"),
+        (score.scale > 0 or mask.right is None, "it scales what its causal mask has made -inf: NaN for a scale of 0 or less"),
     )
     return next((why for holds, why in checks if not holds), None)
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from tessera.backends.hopper.config import ForwardConfig
 from tessera.backends.hopper.launch import ELEMENTS, ForwardLaunch
 from tessera.backends.hopper.plan import forward_config
 from tessera.device import Device
-from tessera.dispatch import Choices, InputGradients, Upstream
+from tessera.dispatch import Choices, InputGradients, Runner, Upstream
 from tessera.errors import Reason
 from tessera.operands import Operands
 from tessera.plan import Choice, Plan
@@ -51,18 +52,26 @@ class HopperBackend:
         why = "TMA reads what is 16-byte aligned, other inputs are copied first"
         return Choices(Choice(FORWARD, config, why), None, 0)
 
-    def forward(self, plan: Plan, operands: Operands) -> tuple[Tensor, Tensor]:
+    def prepare(self, plan: Plan) -> Runner:
+        if not isinstance(plan.forward.config, ForwardConfig):
+            raise TypeError(f"plan.forward.config={plan.forward.config}: a plan of this backend carries a ForwardConfig")
+        return HopperRunner(plan.problem, ForwardLaunch(plan.problem, plan.forward.config, plan.device.multiprocessors))
+
+
+@dataclass(frozen=True)
+class HopperRunner:
+    """A planned problem on Hopper."""
+
+    problem: Problem
+    launch: ForwardLaunch
+
+    def forward(self, operands: Operands) -> tuple[Tensor, Tensor]:
         if operands.q.numel() == 0 or operands.k.numel() == 0:
-            return _without_scores(plan.problem, operands)
-        return _launch(plan)(operands)
+            return _without_scores(self.problem, operands)
+        return self.launch(operands)
 
-    def backward(self, plan: Plan, operands: Operands, upstream: Upstream) -> InputGradients:
+    def backward(self, operands: Operands, upstream: Upstream) -> InputGradients:
         raise NotImplementedError("no backward kernel yet: why_not refuses gradients")
-
-
-@lru_cache(maxsize=4096)
-def _launch(plan: Plan) -> ForwardLaunch:
-    return ForwardLaunch(plan.problem, plan.forward.config, plan.device.multiprocessors)
 
 
 def _without_scores(problem: Problem, operands: Operands) -> tuple[Tensor, Tensor]:

@@ -425,7 +425,6 @@ def consumer_warpgroup(config: gl.constexpr, consumer: gl.constexpr, o_maps, lse
         _write_lse(config, lse_ptr, lse, call, tile, row)
         o = _wait_for_values(products)
         shared.v_stream.release(n - 1)
-        n += 1
         _write_output(config, consumer, o_maps, shared, o, factor, call, tile, row)
         if not stages_output(config):
             tma_store_wait(0)

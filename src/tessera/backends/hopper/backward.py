@@ -1,0 +1,146 @@
+"""The backward pass on Hopper: FlashAttention-2's Algorithm 2 (arXiv 2307.08691), its warps specialised as FlashAttention-3's
+(arXiv 2407.08608, section 3.1). One program a tile of keys, a `producer` warp and two or three consumer warpgroups:
+
+    producer    K, V, then for each block of rows that sees the tile: Q with lse, dO with D, by TMA into rings
+    consumers   for each block of rows (of each query head that shares these keys):
+
+                    S^T = K Q^T        dP^T = V dO^T
+                    P^T  = exp(scale S^T - lse), masked where an edge or the diagonal cuts the block
+                    dV  += P^T dO
+                    dS^T = P^T (dP^T - D)
+                    dK  += dS^T Q
+                    dQ   = dS K        added in float32 to the workspace by TMA
+
+                then dK and dV through shared memory and TMA to global memory
+
+Scores stand transposed so that P^T and dS^T are operands from registers, as wgmma leaves its results. How consumers share this
+work is backward_keys.py (head dims up to 128) and backward_products.py (256). lse and D come from backward_rows.py, in base 2 and
+with lse +inf for rows that see nothing: their P is then 0 without a mask.
+"""
+
+from tessera.backends.hopper.backward_keys import consumer_of_keys, make_halves
+from tessera.backends.hopper.backward_products import consumer_of_dk, consumer_of_dq, consumer_of_dv, make_exchange
+from tessera.backends.hopper.pieces.channel import NAMED_BARRIER_K, NAMED_BARRIER_V, make_stream
+from tessera.backends.hopper.pieces.gradients import Score, Shared
+from tessera.backends.hopper.pieces.key_tiles import Call, Order, locate_keys
+from tessera.backends.hopper.pieces.kv_source import Lengths, Pitch, load_rows
+from tessera.backends.hopper.pieces.masking import Band
+from tessera.backends.hopper.pieces.row_ranges import row_blocks
+from tessera.backends.hopper.pieces.tiles import M, allocate_tiles
+from tessera.jit.compat import fence_async_shared, gl, gluon, mbarrier, tma_load
+
+
+@gluon.constexpr_function
+def divides_keys(config):
+    return config.division.value == "keys"
+
+
+@gluon.constexpr_function
+def consumers_of(config):
+    """How many warpgroups read each block of Q, and of dO: with three consumers the one that does dQ reads neither."""
+    return 2
+
+
+# ----------------------------------------------------------------------------------------------------------- producer
+
+
+@gluon.jit
+def _load_keys(config: gl.constexpr, map_, buffer, full, span, tile):
+    """Start the copies of the tile's K or V, all of which `full` awaits."""
+    mbarrier.expect(full, config.keys * 2 * buffer.shape[-1])
+    for part in gl.static_range(config.keys // M):
+        load_rows((map_,), (buffer,), part, full, span, tile.head, tile.first + part * M)
+
+
+@gluon.jit
+def _load_block(config: gl.constexpr, map_, buffer, stats_map, stats, stream, n, span, head, row, line):
+    """Start the copy of a block of Q or dO, and of its rows' lse or D, which lie at `line` of the workspace."""
+    stream.acquire(n)
+    bar = stream.expect(n, config.rows * (2 * buffer.shape[-1] + 4))
+    load_rows((map_,), (buffer,), stream.slot(n), bar, span, head, row)
+    tma_load(stats_map, line, bar, stats.index(stream.slot(n)))
+
+
+@gluon.jit
+def producer(config: gl.constexpr, maps, stats_map, shared, call):
+    q_map, k_map, v_map, do_map = maps
+    tile = locate_keys(config, gl.program_id(0), call)
+    begin, count = row_blocks(config, call.band, tile.seq, tile.first)
+    heads = call.heads_kv * call.group
+    if count > 0:
+        _load_keys(config, k_map, shared.k, shared.k_full, tile.seq.keys(call.pitch.k), tile)
+        for n in range(count * call.group):
+            member = n // count
+            head = tile.head * call.group + member
+            row = (begin + n - member * count) * config.rows
+            line = tile.work + row
+            queries = tile.queries(call.pitch.q)
+            _load_block(config, q_map, shared.q, stats_map, shared.lse, shared.q_stream, n, queries, head, row, [head, line])
+            if n == 0:
+                _load_keys(config, v_map, shared.v, shared.v_full, tile.seq.keys(call.pitch.v), tile)
+            outputs = tile.queries(call.pitch.o)
+            _load_block(
+                config, do_map, shared.do, stats_map, shared.d, shared.do_stream, n, outputs, head, row, [heads + head, line]
+            )
+
+
+# ------------------------------------------------------------------------------------------------------------- kernel
+
+
+@gluon.jit
+def _allocate(config: gl.constexpr, maps, stats_map):
+    q_map, k_map, v_map, do_map = maps
+    k = allocate_tiles(k_map, config.keys // M)
+    v = allocate_tiles(v_map, config.keys // M)
+    q = allocate_tiles(q_map, config.q_stages)
+    do = allocate_tiles(do_map, config.do_stages)
+    lse = allocate_tiles(stats_map, config.q_stages)
+    d = allocate_tiles(stats_map, config.do_stages)
+    k_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(k_full, count=1)
+    mbarrier.init(v_full, count=1)
+    q_stream = make_stream(config.q_stages, consumers_of(config), NAMED_BARRIER_K)
+    do_stream = make_stream(config.do_stages, consumers_of(config), NAMED_BARRIER_V)
+    return Shared(k, v, q, do, lse, d, k_full, v_full, q_stream, do_stream)
+
+
+@gluon.jit
+def attention_backward(
+    q_map, k_map, v_map, do_map, stats_map, dk_map, dv_map, dq_map,
+    cu_q, cu_k, used_q, used_k, key_start, key_end, query_end, document_begin, document_end,
+    batch, heads_kv, group, seqlen_q, seqlen_k, left, right, document_stride, blocks, section, line,
+    q_pitch, k_pitch, v_pitch, do_pitch, scale, inner, factor,
+    CONFIG: gl.constexpr,
+):  # fmt: skip
+    """`stats` is lse of every head, then D of every head, each a line of the workspace. Pointers that no feature needs are never
+    read."""
+    config: gl.constexpr = CONFIG
+    maps = (q_map, k_map, v_map, do_map)
+    call = Call(
+        batch, heads_kv, group, seqlen_q, seqlen_k,
+        Band(left, right, document_begin, document_end, document_stride),
+        Lengths(cu_q, cu_k, used_q, used_k, key_start, key_end, query_end),
+        Pitch(q_pitch, k_pitch, v_pitch, do_pitch),
+        Order(blocks, section, line),
+    )  # fmt: skip
+    score = Score(scale, inner, factor)
+    shared = _allocate(config, maps, stats_map)
+    if divides_keys(config):
+        halves = make_halves(config, dq_map, q_map.dtype)
+        fence_async_shared()
+        gl.warp_specialize([
+            (consumer_of_keys, (config, 0, dq_map, dk_map, dv_map, shared, halves, score, call)),
+            (consumer_of_keys, (config, 1, dq_map, dk_map, dv_map, shared, halves, score, call)),
+            (producer, (config, maps, stats_map, shared, call)),
+        ], [4, 1], [240, 24])  # fmt: skip
+    else:
+        # Of the splits of the registers 208/208/72 is clean, 200/200/88 serialises the products (Triton 3.6, d256).
+        exchange = make_exchange(config, dq_map, q_map.dtype)
+        fence_async_shared()
+        gl.warp_specialize([
+            (consumer_of_dv, (config, dv_map, shared, exchange, score, call)),
+            (consumer_of_dk, (config, dk_map, shared, exchange, score, call)),
+            (consumer_of_dq, (config, dq_map, shared, exchange, call)),
+            (producer, (config, maps, stats_map, shared, call)),
+        ], [4, 4, 1], [208, 72, 24])  # fmt: skip

@@ -1,0 +1,172 @@
+"""The backward's consumers where dK and dV of 64 keys fit in registers beside S and dP (head dims up to 128; see backward.py).
+
+Each of two warpgroups does everything for its own 64 keys of the tile's 128, and half of dQ. dQ needs all of dS, so both write
+their dS to shared memory and meet once a block:
+
+    S^T, dP^T issued;  P^T from S under dP;  dV issued;  dS^T from dP under dV;  meet;  dQ, dK issued;  dQ added under dK
+
+Nothing is in flight at the end of a turn: a product carried over the loop's back edge is serialised by ptxas (C7514).
+"""
+
+from tessera.backends.hopper.pieces.gradients import (
+    BARRIER_DS,
+    BARRIER_LAST,
+    add_to_dq,
+    fresh_zero,
+    issue_transposed,
+    meet,
+    probabilities,
+    row_values,
+    store_gradient,
+)
+from tessera.backends.hopper.pieces.key_tiles import locate_keys
+from tessera.backends.hopper.pieces.masking import has_lower_bound
+from tessera.backends.hopper.pieces.row_ranges import cut_and_full, key_bounds, row_blocks
+from tessera.backends.hopper.pieces.softmax import to_16_bit
+from tessera.backends.hopper.pieces.tiles import M, accumulator_layout, empty_accumulator, matrix, operand_layout
+from tessera.jit.compat import (
+    aggregate,
+    fence_async_shared,
+    gl,
+    gluon,
+    mbarrier,
+    tma_store_wait,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+
+@aggregate
+class Halves:
+    """What the consumers tell each other: dS^T of a block as two tiles (64 keys, rows), twice, so that one meeting a block is
+    enough; and where each consumer's part of dQ waits to be added."""
+
+    ds: gl.shared_memory_descriptor
+    dq: gl.shared_memory_descriptor
+
+    @gluon.constexpr_function
+    def __init__(self, ds, dq):
+        self.ds = ds
+        self.dq = dq
+
+
+@gluon.jit
+def make_halves(config: gl.constexpr, dq_map, dtype: gl.constexpr):
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, config.rows], dtype)
+    ds = gl.allocate_shared_memory(dtype, [4, M, config.rows], layout)
+    dq = gl.allocate_shared_memory(gl.float32, [2] + dq_map.block_type.shape, dq_map.layout)
+    return Halves(ds, dq)
+
+
+@gluon.jit
+def _issue_dq(config: gl.constexpr, consumer: gl.constexpr, shared, ds, place, zero):
+    """Start this consumer's half of dQ = dS K: 64 of 128 rows, or half of the columns of 64 rows."""
+    first = ds.index(place)
+    second = ds.index(place + 1)
+    k0 = matrix(shared.k.index(zero))
+    k1 = matrix(shared.k.index(1 + zero))
+    columns: gl.constexpr = config.dim if config.rows == 2 * M else config.dim // 2
+    if config.rows == 2 * M:
+        first = first.slice(consumer * M, M, dim=1)
+        second = second.slice(consumer * M, M, dim=1)
+    else:
+        k0 = k0.slice(consumer * columns, columns, dim=1)
+        k1 = k1.slice(consumer * columns, columns, dim=1)
+    dq = gl.zeros([M, columns], gl.float32, accumulator_layout(columns))
+    dq = warpgroup_mma(first.permute((1, 0)), k0, dq, use_acc=False, is_async=True)
+    return warpgroup_mma(second.permute((1, 0)), k1, dq, is_async=True)
+
+
+@gluon.jit
+def _add_half(config: gl.constexpr, consumer: gl.constexpr, dq_map, halves, dq, line):
+    if config.rows == 2 * M:
+        add_to_dq(dq_map, halves.dq, consumer, dq, [line + consumer * M, 0], 0)
+    else:
+        add_to_dq(dq_map, halves.dq, consumer, dq, [line, consumer * (config.dim // 2)], 0)
+
+
+@gluon.jit
+def _block(
+    config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, halves, score, bounds, n, row, line, state, MASKED: gl.constexpr
+):
+    """One turn of the main loop: the block of rows from `row` on, which lies at `line` of the workspace."""
+    dk, dv = state
+    dtype: gl.constexpr = shared.q.dtype
+    rows: gl.constexpr = config.rows
+    zero = fresh_zero()
+    q_slot = shared.q_stream.slot(n)
+    do_slot = shared.do_stream.slot(n)
+    q = matrix(shared.q.index(q_slot))
+    do = matrix(shared.do.index(do_slot))
+    shared.q_stream.wait(n)
+    s = issue_transposed(matrix(shared.k.index(consumer + zero)), q)
+    shared.do_stream.wait(n)
+    dp = issue_transposed(matrix(shared.v.index(consumer + zero)), do)
+
+    s = warpgroup_mma_wait(1, deps=(s,))
+    lse = row_values(shared.lse, q_slot, rows)
+    p, weight = probabilities(config, score, s, lse, bounds, row, MASKED)
+    p = to_16_bit(p, dtype)
+    dv = warpgroup_mma(gl.convert_layout(p, operand_layout(config.dim_v)), do, dv, is_async=True)
+
+    dp = warpgroup_mma_wait(1, deps=(dp,))
+    d = row_values(shared.d, do_slot, rows)  # only now: it would take registers from S
+    ds = to_16_bit(weight * (dp - d[None, :]), dtype)
+    place = (n & 1) * 2
+    halves.ds.index(place + consumer).store(ds)
+    fence_async_shared()
+    meet("sync", BARRIER_DS, 256)
+
+    dq = _issue_dq(config, consumer, shared, halves.ds, place, zero)
+    dk = warpgroup_mma(gl.convert_layout(ds, operand_layout(config.dim)), q, dk, is_async=True)
+    dq, dv = warpgroup_mma_wait(1, deps=(dq, dv))
+    shared.do_stream.release(n)
+    _add_half(config, consumer, dq_map, halves, dq, line)
+    dk = warpgroup_mma_wait(0, deps=(dk,))
+    shared.q_stream.release(n)
+    return dk, dv
+
+
+@gluon.jit
+def _main_loop(config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, halves, score, call, tile):
+    """dK and dV of 64 keys: the sums over all blocks of rows of all query heads that share them."""
+    first = tile.first + consumer * M
+    begin, count = row_blocks(config, call.band, tile.seq, tile.first)
+    cut, full = cut_and_full(config, call.band, tile.seq, first, begin, count)
+    state = (empty_accumulator(shared.k), empty_accumulator(shared.v))
+    if count > 0:
+        bounds = key_bounds(config, call.band, tile.seq, first)
+        mbarrier.wait(shared.k_full, 0)
+        mbarrier.wait(shared.v_full, 0)
+        n = 0
+        for member in range(call.group):
+            row = begin * config.rows
+            line = (tile.head * call.group + member) * call.order.line + tile.work + row
+            for i in range(cut):
+                state = _block(config, consumer, dq_map, shared, halves, score, bounds, n, row, line, state, True)
+                n += 1
+                row += config.rows
+                line += config.rows
+            for i in range(full):
+                state = _block(config, consumer, dq_map, shared, halves, score, bounds, n, row, line, state, False)
+                n += 1
+                row += config.rows
+                line += config.rows
+            if has_lower_bound(config):
+                for i in range(count - cut - full):
+                    state = _block(config, consumer, dq_map, shared, halves, score, bounds, n, row, line, state, True)
+                    n += 1
+                    row += config.rows
+                    line += config.rows
+    return state
+
+
+@gluon.jit
+def consumer_of_keys(config: gl.constexpr, consumer: gl.constexpr, dq_map, dk_map, dv_map, shared, halves, score, call):
+    tile = locate_keys(config, gl.program_id(0), call)
+    dk, dv = _main_loop(config, consumer, dq_map, shared, halves, score, call, tile)
+    row = tile.first + consumer * M
+    store_gradient(dv_map, shared.v, consumer, dv, tile, row)  # nobody else reads these rows of V
+    meet("sync", BARRIER_LAST, 256)
+    store_gradient(dk_map, shared.k, consumer, dk * score.factor, tile, row)
+    tma_store_wait(0)

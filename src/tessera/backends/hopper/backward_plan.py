@@ -1,0 +1,72 @@
+"""BackwardConfig: everything that the backward kernels are compiled for, and which one a problem gets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from tessera.backends.hopper.config import Feature
+from tessera.backends.hopper.plan import features_of
+from tessera.problem import Layout, Problem
+
+WORK_ROWS = 128
+"""Every sequence's rows begin at a multiple of this in the workspace: the longest row block of any kernel here."""
+
+
+class Division(Enum):
+    """How the consumer warpgroups share the work on a tile of keys."""
+
+    KEYS = "keys"
+    """Two consumers, 64 keys each: all products of their keys, half of dQ. For dK and dV that fit in registers beside S."""
+    PRODUCTS = "products"
+    """Three consumers on 64 keys: one has S and dV, one dP and dK, one dQ. For head dims up to 256."""
+
+
+@dataclass(frozen=True)
+class BackwardConfig:
+    """One variant of the backward. `rows`: query rows of a block; `keys`: keys of a tile; `dim`, `dim_v`: padded head dims."""
+
+    division: Division
+    rows: int
+    keys: int
+    dim: int
+    dim_v: int
+    q_stages: int
+    do_stages: int
+    features: tuple[Feature, ...] = ()
+
+    def __str__(self) -> str:
+        dim = str(self.dim) if self.dim == self.dim_v else f"{self.dim}/{self.dim_v}"
+        text = f"{self.rows}x{self.keys} d{dim}, divided by {self.division.value}, {self.q_stages}+{self.do_stages} stages"
+        return text + "".join(f", {feature.value}" for feature in self.features)
+
+
+def backward_config(problem: Problem) -> BackwardConfig:
+    """The configuration for a problem."""
+    shape = problem.shape
+    dim, dim_v = _padded(shape.head_dim), _padded(shape.head_dim_v)
+    features = features_of(problem)
+    if max(dim, dim_v) == 256:
+        # One stage of dO leaves room to double the buffers of P, dS and dQ: 3 to 6% over two (H200, d256, 4k and 16k, 2026-11-21).
+        return BackwardConfig(Division.PRODUCTS, 64, 64, dim, dim_v, q_stages=2, do_stages=1, features=features)
+    # 128 rows at d64 halve what is said between the consumers; at d128 S and dP of 128 rows do not fit beside dK and dV.
+    rows = 128 if dim == dim_v == 64 else 64
+    return BackwardConfig(Division.KEYS, rows, 128, dim, dim_v, q_stages=2, do_stages=2, features=features)
+
+
+def _padded(dim: int) -> int:
+    """The head dim that a kernel is made for; columns past the tensor's own read as zeros."""
+    return next(size for size in (64, 128, 256) if size >= dim)
+
+
+def work_lines(problem: Problem) -> int:
+    """Rows of the workspace a head: every sequence's, rounded up to WORK_ROWS."""
+    shape = problem.shape
+    if problem.layout is Layout.VARLEN:
+        return WORK_ROWS * (shape.seqlen_q // WORK_ROWS + shape.batch + 1)
+    return shape.batch * -(-shape.seqlen_q // WORK_ROWS) * WORK_ROWS
+
+
+def workspace_bytes(problem: Problem) -> int:
+    """dQ in float32, and lse and D of each row."""
+    return 4 * problem.shape.heads_q * work_lines(problem) * (problem.shape.head_dim + 2)

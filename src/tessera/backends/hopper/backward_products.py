@@ -1,0 +1,210 @@
+"""The backward's consumers for head dims up to 256 (see backward.py): dK and dV of 64 keys take a warpgroup's registers each, so
+the products are divided among three, and nothing is computed twice:
+
+    dv    S^T, P^T, dV += P^T dO       P in 16 bits to dk through shared memory
+    dk    dP^T, dS^T, dK += dS^T Q     dS to dq through shared memory
+    dq    dQ = dS K                    in parts of 64 columns, added to the workspace
+
+S of the next block runs beside dV of this one, dP of the next beside dK of this one. Products with 256 columns from registers do
+not compile in a block of 416 threads (C7602), so dK and dV are done in two products of 128.
+"""
+
+from tessera.backends.hopper.pieces.channel import Ring, make_ring
+from tessera.backends.hopper.pieces.gradients import (
+    BARRIER_LAST,
+    add_to_dq,
+    fresh_zero,
+    issue_transposed,
+    meet,
+    probabilities,
+    row_values,
+    store_gradient,
+)
+from tessera.backends.hopper.pieces.key_tiles import locate_keys
+from tessera.backends.hopper.pieces.row_ranges import cut_and_full, key_bounds, row_blocks
+from tessera.backends.hopper.pieces.softmax import to_16_bit
+from tessera.backends.hopper.pieces.tiles import M, accumulator_layout, matrix
+from tessera.jit.compat import (
+    aggregate,
+    fence_async_shared,
+    gl,
+    gluon,
+    mbarrier,
+    tma_store_wait,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+
+@aggregate
+class Exchange:
+    """What the consumers hand on: P (or, with a softcap, P times its slope) and dS, both (64 keys, 64 rows) in 16 bits; and
+    where parts of dQ wait to be added."""
+
+    p: gl.shared_memory_descriptor
+    ds: gl.shared_memory_descriptor
+    dq: gl.shared_memory_descriptor
+    p_ring: Ring
+    ds_ring: Ring
+
+    @gluon.constexpr_function
+    def __init__(self, p, ds, dq, p_ring, ds_ring):
+        self.p = p
+        self.ds = ds
+        self.dq = dq
+        self.p_ring = p_ring
+        self.ds_ring = ds_ring
+
+
+@gluon.jit
+def make_exchange(config: gl.constexpr, dq_map, dtype: gl.constexpr):
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, config.rows], dtype)
+    p = gl.allocate_shared_memory(dtype, [2, M, config.rows], layout)
+    ds = gl.allocate_shared_memory(dtype, [2, M, config.rows], layout)
+    dq = gl.allocate_shared_memory(gl.float32, [2] + dq_map.block_type.shape, dq_map.layout)
+    return Exchange(p, ds, dq, make_ring(2, 1), make_ring(2, 1))
+
+
+@gluon.constexpr_function
+def _wide_layout(columns):
+    """A (64, columns) accumulator made by products of at most 128 columns."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, min(columns, 128), 16])
+
+
+@gluon.jit
+def _issue_sum(operand, rows, gradient):
+    """Start gradient += operand (64 keys, rows) rows (rows, columns)."""
+    layout: gl.constexpr = gl.DotOperandLayout(0, gradient.type.layout, 2)
+    return warpgroup_mma(gl.convert_layout(operand, layout), rows, gradient, is_async=True)
+
+
+# ----------------------------------------------------------------------------------------------------------- dV
+
+
+@gluon.jit
+def _next_p(config: gl.constexpr, shared, exchange, score, bounds, s, n, row, is_cut):
+    """P^T of block n in 16 bits: handed to dk, and returned."""
+    lse = row_values(shared.lse, shared.q_stream.slot(n), config.rows)
+    p, weight = probabilities(config, score, s, lse, bounds, row, is_cut)
+    p = to_16_bit(p, shared.q.dtype)
+    exchange.p_ring.acquire(n)
+    exchange.p.index(exchange.p_ring.slot(n)).store(to_16_bit(weight, shared.q.dtype))
+    exchange.p_ring.publish(n)
+    shared.q_stream.release(n)
+    return p
+
+
+@gluon.jit
+def _issue_s(shared, n):
+    shared.q_stream.wait(n)
+    return issue_transposed(matrix(shared.k.index(fresh_zero())), matrix(shared.q.index(shared.q_stream.slot(n))))
+
+
+@gluon.jit
+def _row_of(config: gl.constexpr, n, begin, count):
+    return (begin + n % count) * config.rows
+
+
+@gluon.jit
+def consumer_of_dv(config: gl.constexpr, dv_map, shared, exchange, score, call):
+    tile = locate_keys(config, gl.program_id(0), call)
+    begin, count = row_blocks(config, call.band, tile.seq, tile.first)
+    dv = gl.zeros([M, config.dim_v], gl.float32, _wide_layout(config.dim_v))
+    if count > 0:
+        bounds = key_bounds(config, call.band, tile.seq, tile.first)
+        mbarrier.wait(shared.k_full, 0)
+        s = warpgroup_mma_wait(0, deps=(_issue_s(shared, 0),))
+        p = _next_p(config, shared, exchange, score, bounds, s, 0, begin * config.rows, True)
+        for n in range(1, count * call.group):
+            s = _issue_s(shared, n)
+            do_slot = shared.do_stream.slot(n - 1)
+            shared.do_stream.wait(n - 1)
+            dv = _issue_sum(p, matrix(shared.do.index(do_slot)), dv)
+            s, dv = warpgroup_mma_wait(0, deps=(s, dv))
+            shared.do_stream.release(n - 1)
+            p = _next_p(config, shared, exchange, score, bounds, s, n, _row_of(config, n, begin, count), True)
+        last = count * call.group - 1
+        shared.do_stream.wait(last)
+        dv = _issue_sum(p, matrix(shared.do.index(shared.do_stream.slot(last))), dv)
+        dv = warpgroup_mma_wait(0, deps=(dv,))
+    meet("sync", BARRIER_LAST, 256)  # dq reads K too
+    store_gradient(dv_map, shared.k, 0, dv, tile, tile.first)
+    tma_store_wait(0)
+
+
+# ----------------------------------------------------------------------------------------------------------- dK
+
+
+@gluon.jit
+def _next_ds(config: gl.constexpr, shared, exchange, dp, n):
+    """dS^T of block n in 16 bits: handed to dq, and returned."""
+    d = row_values(shared.d, shared.do_stream.slot(n), config.rows)
+    x = dp - d[None, :]
+    exchange.p_ring.wait(n)
+    p = exchange.p.index(exchange.p_ring.slot(n)).load(dp.type.layout)
+    ds = to_16_bit(p.to(gl.float32) * x, shared.q.dtype)
+    exchange.p_ring.release(n)
+    exchange.ds_ring.acquire(n)
+    exchange.ds.index(exchange.ds_ring.slot(n)).store(ds)
+    fence_async_shared()
+    exchange.ds_ring.publish(n)
+    shared.do_stream.release(n)
+    return ds
+
+
+@gluon.jit
+def _issue_dp(shared, n):
+    shared.do_stream.wait(n)
+    return issue_transposed(matrix(shared.v.index(fresh_zero())), matrix(shared.do.index(shared.do_stream.slot(n))))
+
+
+@gluon.jit
+def consumer_of_dk(config: gl.constexpr, dk_map, shared, exchange, score, call):
+    tile = locate_keys(config, gl.program_id(0), call)
+    begin, count = row_blocks(config, call.band, tile.seq, tile.first)
+    dk = gl.zeros([M, config.dim], gl.float32, _wide_layout(config.dim))
+    if count > 0:
+        mbarrier.wait(shared.v_full, 0)
+        dp = warpgroup_mma_wait(0, deps=(_issue_dp(shared, 0),))
+        ds = _next_ds(config, shared, exchange, dp, 0)
+        for n in range(1, count * call.group):
+            shared.q_stream.wait(n - 1)
+            dk = _issue_sum(ds, matrix(shared.q.index(shared.q_stream.slot(n - 1))), dk)
+            dp = _issue_dp(shared, n)
+            dk = warpgroup_mma_wait(1, deps=(dk,))
+            shared.q_stream.release(n - 1)
+            dp = warpgroup_mma_wait(0, deps=(dp,))
+            ds = _next_ds(config, shared, exchange, dp, n)
+        last = count * call.group - 1
+        shared.q_stream.wait(last)
+        dk = _issue_sum(ds, matrix(shared.q.index(shared.q_stream.slot(last))), dk)
+        dk = warpgroup_mma_wait(0, deps=(dk,))
+    store_gradient(dk_map, shared.v, 0, dk * score.factor, tile, tile.first)  # nobody else reads V
+    tma_store_wait(0)
+
+
+# ----------------------------------------------------------------------------------------------------------- dQ
+
+
+@gluon.jit
+def consumer_of_dq(config: gl.constexpr, dq_map, shared, exchange, call):
+    part: gl.constexpr = 64
+    layout: gl.constexpr = accumulator_layout(part)
+    tile = locate_keys(config, gl.program_id(0), call)
+    begin, count = row_blocks(config, call.band, tile.seq, tile.first)
+    if count > 0:
+        mbarrier.wait(shared.k_full, 0)
+        for n in range(count * call.group):
+            head = tile.head * call.group + n // count
+            line = head * call.order.line + tile.work + _row_of(config, n, begin, count)
+            exchange.ds_ring.wait(n)
+            ds = exchange.ds.index(exchange.ds_ring.slot(n)).permute((1, 0))
+            for j in gl.static_range(config.dim // part):
+                k = matrix(shared.k.index(fresh_zero())).slice(j * part, part, dim=1)
+                dq = warpgroup_mma(ds, k, gl.zeros([M, part], gl.float32, layout), use_acc=False, is_async=True)
+                dq = warpgroup_mma_wait(0, deps=(dq,))
+                if j == config.dim // part - 1:
+                    exchange.ds_ring.release(n)
+                add_to_dq(dq_map, exchange.dq, j % 2, dq, [line, j * part], 1)
+    meet("arrive", BARRIER_LAST, 256)
+    tma_store_wait(0)

@@ -1,0 +1,126 @@
+"""What the backward's kernels share: their tiles in shared memory, P from S, the sums of dQ, and the way out of dK and dV."""
+
+from tessera.backends.hopper.pieces.channel import Stream
+from tessera.backends.hopper.pieces.kv_source import store_rows
+from tessera.backends.hopper.pieces.row_ranges import mask_rows
+from tessera.backends.hopper.pieces.softmax import exp2, tanh, to_16_bit
+from tessera.backends.hopper.pieces.tiles import M, accumulator_layout, has, matrix
+from tessera.jit.compat import aggregate, fence_async_shared, gl, gluon, tma_reduce_add, tma_store_wait, warpgroup_mma
+
+# Hardware's named barriers that channel.py leaves free.
+BARRIER_DS = gl.constexpr(7)
+"""Both consumers' dS lie in shared memory."""
+BARRIER_LAST = gl.constexpr(8)
+"""No product reads K any more: its buffer may take dK or dV."""
+
+
+@aggregate
+class Score:
+    """`scale` turns a score into log2 units; with a softcap c it is c log2(e), and `inner` = softmax_scale / c. `factor` is
+    the softmax scale: what the derivative by q . k has over that by the score."""
+
+    scale: gl.tensor
+    inner: gl.tensor
+    factor: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, scale, inner, factor):
+        self.scale = scale
+        self.inner = inner
+        self.factor = factor
+
+
+@aggregate
+class Shared:
+    """K and V of the tile in pieces of 64 keys; rings of Q with lse, and of dO with D."""
+
+    k: gl.shared_memory_descriptor
+    v: gl.shared_memory_descriptor
+    q: gl.shared_memory_descriptor
+    do: gl.shared_memory_descriptor
+    lse: gl.shared_memory_descriptor
+    d: gl.shared_memory_descriptor
+    k_full: gl.shared_memory_descriptor
+    v_full: gl.shared_memory_descriptor
+    q_stream: Stream
+    do_stream: Stream
+
+    @gluon.constexpr_function
+    def __init__(self, k, v, q, do, lse, d, k_full, v_full, q_stream, do_stream):
+        self.k = k
+        self.v = v
+        self.q = q
+        self.do = do
+        self.lse = lse
+        self.d = d
+        self.k_full = k_full
+        self.v_full = v_full
+        self.q_stream = q_stream
+        self.do_stream = do_stream
+
+
+@gluon.jit
+def fresh_zero():
+    """A 0 that the compiler can't see through or hoist. Tiles that stay for the whole loop are indexed with it: else LLVM
+    keeps the descriptor of every product's operand in two registers."""
+    return gl.inline_asm_elementwise("mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.constexpr_function
+def _meet_asm(kind, barrier, threads):
+    return f"bar.{kind} {barrier.value}, {threads}; mov.u32 $0, 0;"
+
+
+@gluon.jit
+def meet(kind: gl.constexpr, barrier: gl.constexpr, threads: gl.constexpr):
+    """A named barrier: "sync" waits for `threads` threads, "arrive" is counted and goes on."""
+    asm: gl.constexpr = _meet_asm(kind, barrier, threads)
+    gl.inline_asm_elementwise(asm, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def issue_transposed(keys, rows):
+    """Start (64 keys, rows) float32 = a tile of K or V times a tile of Q or dO transposed."""
+    count: gl.constexpr = rows.shape[0]
+    s = gl.zeros([M, count], gl.float32, accumulator_layout(count))
+    return warpgroup_mma(keys, rows.permute((1, 0)), s, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def row_values(values, slot, rows: gl.constexpr):
+    """lse or D of a block's rows, one a column of S^T."""
+    return values.index(slot).reshape([rows]).load(gl.SliceLayout(0, accumulator_layout(rows)))
+
+
+@gluon.jit
+def probabilities(config: gl.constexpr, score, s, lse, bounds, first_row, MASKED: gl.constexpr):
+    """(P^T, what (dP^T - D) is multiplied with): the same but for a softcap, whose slope 1 - tanh^2 comes on top."""
+    if has(config, "softcap"):
+        capped = tanh(s * score.inner)
+        x = capped * score.scale - lse[None, :]
+    else:
+        x = s * score.scale - lse[None, :]
+    if MASKED:
+        x = mask_rows(x, bounds, first_row)
+    p = exp2(x)
+    if has(config, "softcap"):
+        return p, p * (1.0 - capped * capped)
+    else:
+        return p, p
+
+
+@gluon.jit
+def add_to_dq(dq_map, staging, slot, dq, where, IN_FLIGHT: gl.constexpr):
+    """Add a part of dQ to the workspace, through a buffer of which IN_FLIGHT others may still be read."""
+    tma_store_wait(IN_FLIGHT)
+    staging.index(slot).store(dq)
+    fence_async_shared()
+    tma_reduce_add(dq_map, where, staging.index(slot))
+
+
+@gluon.jit
+def store_gradient(map_, buffer, slot, gradient, tile, row):
+    """dK or dV of 64 keys through a buffer that nobody reads any more."""
+    matrix(buffer.index(slot)).store(to_16_bit(gradient, buffer.dtype))
+    fence_async_shared()
+    store_rows((map_,), (buffer,), slot, tile.written, tile.head, row)

@@ -1,0 +1,179 @@
+"""Where the backward's work lies: its grid of key tiles, and the padded rows of its workspace.
+
+The workspace (lse and D of each row, dQ in float32) has one line a query head. Each sequence's rows begin there at a multiple
+of 128, so that whole tiles can be read, and added to, without touching a neighbour's. Packed sequence b begins at block
+cu_q[b] / 128 + b: that is never fewer blocks than the sequences before it need, and is known from cu_q alone.
+"""
+
+from tessera.backends.hopper.backward_plan import WORK_ROWS
+from tessera.backends.hopper.pieces.kv_source import Lengths, Pitch, Sequence, Span, dense_sequence, packed_sequence
+from tessera.backends.hopper.pieces.masking import Band
+from tessera.backends.hopper.pieces.tiles import has
+from tessera.jit.compat import aggregate, gl, gluon
+
+WORK = gl.constexpr(WORK_ROWS)
+
+
+@aggregate
+class Order:
+    """`blocks` key tiles a dense sequence; `section`: query rows, over all heads of a group, that share L2; `line`: rows of
+    the workspace a head."""
+
+    blocks: gl.tensor
+    section: gl.tensor
+    line: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, blocks, section, line):
+        self.blocks = blocks
+        self.section = section
+        self.line = line
+
+
+@aggregate
+class Call:
+    """What one launch is asked. In packed calls seqlen_q and seqlen_k are totals. `pitch.o` is that of dO."""
+
+    batch: gl.tensor
+    heads_kv: gl.tensor
+    group: gl.tensor
+    seqlen_q: gl.tensor
+    seqlen_k: gl.tensor
+    band: Band
+    lengths: Lengths
+    pitch: Pitch
+    order: Order
+
+    @gluon.constexpr_function
+    def __init__(self, batch, heads_kv, group, seqlen_q, seqlen_k, band, lengths, pitch, order):
+        self.batch = batch
+        self.heads_kv = heads_kv
+        self.group = group
+        self.seqlen_q = seqlen_q
+        self.seqlen_k = seqlen_k
+        self.band = band
+        self.lengths = lengths
+        self.pitch = pitch
+        self.order = order
+
+
+@aggregate
+class KeyTile:
+    """The keys of one head of one sequence from `first` on. `written`: the rows of dk and dv that the sequence's tiles write,
+    which are more than the visible ones where lengths or padding hide some. `work`: its first row in the workspace."""
+
+    seq: Sequence
+    head: gl.tensor
+    first: gl.tensor
+    written: Span
+    work: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, seq, head, first, written, work):
+        self.seq = seq
+        self.head = head
+        self.first = first
+        self.written = written
+        self.work = work
+
+    @gluon.jit
+    def queries(self, pitch):
+        """The rows that attend to something: those after are read as zeros."""
+        return Span(self.seq.batch * pitch + self.seq.q_begin, self.seq.q_live)
+
+
+@gluon.jit
+def _ordered(config: gl.constexpr, number, blocks, heads, section):
+    """Tile `number` of blocks x heads as (block, head). Where a diagonal makes the first blocks the longest they come first
+    (longest processing time first), inside even sections of heads whose Q, dO and dQ share L2."""
+    if has(config, "right"):
+        sections = (heads + section - 1) // section
+        section = (heads + sections - 1) // sections
+        whole = blocks * section
+        group = number // whole
+        rest = number - group * whole
+        size = gl.maximum(gl.minimum(section, heads - group * section), 1)  # the last section may be short
+        block = rest // size
+        return block, group * section + rest - block * size
+    else:
+        head = number // blocks
+        return number - head * blocks, head
+
+
+@gluon.jit
+def _first_block(offsets, index, rows: gl.constexpr):
+    """Packed sequence `index`'s first block of `rows` rows."""
+    return gl.load(offsets + index) // rows + index
+
+
+@gluon.jit
+def _find(offsets, batch, wanted, rows: gl.constexpr):
+    """The packed sequence that block `wanted` belongs to; `batch` is what lies after the last."""
+    low = wanted * 0
+    high = low + batch
+    while low < high:
+        middle = (low + high + 1) // 2
+        if _first_block(offsets, middle, rows) <= wanted:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+@gluon.jit
+def _heads_together(call, rows):
+    return gl.maximum(call.order.section // gl.maximum(rows, 1), 1)
+
+
+@gluon.jit
+def _dense_tile(config: gl.constexpr, number, call):
+    heads = call.batch * call.heads_kv
+    section = gl.minimum(_heads_together(call, call.seqlen_q), heads)
+    block, pair = _ordered(config, number, call.order.blocks, heads, section)
+    batch = pair // call.heads_kv
+    seq = dense_sequence(config, call.lengths, batch, call.seqlen_q, call.seqlen_k)
+    written = Span(batch * call.seqlen_k + seq.k_begin, call.seqlen_k - seq.k_begin)
+    return KeyTile(seq, pair - batch * call.heads_kv, block * config.keys, written, batch * _padded(call.seqlen_q))
+
+
+@gluon.jit
+def _packed_tile(config: gl.constexpr, number, call):
+    offsets = call.lengths.cu_k
+    index = _find(offsets, call.batch, number // call.heads_kv, config.keys)
+    seq = packed_sequence(config, call.lengths, index, call.batch, call.seqlen_q)
+    begin = gl.load(offsets + index)
+    end = gl.where(index == call.batch, call.seqlen_k, gl.load(offsets + gl.minimum(index + 1, call.batch)))
+    first = begin // config.keys + index
+    blocks = end // config.keys + 1 - begin // config.keys
+    section = gl.minimum(_heads_together(call, seq.q_rows), call.heads_kv)
+    block, head = _ordered(config, number - first * call.heads_kv, blocks, call.heads_kv, section)
+    work = _first_block(call.lengths.cu_q, index, WORK) * WORK
+    return KeyTile(seq, head, block * config.keys, Span(begin, end - begin), work)
+
+
+@gluon.jit
+def locate_keys(config: gl.constexpr, number, call):
+    """The tile of program `number`. Packed calls may have one more a sequence than it needs: it sees no row and writes none."""
+    if has(config, "varlen"):
+        return _packed_tile(config, number, call)
+    else:
+        return _dense_tile(config, number, call)
+
+
+@gluon.jit
+def _padded(rows):
+    return (rows + WORK - 1) // WORK * WORK
+
+
+@gluon.jit
+def locate_rows(config: gl.constexpr, start, batch, seqlen_q, seqlen_k, lengths):
+    """The sequence whose rows lie at row `start` of the workspace, and which of its rows that is."""
+    if has(config, "varlen"):
+        index = _find(lengths.cu_q, batch, start // WORK, WORK)
+        seq = packed_sequence(config, lengths, index, batch, seqlen_q)
+        begin = _first_block(lengths.cu_q, index, WORK) * WORK
+    else:
+        index = start // _padded(seqlen_q)
+        seq = dense_sequence(config, lengths, index, seqlen_q, seqlen_k)
+        begin = index * _padded(seqlen_q)
+    return seq, start - begin

@@ -1,0 +1,87 @@
+"""A session: one grid, in one direction, by these contenders, on this machine. What the command line and scripts run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from tessera.bench import flash_peers, machine
+from tessera.bench.cells import Cell, Direction
+from tessera.bench.grids import GRIDS, Grid
+from tessera.bench.peers import Peer, Tessera
+from tessera.bench.report import CellResult, Report
+from tessera.bench.runner import Limits, run
+from tessera.dispatch import BACKENDS
+from tessera.errors import bad_value
+
+
+@dataclass(frozen=True)
+class Order:
+    """A session as a person asks for it. None: the grid's own dtype and device kind, dispatch's backend, the usual peers.
+
+    `only`: cells whose name contains this; `fa3_folder`: where FlashAttention-3's fa3.so lies, None for the installed package.
+    """
+
+    grid: str
+    direction: Direction = Direction.FORWARD
+    dtype: torch.dtype | None = None
+    device: str | None = None
+    backend: str | None = None
+    peers: tuple[str, ...] | None = None
+    only: str = ""
+    fa3_folder: Path | None = None
+    limits: Limits = field(default_factory=Limits)
+
+    def session(self) -> Session:
+        """The session, or ValueError that names what cannot be."""
+        if self.grid not in GRIDS:
+            raise bad_value("grid", repr(self.grid), "there is no such grid", f"use one of {', '.join(GRIDS)}")
+        if self.backend is not None and self.backend not in BACKENDS:
+            raise bad_value("backend", repr(self.backend), "there is no such backend", f"use one of {', '.join(BACKENDS)}")
+        grid = GRIDS[self.grid]
+        device = self.device or grid.device
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise bad_value("device", repr(device), str(error).splitlines()[0], "use a device of this machine") from error
+        cells = tuple(cell for cell in grid.cells(self.direction, self.dtype) if self.only in cell.name)
+        if not cells:
+            raise bad_value("k", repr(self.only), f"no cell of {grid.name} has this in its name", "use for example causal")
+        return Session(grid, cells, (Tessera(self.backend), *self._peers(device)), device, self.limits)
+
+    def _peers(self, device: str) -> Iterator[Peer]:
+        everyone = flash_peers.peers(self.fa3_folder)
+        for name in flash_peers.DEFAULT_PEERS[torch.device(device).type] if self.peers is None else self.peers:
+            if name not in everyone:
+                raise bad_value("peers", repr(name), "there is no such peer", f"use some of {', '.join(everyone)}")
+            yield everyone[name]
+
+
+def quick_grid() -> str:
+    """The grid for a first look at this machine."""
+    return "paper-quick" if torch.cuda.is_available() else "cpu-quick"
+
+
+@dataclass(frozen=True)
+class Session:
+    """`cells`: those of the grid that are to be measured, all in one direction; `contenders`: ours first."""
+
+    grid: Grid
+    cells: tuple[Cell, ...]
+    contenders: tuple[Peer, ...]
+    device: str
+    limits: Limits = field(default_factory=Limits)
+
+    def reports(self) -> Iterator[Report]:
+        """The report after each cell, which grows by one cell: whoever writes each loses one cell to a crash."""
+        here, done = machine.describe(), list[CellResult]()
+        dtype = str(self.cells[0].dtype).removeprefix("torch.")
+        for result in run(self.cells, self.contenders, self.device, None, self.grid.metric, self.limits):
+            done.append(result)
+            yield Report(
+                self.grid.name, self.cells[0].direction, self.grid.metric, dtype, self.device, self.contenders[0].name, here,
+                tuple(done),
+            )  # fmt: skip
