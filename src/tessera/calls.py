@@ -16,6 +16,7 @@ from tessera.operands import TENSORS, Operands, Request, check_contents, check_s
 from tessera.plan import Plan
 
 _CAPACITY = 4096
+_NO_OTHERS = (None,) * (TENSORS - 3)
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,9 +32,15 @@ _known: dict[tuple[object, ...], Prepared] = {}
 
 def prepare(request: Request) -> tuple[Prepared, Operands]:
     """The prepared plan of a request, checked, and its operands. Raises as `attention` does."""
-    key = (*map(_seen, request[:TENSORS]), request[TENSORS:-1], request.seed is None)
-    try:
-        prepared = _known.get(key)
+    q, k, v = request.q, request.k, request.v
+    others = request[3:TENSORS]
+    key = (
+        q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(),
+        q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, q.requires_grad, k.requires_grad, v.requires_grad,
+        None if others == _NO_OTHERS else tuple(map(_seen, others)),
+        request[TENSORS:-1], request.seed is None,
+    )  # fmt: skip
+    prepared = _known.get(key)
     except TypeError:  # something among the options cannot be hashed: say which
         check_scalars(request)
         raise

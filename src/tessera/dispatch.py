@@ -47,7 +47,11 @@ class InputGradients:
 
 
 class Runner(Protocol):
-    """A planned problem, ready to be run on tensors: what depends on the plan alone has been worked out."""
+    """A planned problem, ready to be run on tensors: what depends on the plan alone has been worked out.
+
+    Between its calls nothing changes but the tensors' contents and addresses, and the seed: a runner is kept for one set of
+    shapes, strides, dtypes and devices (calls.py), so it may keep what follows from them.
+    """
 
     def forward(self, operands: Operands) -> tuple[Tensor, Tensor]:
         """(out, lse) as Problem.out_shape and Problem.lse_shape say, contiguous."""

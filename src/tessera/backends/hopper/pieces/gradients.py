@@ -68,7 +68,7 @@ def fresh_zero():
 
 @gluon.constexpr_function
 def _meet_asm(kind, barrier, threads):
-    return f"bar.{kind} {barrier.value}, {threads}; mov.u32 $0, 0;"
+    return f"bar.{kind} {barrier}, {threads}; mov.u32 $0, 0;"
 
 
 @gluon.jit
