@@ -40,7 +40,8 @@ def prepare(request: Request) -> tuple[Prepared, Operands]:
         None if others == _NO_OTHERS else tuple(map(_seen, others)),
         request[TENSORS:-1], request.seed is None,
     )  # fmt: skip
-    prepared = _known.get(key)
+    try:
+        prepared = _known.get(key)
     except TypeError:  # something among the options cannot be hashed: say which
         check_scalars(request)
         raise
