@@ -161,6 +161,8 @@ _MASKS = (
     Case("window of one", seqlen_q=200, seqlen_k=200, window=(0, 0)),
     Case("window past the keys", seqlen_q=400, seqlen_k=100, window=(10, 10)),
     Case("padding", seqlen_q=200, seqlen_k=200, key_end=(140, 200), query_end=(140, 200)),
+    Case("padding of keys", batch=3, seqlen_k=200, heads_kv=2, key_start=(37, 0, 0), key_end=(140, 200, 0)),
+    Case("padding of keys, sinks", seqlen_k=70, key_end=(70, 13), sinks=True),
     Case("padding left", seqlen_q=200, seqlen_k=200, key_start=(37, 0), causal=True),
     Case("padding to nothing", seqlen_q=150, seqlen_k=150, key_end=(0, 77), causal=True),
     Case("documents", seqlen_q=300, seqlen_k=300, documents=(100, 1, 77, 122), causal=True),

@@ -139,8 +139,8 @@ class Problem:
         return (s.batch, s.seqlen_q, s.heads_q, s.head_dim_v)
 
     def scores(self) -> int:
-        """The number of scores that the mask's diagonal band leaves, over all heads: exact for dense masks without
-        bounds, an upper bound where lengths or documents are known to the tensors alone."""
+        """The number of scores that the mask's diagonal band leaves, over all heads: exact for dense problems, but that padding
+        and documents, known to the tensors alone, are not taken off; packed sequences count as if all had the mean length."""
         s = self.shape
         if self.layout is Layout.VARLEN:
             n = max(1, s.batch)

@@ -5,11 +5,12 @@
 ref is the oracle in float64; eager is the oracle's own arithmetic in the compute dtype on the same inputs; noise is the
 one unit in the last place of the result's dtype at the size of ref, twice what rounding ref alone costs, and 64 units of the
 compute dtype (FlashAttention's test rule, with its ref + 0.3 - 0.3 made explicit). For gradients the noise holds also what the
-rounding of the stored out does to them through D = rowsum(dO * O).
+rounding of the stored out does to them through D = rowsum(dO * O), and for those of bias and sinks the rounding of long sums.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -75,11 +76,18 @@ def run(request: Request, check_gradients: bool = True) -> list[Comparison]:
     dlse = torch.randn(refs[1].shape, generator=generator).to(results[1].dtype).to(results[1].device)
     gradients = [_gradients(out, lse, dout, dlse, inputs) for out, lse in (results, refs, eagers)]
     stored = _gradients_of_stored_out(results[0], *refs, dout, inputs)
+    terms = {"bias": results[1].numel() * problem.shape.seqlen_k, "sinks": results[1].numel()}
     for name, result, ref, eager, share in zip(names, *gradients, stored, strict=True):
         compared = compare(f"d{name}", result, ref.double(), eager)
-        on_top = 2 * share.abs().max().item() if share.numel() else 0.0
-        comparisons.append(replace(compared, allowed=compared.allowed + on_top))
+        of_out = 2 * share.abs().max().item() if share.numel() else 0.0
+        of_sums = _noise_of_sums(terms.get(name, 0) / max(1, result.numel()), problem.lse_dtype)
+        comparisons.append(replace(compared, allowed=compared.allowed + of_out + of_sums))
     return comparisons
+
+
+def _noise_of_sums(terms: float, compute: torch.dtype) -> float:
+    """The rounding of a sum of that many terms of size 1 and either sign, where the sum itself may be 0."""
+    return 8 * torch.finfo(compute).eps * math.sqrt(terms)
 
 
 def _gradients_of_stored_out(

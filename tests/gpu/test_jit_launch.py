@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -186,6 +187,22 @@ def test_another_context_is_current(kernel):
     assert now.value == other.value
     torch.cuda.synchronize()
     assert close(c, expected(a, b))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_devices_from_one_thread(kernel):
+    """The current device stays 0 while kernels go to either, on the default stream and on another."""
+    kernels = (kernel, jit.load(kernel.spec, 1))
+    for stream in (None, torch.cuda.Stream(1)):
+        for device in (1, 0, 1):
+            a, b = (torch.randn(rows, 64, device=f"cuda:{device}", dtype=torch.bfloat16) for rows in (130, 64))
+            torch.cuda.synchronize(device)
+            with torch.cuda.stream(stream) if device == 1 else nullcontext():
+                torch.cuda.set_device(0)
+                c, _ = run(kernels[device], a, b)
+            torch.cuda.synchronize(device)
+            assert torch.cuda.current_device() == 0
+            assert close(c, expected(a, b))
 
 
 def test_a_launch_does_not_wait_for_the_gpu(kernel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -20,9 +21,19 @@ from tessera.integrations.transformers_masks import Intervals, key_bounds
 
 BATCH = 2
 LEFT_PADDING = torch.tensor([3, 0])
-DOCUMENT_POSITIONS = torch.cat([torch.arange(4), torch.arange(7), torch.arange(1), torch.arange(12)]).expand(BATCH, -1)
-DOCUMENTS = hf.find_packed_sequence_indices(DOCUMENT_POSITIONS)
+DOCUMENTS = torch.tensor([0] * 4 + [1] * 7 + [2] + [3] * 12).expand(BATCH, -1)
 IMAGES = torch.tensor([0] * 3 + [-1] * 5 + [1] * 6 + [-1] * 10).expand(BATCH, -1)
+
+
+def same_document(batch_idx, head_idx, q_idx, kv_idx):
+    """As packed sequences'."""
+    return DOCUMENTS[batch_idx, q_idx] == DOCUMENTS[batch_idx, kv_idx]
+
+
+def same_image(batch_idx, head_idx, q_idx, kv_idx):
+    """As Gemma 3's: the tokens of an image see all of it."""
+    image = IMAGES[batch_idx, q_idx]
+    return (image == IMAGES[batch_idx, kv_idx]) & (image >= 0)
 
 
 def prefix(batch_idx, head_idx, q_idx, kv_idx):
@@ -36,11 +47,9 @@ FUNCTIONS = {
     "window": hf.sliding_window_causal_mask_function(5),
     "window both ways": hf.sliding_window_bidirectional_mask_function(4),
     "chunks": hf.chunked_causal_mask_function(6, LEFT_PADDING),
-    "packed": hf.packed_sequence_compatibility_function(hf.causal_mask_function, DOCUMENT_POSITIONS, DOCUMENTS),
-    "packed, window": hf.packed_sequence_compatibility_function(
-        hf.sliding_window_causal_mask_function(3), DOCUMENT_POSITIONS, DOCUMENTS
-    ),
-    "images": hf.or_masks(hf.causal_mask_function, hf.blockwise_overlay(IMAGES)),
+    "packed": hf.and_masks(hf.causal_mask_function, same_document),
+    "packed, window": hf.and_masks(hf.sliding_window_causal_mask_function(3), same_document),
+    "images": hf.or_masks(hf.causal_mask_function, same_image),
     "prefix": hf.or_masks(hf.causal_mask_function, prefix),
 }
 
@@ -170,6 +179,20 @@ def test_every_mask_of_ordered_intervals_is_exact(data: st.DataObject) -> None:
     begin, end = (torch.tensor(side)[None, :, None] for side in ends)
     keys_of = torch.arange(keys)
     assert Intervals.of([(begin <= keys_of) & (keys_of < end)]).exact
+
+
+@pytest.mark.parametrize(
+    ("family", "takes"), [("bloom", False), ("falcon", False), ("llama", True), ("bert", True), ("paligemma", True)]
+)
+def test_which_models_take_attention_from_the_interface(family: str, takes: bool) -> None:
+    """(PaliGemma has none of its own: it is a vision tower beside a Gemma.)"""
+    import_module(f"transformers.models.{family}.modeling_{family}")
+    assert masks.takes_attention_from_interface(f"transformers.models.{family}.configuration_{family}") == takes
+
+
+@pytest.mark.parametrize("module", ["__main__", "mine.configuration_mine", "configuration_mine"])
+def test_models_of_unknown_modules_are_let_through(module: str) -> None:
+    assert masks.takes_attention_from_interface(module)
 
 
 LAYER = torch.nn.Module()

@@ -36,7 +36,7 @@ class Footprint:
 def footprint(contender: Peer, cell: Cell, out_file: Path | None = None) -> Footprint | None:
     """Measure the cell's forward on the CPU in a new process; out is saved to `out_file` with torch.save.
 
-    None where the process was killed, which is what a machine without enough memory does.
+    None where the process died, which is what a machine without enough memory makes of it.
     """
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:

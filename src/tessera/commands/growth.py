@@ -84,9 +84,9 @@ def _step(cell: Cell, last: tuple[int, float] | None) -> Step:
         naive = None if skipped else footprint(Eager(), cell, files[1])
         ours = footprint(Tessera(), cell, files[0])
         if ours is None:
-            raise MemoryError(f"the process that ran Tessera on {cell.name} was killed: there is too little memory here")
+            raise RuntimeError(f"the process that ran Tessera on {cell.name} died: too little memory here, or see above")
         if naive is None and not skipped:
-            skipped = "its process was killed: too little memory"
+            skipped = "its process died: too little memory"
         out = torch.load(files[0])
         if naive is not None:
             difference, against = (out - torch.load(files[1])).abs().max().item(), "naive"

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tessera.backends.hopper.backward_launch import BackwardLaunch
+from tessera.backends.hopper.backward_plan import BackwardConfig, backward_config, workspace_bytes
 from tessera.backends.hopper.config import ForwardConfig
 from tessera.backends.hopper.launch import ELEMENTS, ForwardLaunch
 from tessera.backends.hopper.plan import forward_config
@@ -15,9 +17,10 @@ from tessera.dispatch import Choices, InputGradients, Runner, Upstream
 from tessera.errors import Reason
 from tessera.operands import Operands
 from tessera.plan import Choice, Plan
-from tessera.problem import Gradients, Layout, Problem
+from tessera.problem import Gradients, Layout, Problem, Reproducibility
 
 FORWARD = "hopper-forward"
+BACKWARD = "hopper-backward"
 
 
 class HopperBackend:
@@ -43,19 +46,28 @@ class HopperBackend:
         if problem.layout is Layout.DENSE and problem.lengths:
             names = ", ".join(problem.lengths)
             reasons.append(Reason(names, "tensor", "lengths of dense tensors are a mask here", "use Mask.padding"))
-        if problem.gradients is Gradients.INPUTS:
-            reasons.append(Reason("requires_grad", "True", "there is no backward kernel yet", "use torch.no_grad()"))
+        if problem.gradients is Gradients.INPUTS and problem.reproducibility is Reproducibility.BITWISE:
+            why = "the backward sums dQ in the order in which tiles finish"
+            reasons.append(Reason("deterministic", "True", why, "use torch.no_grad(), or deterministic=False"))
         return tuple(reasons)
 
     def plan(self, problem: Problem, device: Device) -> Choices:
         config = forward_config(problem)
         why = "TMA reads what is 16-byte aligned, other inputs are copied first"
-        return Choices(Choice(FORWARD, config, why), None, 0)
+        if problem.gradients is Gradients.NONE:
+            return Choices(Choice(FORWARD, config, why), None, 0)
+        backward = Choice(BACKWARD, backward_config(problem), "P from lse again; dQ summed in float32 by TMA, then rounded")
+        return Choices(Choice(FORWARD, config, why), backward, workspace_bytes(problem))
 
     def prepare(self, plan: Plan) -> Runner:
         if not isinstance(plan.forward.config, ForwardConfig):
             raise TypeError(f"plan.forward.config={plan.forward.config}: a plan of this backend carries a ForwardConfig")
-        return HopperRunner(plan.problem, ForwardLaunch(plan.problem, plan.forward.config, plan.device.multiprocessors))
+        forward = ForwardLaunch(plan.problem, plan.forward.config, plan.device.multiprocessors)
+        if plan.backward is None:
+            return HopperRunner(plan.problem, forward, None)
+        if not isinstance(plan.backward.config, BackwardConfig):
+            raise TypeError(f"plan.backward.config={plan.backward.config}: a plan of this backend carries a BackwardConfig")
+        return HopperRunner(plan.problem, forward, BackwardLaunch(plan.problem, plan.backward.config))
 
 
 @dataclass(frozen=True)
@@ -64,6 +76,7 @@ class HopperRunner:
 
     problem: Problem
     launch: ForwardLaunch
+    gradients: BackwardLaunch | None
 
     def forward(self, operands: Operands) -> tuple[Tensor, Tensor]:
         if operands.q.numel() == 0 or operands.k.numel() == 0:
@@ -71,7 +84,11 @@ class HopperRunner:
         return self.launch(operands)
 
     def backward(self, operands: Operands, upstream: Upstream) -> InputGradients:
-        raise NotImplementedError("no backward kernel yet: why_not refuses gradients")
+        if operands.q.numel() == 0 or operands.k.numel() == 0:
+            return _without_derivatives(self.problem, operands, upstream)
+        if self.gradients is None:
+            raise ValueError("requires_grad=False: this plan has no backward; plan the problem with gradients")
+        return self.gradients(operands, upstream)
 
 
 def _without_scores(problem: Problem, operands: Operands) -> tuple[Tensor, Tensor]:
@@ -82,6 +99,17 @@ def _without_scores(problem: Problem, operands: Operands) -> tuple[Tensor, Tenso
     if operands.sinks is not None and problem.layout is Layout.DENSE:
         lse = operands.sinks.float()[:, None].expand(lse.shape).contiguous()
     return out, lse
+
+
+def _without_derivatives(problem: Problem, operands: Operands, upstream: Upstream) -> InputGradients:
+    """No queries, or no keys: out is 0 whatever the inputs, and lse the sink, whose gradient is then the sum of dlse."""
+    dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (operands.q, operands.k, operands.v))
+    sinks = operands.sinks
+    if sinks is None:
+        return InputGradients(dq, dk, dv)
+    if upstream.dlse is None or problem.layout is Layout.VARLEN:
+        return InputGradients(dq, dk, dv, None, torch.zeros_like(sinks))
+    return InputGradients(dq, dk, dv, None, upstream.dlse.sum(dim=(0, 2)).to(sinks.dtype))
 
 
 BACKEND = HopperBackend()

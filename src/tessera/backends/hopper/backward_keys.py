@@ -10,7 +10,7 @@ Nothing is in flight at the end of a turn: a product carried over the loop's bac
 
 from tessera.backends.hopper.pieces.gradients import (
     BARRIER_DS,
-    BARRIER_LAST,
+    BARRIER_K,
     add_to_dq,
     fresh_zero,
     issue_transposed,
@@ -167,6 +167,6 @@ def consumer_of_keys(config: gl.constexpr, consumer: gl.constexpr, dq_map, dk_ma
     dk, dv = _main_loop(config, consumer, dq_map, shared, halves, score, call, tile)
     row = tile.first + consumer * M
     store_gradient(dv_map, shared.v, consumer, dv, tile, row)  # nobody else reads these rows of V
-    meet("sync", BARRIER_LAST, 256)
+    meet("sync", BARRIER_K, 256)
     store_gradient(dk_map, shared.k, consumer, dk * score.factor, tile, row)
     tma_store_wait(0)

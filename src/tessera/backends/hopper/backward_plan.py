@@ -49,8 +49,9 @@ def backward_config(problem: Problem) -> BackwardConfig:
     if max(dim, dim_v) == 256:
         # One stage of dO leaves room to double the buffers of P, dS and dQ: 3 to 6% over two (H200, d256, 4k and 16k, 2026-11-21).
         return BackwardConfig(Division.PRODUCTS, 64, 64, dim, dim_v, q_stages=2, do_stages=1, features=features)
-    # 128 rows at d64 halve what is said between the consumers; at d128 S and dP of 128 rows do not fit beside dK and dV.
-    rows = 128 if dim == dim_v == 64 else 64
+    # 128 rows at d64 halve what is said between the consumers; at d128 S and dP of 128 rows do not fit beside dK and dV, nor at
+    # d64 beside a softcap's slope (28 spills in the loop).
+    rows = 128 if dim == dim_v == 64 and Feature.SOFTCAP not in features else 64
     return BackwardConfig(Division.KEYS, rows, 128, dim, dim_v, q_stages=2, do_stages=2, features=features)
 
 

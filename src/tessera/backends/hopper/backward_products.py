@@ -11,7 +11,8 @@ not compile in a block of 416 threads (C7602), so dK and dV are done in two prod
 
 from tessera.backends.hopper.pieces.channel import Ring, make_ring
 from tessera.backends.hopper.pieces.gradients import (
-    BARRIER_LAST,
+    BARRIER_K,
+    BARRIER_V,
     add_to_dq,
     fresh_zero,
     issue_transposed,
@@ -68,7 +69,13 @@ def make_exchange(config: gl.constexpr, dq_map, dtype: gl.constexpr):
 @gluon.constexpr_function
 def _wide_layout(columns):
     """A (64, columns) accumulator made by products of at most 128 columns."""
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, min(columns, 128), 16])
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns if columns < 128 else 128, 16])
+
+
+@gluon.jit
+def _empty_sum(columns: gl.constexpr):
+    """Zeros (64, columns) for dK or dV."""
+    return gl.zeros([M, columns], gl.float32, _wide_layout(columns))
 
 
 @gluon.jit
@@ -109,7 +116,7 @@ def _row_of(config: gl.constexpr, n, begin, count):
 def consumer_of_dv(config: gl.constexpr, dv_map, shared, exchange, score, call):
     tile = locate_keys(config, gl.program_id(0), call)
     begin, count = row_blocks(config, call.band, tile.seq, tile.first)
-    dv = gl.zeros([M, config.dim_v], gl.float32, _wide_layout(config.dim_v))
+    dv = _empty_sum(config.dim_v)
     if count > 0:
         bounds = key_bounds(config, call.band, tile.seq, tile.first)
         mbarrier.wait(shared.k_full, 0)
@@ -127,8 +134,9 @@ def consumer_of_dv(config: gl.constexpr, dv_map, shared, exchange, score, call):
         shared.do_stream.wait(last)
         dv = _issue_sum(p, matrix(shared.do.index(shared.do_stream.slot(last))), dv)
         dv = warpgroup_mma_wait(0, deps=(dv,))
-    meet("sync", BARRIER_LAST, 256)  # dq reads K too
-    store_gradient(dv_map, shared.k, 0, dv, tile, tile.first)
+    meet("arrive", BARRIER_K, 384)
+    meet("sync", BARRIER_V, 256)
+    store_gradient(dv_map, shared.v, 0, dv, tile, tile.first)
     tma_store_wait(0)
 
 
@@ -162,7 +170,7 @@ def _issue_dp(shared, n):
 def consumer_of_dk(config: gl.constexpr, dk_map, shared, exchange, score, call):
     tile = locate_keys(config, gl.program_id(0), call)
     begin, count = row_blocks(config, call.band, tile.seq, tile.first)
-    dk = gl.zeros([M, config.dim], gl.float32, _wide_layout(config.dim))
+    dk = _empty_sum(config.dim)
     if count > 0:
         mbarrier.wait(shared.v_full, 0)
         dp = warpgroup_mma_wait(0, deps=(_issue_dp(shared, 0),))
@@ -179,7 +187,9 @@ def consumer_of_dk(config: gl.constexpr, dk_map, shared, exchange, score, call):
         shared.q_stream.wait(last)
         dk = _issue_sum(ds, matrix(shared.q.index(shared.q_stream.slot(last))), dk)
         dk = warpgroup_mma_wait(0, deps=(dk,))
-    store_gradient(dk_map, shared.v, 0, dk * score.factor, tile, tile.first)  # nobody else reads V
+    meet("arrive", BARRIER_V, 256)
+    meet("sync", BARRIER_K, 384)
+    store_gradient(dk_map, shared.k, 0, dk * score.factor, tile, tile.first)
     tma_store_wait(0)
 
 
@@ -206,5 +216,5 @@ def consumer_of_dq(config: gl.constexpr, dq_map, shared, exchange, call):
                 if j == config.dim // part - 1:
                     exchange.ds_ring.release(n)
                 add_to_dq(dq_map, exchange.dq, j % 2, dq, [line, j * part], 1)
-    meet("arrive", BARRIER_LAST, 256)
+    meet("arrive", BARRIER_K, 384)
     tma_store_wait(0)

@@ -24,6 +24,13 @@ def _layout(columns):
     return gl.BlockedLayout([1, 8], [32 * 8 // columns, columns // 8], [4, 1], [1, 0])
 
 
+@gluon.constexpr_function
+def _wide_layout(columns):
+    """The same for float32: four columns a thread."""
+    across = columns // 4 if columns < 128 else 32
+    return gl.BlockedLayout([1, 4], [32 // across, across], [4, 1], [1, 0])
+
+
 @gluon.jit
 def _sink_gradient(sink, lse, d):
     """A sink is a key whose value is 0, so dP = 0 and dS = P (0 - D), summed over rows. A row without even a sink: P = 0."""
@@ -75,10 +82,11 @@ def prepare_rows(
 @gluon.jit
 def _clear_dq(config: gl.constexpr, dq_ptr, first, dim):
     rows: gl.constexpr = rows_of(config.dim_v)
-    layout: gl.constexpr = gl.BlockedLayout([1, 4], [128 // min(config.dim, 128), min(config.dim, 128) // 4], [4, 1], [1, 0])
+    width: gl.constexpr = config.dim
+    layout: gl.constexpr = _wide_layout(width)
     place = first + gl.arange(0, rows, gl.SliceLayout(1, layout))
-    columns = gl.arange(0, config.dim, gl.SliceLayout(0, layout))
-    zeros = gl.zeros([rows, config.dim], gl.float32, layout)
+    columns = gl.arange(0, width, gl.SliceLayout(0, layout))
+    zeros = gl.zeros([rows, width], gl.float32, layout)
     gl.store(dq_ptr + place[:, None] * dim + columns[None, :], zeros, mask=(columns < dim)[None, :])
 
 

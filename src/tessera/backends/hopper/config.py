@@ -32,6 +32,9 @@ class Overlap(Enum):
     """All of it: P of two blocks is alive at once."""
     MAXIMA = "maxima"
     """The row maxima alone: P dies before the exponentials are taken, which fits 160 registers (three consumers)."""
+    NONE = "no softmax of its own"
+    """None: a block's S, softmax and P V follow one another, and the other consumers' work fills the tensor cores. S and P
+    never live together, so three consumers fit at head_dim 128."""
 
 
 class Staging(Enum):

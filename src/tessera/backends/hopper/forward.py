@@ -51,6 +51,7 @@ from tessera.backends.hopper.pieces.tiles import (
     keeps_p_during_softmax,
     matrix,
     operand_layout,
+    overlaps,
     row_layout,
     stages_output,
 )
@@ -255,6 +256,16 @@ def _rescale_output(o, alpha):
 
 
 @gluon.jit
+def _finish_scores(config: gl.constexpr, score, s, bounds, first_key, MASKED: gl.constexpr):
+    """Softcap and mask."""
+    if has(config, "softcap"):
+        s = tanh(s * score.inner)
+    if MASKED:
+        s = mask_scores(s, bounds, first_key)
+    return s
+
+
+@gluon.jit
 def _first_block(config: gl.constexpr, consumer: gl.constexpr, shared, score, n, bounds, first_key, dtype: gl.constexpr):
     """S, m, l and P of a tile's first block: nothing to rescale, no P V to wait for. It is always masked."""
     shared.k_stream.wait(n)
@@ -263,16 +274,14 @@ def _first_block(config: gl.constexpr, consumer: gl.constexpr, shared, score, n,
     pass_turn(consumer, config.consumers)
     s = warpgroup_mma_wait(0, deps=(s,))
     shared.k_stream.release(n)
-    if has(config, "softcap"):
-        s = tanh(s * score.inner)
-    s = mask_scores(s, bounds, first_key)
+    s = _finish_scores(config, score, s, bounds, first_key, True)
     m = gl.max(s, axis=1) * score.scale
     p = exponentials(s, m, score.scale, True)
     return to_16_bit(p, dtype), m, partial_sums(p)
 
 
 @gluon.jit
-def _block(config: gl.constexpr, consumer: gl.constexpr, shared, score, n, bounds, first_key, state, MASKED: gl.constexpr):
+def _overlapped_block(config: gl.constexpr, consumer: gl.constexpr, shared, score, n, bounds, first_key, state, MASKED: gl.constexpr):
     """One turn of the main loop: S of this block with O += P V of the one before, then m, l and P."""
     o, p, m, l = state
     dtype: gl.constexpr = p.dtype
@@ -284,10 +293,7 @@ def _block(config: gl.constexpr, consumer: gl.constexpr, shared, score, n, bound
     pass_turn(consumer, config.consumers)
     s = warpgroup_mma_wait(len(shared.v), deps=(s,))
     shared.k_stream.release(n)
-    if has(config, "softcap"):
-        s = tanh(s * score.inner)
-    if MASKED:
-        s = mask_scores(s, bounds, first_key)
+    s = _finish_scores(config, score, s, bounds, first_key, MASKED)
     m, alpha = move_reference(s, m, score.scale)
     if keeps_p_during_softmax(config):
         p = exponentials(s, m, score.scale, MASKED)
@@ -305,13 +311,54 @@ def _block(config: gl.constexpr, consumer: gl.constexpr, shared, score, n, bound
 
 
 @gluon.jit
+def _lone_block(config: gl.constexpr, consumer: gl.constexpr, shared, score, n, bounds, first_key, state, MASKED: gl.constexpr):
+    """One turn of the main loop without overlap in the warpgroup: S, m, l and P of this block, then O += P V."""
+    o, m, l = state
+    dtype: gl.constexpr = shared.v[0].dtype
+    shared.k_stream.wait(n)
+    s = _issue_scores(config, consumer, shared, shared.k_stream.slot(n))
+    s = warpgroup_mma_wait(0, deps=(s,))
+    shared.k_stream.release(n)
+    s = _finish_scores(config, score, s, bounds, first_key, MASKED)
+    m, alpha = move_reference(s, m, score.scale)
+    p = exponentials(s, m, score.scale, MASKED)
+    l = add_to_sums(l, alpha, partial_sums(p))
+    o = _rescale_output(o, alpha)
+    shared.v_stream.wait(n)
+    o = _wait_for_values(_issue_values(shared, shared.v_stream.slot(n), to_16_bit(p, dtype), o))
+    shared.v_stream.release(n)
+    return o, m, l
+
+
+@gluon.jit
+def _block(config: gl.constexpr, consumer: gl.constexpr, shared, score, n, bounds, first_key, state, MASKED: gl.constexpr):
+    if overlaps(config):
+        return _overlapped_block(config, consumer, shared, score, n, bounds, first_key, state, MASKED)
+    else:
+        return _lone_block(config, consumer, shared, score, n, bounds, first_key, state, MASKED)
+
+
+@gluon.jit
+def _start(config: gl.constexpr, consumer: gl.constexpr, shared, score, n, bounds, first_key, dtype: gl.constexpr):
+    """The loop's state before its first turn, and how many blocks that took."""
+    if overlaps(config):
+        p, m, l = _first_block(config, consumer, shared, score, n, bounds, first_key, dtype)
+        return (_empty_output(shared), p, m, l), 1
+    else:
+        keys: gl.constexpr = config.keys
+        s = gl.zeros([M, keys], gl.float32, accumulator_layout(keys))
+        return (_empty_output(shared), gl.max(s, axis=1) + float("-inf"), partial_sums(s)), 0
+
+
+@gluon.jit
 def _pass_over(config: gl.constexpr, consumer: gl.constexpr, shared, n, count):
     """Blocks that other consumers' rows see and this one's do not: release them, and keep the turns in step."""
     for i in range(count):
         shared.k_stream.wait(n + i)
         shared.k_stream.release(n + i)
-        take_turn(consumer)
-        pass_turn(consumer, config.consumers)
+        if overlaps(config):
+            take_turn(consumer)
+            pass_turn(consumer, config.consumers)
         shared.v_stream.wait(n + i)
         shared.v_stream.release(n + i)
     return n + count
@@ -319,7 +366,7 @@ def _pass_over(config: gl.constexpr, consumer: gl.constexpr, shared, n, count):
 
 @gluon.jit
 def _main_loop(config: gl.constexpr, consumer: gl.constexpr, shared, score, call, tile, n, dtype: gl.constexpr):
-    """All blocks of a tile but the last P V: returns O, P, m, l and the ring's position."""
+    """All blocks of a tile, but for the last P V where that overlaps: returns the state and the streams' position."""
     seq = tile.seq
     last = gl.maximum(gl.minimum(tile.first + config.rows, seq.q_live) - 1, tile.first)
     begin, end = block_range(config, call.band, seq, tile.first, last)
@@ -334,10 +381,9 @@ def _main_loop(config: gl.constexpr, consumer: gl.constexpr, shared, score, call
         n = _pass_over(config, consumer, shared, n, unseen)
         end = end - unseen
 
-    p, m, l = _first_block(config, consumer, shared, score, n, bounds, (end - 1) * config.keys, dtype)
-    state = (_empty_output(shared), p, m, l)
-    n += 1
-    block = end - 2
+    state, started = _start(config, consumer, shared, score, n, bounds, (end - 1) * config.keys, dtype)
+    n += started
+    block = end - 1 - started
     upper = gl.maximum(block + 1 - gl.maximum(full_end, begin), 0)  # blocks that upper bounds cut
     for i in range(upper):
         state = _block(config, consumer, shared, score, n, bounds, block * config.keys, state, True)
@@ -394,7 +440,7 @@ def _write_output(config: gl.constexpr, consumer: gl.constexpr, o_maps, shared, 
 def consumer_warpgroup(config: gl.constexpr, consumer: gl.constexpr, o_maps, lse_ptr, shared, score, call):
     dtype: gl.constexpr = shared.o[0].dtype
     rows_layout: gl.constexpr = row_layout(columns_of(shared.v[0].shape))
-    if consumer == config.consumers - 1:
+    if overlaps(config) and consumer == config.consumers - 1:
         pass_turn(consumer, config.consumers)  # the first turn is consumer 0's
     n = 0
     turn = 0
@@ -405,11 +451,14 @@ def consumer_warpgroup(config: gl.constexpr, consumer: gl.constexpr, o_maps, lse
         row = tile.first + consumer * M
         shared.q_ring.wait(q_use)
         state, n = _main_loop(config, consumer, shared, score, call, tile, n, dtype)
-        o, p, m, l = state
         if stages_output(config):
             shared.q_ring.release(q_use)  # every product with this Q is done
-        shared.v_stream.wait(n - 1)
-        products = _issue_values(shared, shared.v_stream.slot(n - 1), p, o)
+        if overlaps(config):
+            o, p, m, l = state
+            shared.v_stream.wait(n - 1)
+            o = _issue_values(shared, shared.v_stream.slot(n - 1), p, o)
+        else:
+            o, m, l = state
 
         # under the last P V: the log-sum-exp, and where the next tile lies
         turn += 1
@@ -423,8 +472,9 @@ def consumer_warpgroup(config: gl.constexpr, consumer: gl.constexpr, o_maps, lse
         l = gl.convert_layout(gl.sum(l, axis=1), rows_layout)
         factor, lse = normaliser(config, m, l, gl.convert_layout(sink, rows_layout), live)
         _write_lse(config, lse_ptr, lse, call, tile, row)
-        o = _wait_for_values(products)
-        shared.v_stream.release(n - 1)
+        if overlaps(config):
+            o = _wait_for_values(o)
+            shared.v_stream.release(n - 1)
         _write_output(config, consumer, o_maps, shared, o, factor, call, tile, row)
         if not stages_output(config):
             tma_store_wait(0)

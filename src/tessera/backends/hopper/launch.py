@@ -6,7 +6,8 @@ Nothing here asks questions of the data or waits for the device.
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -52,10 +53,21 @@ def kernel_spec(config: ForwardConfig, dtype: torch.dtype) -> jit.KernelSpec:
 _POINTERS = (
     "cu_q", "cu_k", "used_q", "used_k", "key_start", "key_end", "query_end", "document_begin", "document_end", "counter",
 )  # fmt: skip
+_NO_POINTERS = (0,) * len(_POINTERS)
+_WITHOUT_POINTERS = frozenset({Feature.LEFT, Feature.RIGHT, Feature.SOFTCAP})
 _INTEGERS = (
     "batch", "heads", "group", "seqlen_q", "seqlen_k", "left", "right", "document_stride", "tiles", "blocks", "section",
     "q_pitch", "k_pitch", "v_pitch", "o_pitch",
 )  # fmt: skip
+
+
+class Bound(NamedTuple):
+    """What a runner's one set of strides decides: `places` hold the tensor maps by address (of q, k, v, out; one for each part
+    of the head dim), `pitches` the distances of their batch entries in rows."""
+
+    kernel: jit.Kernel
+    places: tuple[tuple[jit.Place, ...], ...]
+    pitches: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -65,6 +77,7 @@ class ForwardLaunch:
     problem: Problem
     config: ForwardConfig
     multiprocessors: int
+    bound: list[Bound] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @cached_property
     def spec(self) -> jit.KernelSpec:
@@ -83,6 +96,15 @@ class ForwardLaunch:
         shape = self.problem.shape
         copies = 1 if self.problem.layout is Layout.VARLEN else shape.batch
         return self.blocks * shape.heads_q * copies
+
+    @cached_property
+    def programs(self) -> int:
+        """Blocks of the grid: persistent, one an SM."""
+        return min(self.tiles, self.multiprocessors)
+
+    @cached_property
+    def has_pointers(self) -> bool:
+        return not _WITHOUT_POINTERS.issuperset(self.config.features)
 
     @cached_property
     def section(self) -> int:
@@ -113,36 +135,43 @@ class ForwardLaunch:
         return outer * LOG2_E, inner
 
     def __call__(self, operands: Operands) -> tuple[Tensor, Tensor]:
-        problem, q = self.problem, operands.q
-        index = q.device.index
+        problem, q, k, v = self.problem, operands.q, operands.k, operands.v
         out = torch.empty(problem.out_shape, dtype=q.dtype, device=q.device)
         lse = torch.empty(problem.lse_shape, dtype=torch.float32, device=q.device)
-        kernel = jit.load(self.spec, index)
-        stream = jit.current_stream(index)
-        maps = iter(kernel.tiles)
-        arguments: list[int | float | bytes] = []
-        pitches = []
-        kept = []  # copies that must live until the kernel is in the stream
-        for tensor, dims in (
-            (q, self.config.dims), (operands.k, self.config.dims), (operands.v, self.config.dims_v), (out, self.config.dims_v),
-        ):  # fmt: skip
-            rows = Rows.of(tensor)
-            kept.append(rows.tensor)
-            pitches.append(rows.pitch)
-            arguments += [next(maps)(rows.address, rows.shape, rows.strides) for _ in dims]
-        arguments.append(lse.data_ptr())
-        arguments += self._pointers(operands, kept)
-        arguments.append(counters.address(index, stream))
-        arguments += self._integers(operands)
-        arguments += pitches
-        arguments += self.scales
-        kernel(stream, min(self.tiles, self.multiprocessors), 1, 1, *arguments)
+        addresses = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
+        bound = self.bound[0] if self.bound else None
+        kept: list[Tensor | None] = []  # copies that must live until the kernel is in the stream
+        if bound is None or (addresses[0] | addresses[1] | addresses[2]) % 16:
+            bound, rows = self._bind(operands, out)
+            if all(row.tensor is tensor for row, tensor in zip(rows, (q, k, v), strict=False)):
+                self.bound[:] = [bound]
+            addresses = tuple(row.address for row in rows)
+            kept += [row.tensor for row in rows]
+        device = bound.kernel.device
+        stream = jit.current_stream(device)
+        bound.kernel(
+            stream, self.programs, 1, 1,
+            *[place[address] for places, address in zip(bound.places, addresses, strict=True) for place in places],
+            lse.data_ptr(), *self._pointers(operands, kept), counters.address(device, stream),
+            *self._integers(operands), *bound.pitches, *self.scales,
+        )  # fmt: skip
         return out, lse
 
-    def _pointers(self, operands: Operands, kept: list[Tensor | None]) -> list[int]:
+    def _bind(self, operands: Operands, out: Tensor) -> tuple[Bound, tuple[Rows, ...]]:
+        """The kernel and the tensor maps' places for these strides, and the tensors as the maps see them."""
+        kernel = jit.load(self.spec, out.device.index)
+        rows = tuple(Rows.of(tensor) for tensor in (operands.q, operands.k, operands.v, out))
+        encoders = iter(kernel.tiles)
+        parts = (self.config.dims, self.config.dims, self.config.dims_v, self.config.dims_v)
+        places = tuple(
+            tuple(next(encoders).bind(one.shape, one.strides) for _ in dims) for one, dims in zip(rows, parts, strict=True)
+        )
+        return Bound(kernel, places, tuple(one.pitch for one in rows)), rows
+
+    def _pointers(self, operands: Operands, kept: list[Tensor | None]) -> Sequence[int]:
         """Addresses of sinks, lengths, padding and documents; 0 for what there is not (the kernel has no code for it)."""
-        if not self.config.features:
-            return [0] * len(_POINTERS)
+        if not self.has_pointers:
+            return _NO_POINTERS
         sinks, lengths, mask = operands.sinks, operands.lengths, operands.mask
         if sinks is not None:
             sinks = sinks.float().contiguous()
@@ -212,7 +241,7 @@ class Counters:
 
     def address(self, device: int, stream: int) -> int:
         """The address of the counter for a launch on this stream now."""
-        if torch.cuda.is_current_stream_capturing():
+        if torch._C._cuda_isCurrentStreamCapturing():
             return self._take(device)
         found = self._of_stream.get((device, stream))
         if found is None:
@@ -224,12 +253,19 @@ class Counters:
             slabs = self._slabs.setdefault(device, [])
             used = self._used.get(device, 0)
             if used == self.SIZE * len(slabs):
-                if torch.cuda.is_current_stream_capturing():
+                if torch._C._cuda_isCurrentStreamCapturing():
                     return self._captured_counter(device)
-                slabs.append(torch.zeros(self.SIZE, dtype=torch.int32, device=torch.device("cuda", device)))
-                torch.cuda.current_stream(device).synchronize()  # once in 16384 counters: other streams use them too
+                slabs.append(self._new_slab(device))
             self._used[device] = used + 1
             return slabs[-1].data_ptr() + 4 * (used % self.SIZE)
+
+    def _new_slab(self, device: int) -> Tensor:
+        """Zeroed on a stream of its own: any stream may use it at once, and to wait for it is to wait for nobody's work."""
+        aside = torch.cuda.Stream(device)
+        with torch.cuda.stream(aside):
+            slab = torch.zeros(self.SIZE, dtype=torch.int32, device=torch.device("cuda", device))
+        aside.synchronize()
+        return slab
 
     def _captured_counter(self, device: int) -> int:
         """No slab may be made while a graph is captured (its zeroing would be too): the graph gets a counter that it zeroes."""

@@ -1,4 +1,8 @@
-"""Which configuration for a problem: the head dim decides the tile, the grid's size what it is cut into."""
+"""Which configuration for a problem: the head dim bounds what fits, the rows' mean number of keys what pays.
+
+Every threshold below comes from the interleaved grid in benchmarks/LOG.md (one H200, 2026-11-21, 16k tokens, bf16): ratios are
+those of the two configurations beside it.
+"""
 
 from __future__ import annotations
 
@@ -38,22 +42,36 @@ def split_dim(dim: int) -> tuple[int, ...]:
     raise ValueError(f"head_dim={dim}: at most 256")
 
 
+def mean_keys(problem: Problem) -> float:
+    """Keys that a row attends to on average, as far as the sizes tell (packed sequences: as if all were equally long)."""
+    shape = problem.shape
+    per_row = problem.scores() / max(1, shape.heads_q * shape.seqlen_q)
+    return per_row if problem.layout is Layout.VARLEN else per_row / max(1, shape.batch)
+
+
 def forward_config(problem: Problem) -> ForwardConfig:
     """The configuration for a problem."""
     dims, dims_v = split_dim(problem.shape.head_dim), split_dim(problem.shape.head_dim_v)
+    widest = max(sum(dims), sum(dims_v))
     features = features_of(problem)
-    if max(sum(dims), sum(dims_v)) <= 64:
-        return ForwardConfig(
-            consumers=3, keys=128, stages=3, dims=dims, dims_v=dims_v, overlap=Overlap.MAXIMA, staging=Staging.OWN,
-            consumer_registers=160, producer_registers=32, features=features,
-        )  # fmt: skip
-    keys = 128 if sum(dims_v) <= 128 and sum(dims) <= 192 else 64
-    base = ForwardConfig(
-        consumers=2, keys=keys, stages=3, dims=dims, dims_v=dims_v,
-        overlap=Overlap.WHOLE if max(sum(dims), sum(dims_v)) <= 128 else Overlap.MAXIMA, staging=Staging.OWN,
+    pairs = ForwardConfig(
+        consumers=2, keys=128 if sum(dims_v) <= 128 and sum(dims) <= 192 else 64, stages=3, dims=dims, dims_v=dims_v,
+        overlap=Overlap.WHOLE if widest <= 192 else Overlap.MAXIMA, staging=Staging.OWN,
         consumer_registers=240, producer_registers=24, features=features,
     )  # fmt: skip
-    return deepest(base)
+    triples = replace(pairs, consumers=3, consumer_registers=160, producer_registers=32)
+    keys = mean_keys(problem)
+    if widest <= 64:
+        # causal: 128 rows over 192 are 1.08 at 1k, 0.92 at 4k
+        short = Feature.RIGHT in features and keys <= 640
+        return deepest(pairs if short else replace(triples, overlap=Overlap.MAXIMA))
+    if widest <= 96 and keys > 2048:
+        # three over two: 1.07 at 4k and 16k full, 1.08 at 16k causal; 0.98 at 1k full, 1.00 at 4k causal
+        return replace(triples, overlap=Overlap.NONE, stages=2)
+    if widest <= 128 and keys > 2048 and not {Feature.RIGHT, Feature.LEFT, Feature.DOCUMENTS} & set(features):
+        # three over two: 1.01 at 4k and 16k full; 0.94 at 1k full, 0.99 at 16k causal
+        return deepest(replace(triples, overlap=Overlap.NONE))
+    return deepest(pairs)
 
 
 def deepest(config: ForwardConfig) -> ForwardConfig:

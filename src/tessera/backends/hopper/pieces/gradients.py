@@ -10,8 +10,10 @@ from tessera.jit.compat import aggregate, fence_async_shared, gl, gluon, tma_red
 # Hardware's named barriers that channel.py leaves free.
 BARRIER_DS = gl.constexpr(7)
 """Both consumers' dS lie in shared memory."""
-BARRIER_LAST = gl.constexpr(8)
-"""No product reads K any more: its buffer may take dK or dV."""
+BARRIER_K = gl.constexpr(8)
+"""No product reads K any more: its buffer may take dK."""
+BARRIER_V = gl.constexpr(9)
+"""No product reads V any more: its buffer may take dV."""
 
 
 @aggregate

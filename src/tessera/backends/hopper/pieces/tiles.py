@@ -16,6 +16,12 @@ def keeps_p_during_softmax(config):
 
 
 @gluon.constexpr_function
+def overlaps(config):
+    """Whether P V of a block runs under the softmax of the next; the consumers then take turns with their products."""
+    return config.overlap is not Overlap.NONE
+
+
+@gluon.constexpr_function
 def stages_output(config):
     return config.staging is Staging.OWN
 

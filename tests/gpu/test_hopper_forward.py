@@ -1,0 +1,190 @@
+"""The Hopper forward against the oracle: every case it can run, poisoned memory, many tiles a program, repeats bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from tessera import reference
+from tessera.backends.hopper import BACKEND
+from tessera.cases import CASES, Case
+from tessera.device import Device
+from tessera.operands import Operands, Request, bind
+from tessera.plan import Plan
+from tessera.problem import Problem
+from tessera.verify import compare
+
+if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+    pytest.skip("needs a Hopper GPU", allow_module_level=True)
+
+NAN = float("nan")
+LENGTHS = (100, 1, 700, 33, 512, 0, 257, 900, 64, 31, 5, 1000)
+MANY = {"batch": 3, "seqlen_q": 1100, "seqlen_k": 1100, "heads_q": 24, "heads_kv": 8}
+PACKED = {"lengths_q": LENGTHS, "lengths_k": LENGTHS, "heads_q": 16, "heads_kv": 4}
+MANY_TILES = (
+    *(Case(f"d{d}", head_dim=d, **MANY) for d in (64, 72, 96, 128, 192, 256)),
+    *(Case(f"d{d} causal", head_dim=d, causal=True, **MANY) for d in (64, 72, 96, 128, 192, 256)),
+    Case("d192 v128 causal", head_dim=192, head_dim_v=128, causal=True, **MANY),
+    Case("window", head_dim=128, window=(200, 0), **MANY),
+    Case("window d64", window=(130, 60), **MANY),
+    Case("varlen causal", causal=True, head_dim=128, **PACKED),
+    Case("varlen", **PACKED),
+    Case("documents", head_dim=128, documents=(300, 500, 1, 299), causal=True, **MANY),
+    Case("padding", key_end=(1000, 0, 1100), key_start=(3, 0, 500), query_end=(900, 1100, 1), **MANY),
+    Case("sinks, softcap", sinks=True, softcap=20.0, causal=True, **MANY),
+)
+"""Problems of more tiles than a GPU has multiprocessors: programs go from tile to tile, rings from lap to lap."""
+
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+def prepared(request: Request) -> tuple[Problem, Operands, Plan]:
+    """A request, planned by this backend; skips what it refuses (that is tested where the refusals are)."""
+    problem, operands = bind(request)
+    device = Device.of(request.q.device)
+    reasons = BACKEND.why_not(problem, device)
+    if reasons:
+        pytest.skip("; ".join(map(str, reasons)))
+    choices = BACKEND.plan(problem, device)
+    return problem, operands, Plan(problem, device, BACKEND.name, choices.forward, choices.backward, choices.workspace_bytes)
+
+
+def poison_free_memory() -> None:
+    """Leave NaN in what the allocator hands out next."""
+    blocks = [torch.full((n,), NAN, device="cuda", dtype=torch.float32) for n in (1 << 10, 1 << 16, 1 << 18, 1 << 20, 1 << 22)] * 2
+    del blocks
+
+
+def run(request: Request) -> tuple[Tensor, Tensor]:
+    _, operands, plan = prepared(request)
+    poison_free_memory()
+    return BACKEND.prepare(plan).forward(operands)
+
+
+def check(request: Request, clean: Request | None = None) -> None:
+    """The tolerance rule; `clean` is the request whose oracle counts, where `request` holds NaN in what must not be read."""
+    out, lse = run(request)
+    problem, operands = bind(clean or request)
+    refs = reference.attention(problem, operands)
+    eagers = reference.attention(problem, operands, request.q.dtype)
+    for name, result, ref, eager in zip(("out", "lse"), (out, lse), refs, eagers, strict=True):
+        compared = compare(name, result, ref, eager)
+        assert compared.ok, str(compared)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp16"])
+@pytest.mark.parametrize("case", CASES.values(), ids=lambda case: case.name)
+def test_cases(case: Case, dtype: torch.dtype) -> None:
+    check(case.request("cuda", dtype))
+
+
+@pytest.mark.parametrize("case", MANY_TILES, ids=lambda case: case.name)
+def test_many_tiles(case: Case) -> None:
+    check(case.request("cuda", torch.bfloat16))
+
+
+@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_nan_in_padding_stays_there(dim: int, causal: bool) -> None:
+    case = Case("padding", batch=3, seqlen_q=300, seqlen_k=400, head_dim=dim, causal=causal,
+                key_start=(0, 70, 130), key_end=(400, 333, 131), query_end=(300, 100, 0))  # fmt: skip
+    clean = case.request("cuda", torch.bfloat16)
+    q, k, v = clean.q.clone(), clean.k.clone(), clean.v.clone()
+    for b in range(3):
+        q[b, case.query_end[b] :] = NAN
+        for x in (k, v):
+            x[b, : case.key_start[b]] = NAN
+            x[b, case.key_end[b] :] = NAN
+    check(replace(clean, q=q, k=k, v=v), clean)
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_nan_past_used_lengths_stays_there(dim: int) -> None:
+    lengths, used = (90, 150, 300), (60, 0, 257)
+    case = Case("used", lengths_q=lengths, lengths_k=lengths, used_k=used, head_dim=dim, causal=True)
+    clean = case.request("cuda", torch.bfloat16)
+    k, v = clean.k.clone(), clean.v.clone()
+    start = 0
+    for length, count in zip(lengths, used, strict=True):
+        for x in (k, v):
+            x[start + count : start + length] = NAN
+        start += length
+    check(replace(clean, k=k, v=v), clean)
+
+
+def test_used_queries() -> None:
+    """Rows past seqused_q, and rows of no sequence, are 0 and -inf, and the diagonal goes by the used lengths."""
+    lengths = (90, 150, 300)
+    request = Case("used q", lengths_q=lengths, lengths_k=lengths, head_dim=128, causal=True, sinks=True).request("cuda", torch.bfloat16)
+    used = torch.tensor((60, 0, 257), dtype=torch.int32, device="cuda")
+    offsets = torch.tensor((0, 90, 240, 520), dtype=torch.int32, device="cuda")
+    check(replace(request, seqused_q=used, cu_seqlens_q=offsets))
+
+
+@pytest.mark.parametrize("case", [
+    Case("d64", head_dim=64, seqlen_q=333, seqlen_k=777, heads_q=40, heads_kv=10, causal=True),
+    Case("d128", head_dim=128, seqlen_q=1111, seqlen_k=1111, heads_q=20, heads_kv=5),
+    Case("d192", head_dim=192, seqlen_q=257, seqlen_k=513, heads_q=40, heads_kv=8, causal=True),
+    Case("d256 window", head_dim=256, seqlen_q=777, seqlen_k=777, heads_q=25, heads_kv=25, window=(100, 0)),
+    Case("varlen", lengths_q=LENGTHS, lengths_k=LENGTHS, head_dim=96, heads_q=16, heads_kv=4, causal=True),
+], ids=lambda case: case.name)  # fmt: skip
+def test_repeats_bit_for_bit(case: Case) -> None:
+    _, operands, plan = prepared(case.request("cuda", torch.bfloat16))
+    runner = BACKEND.prepare(plan)
+    first = runner.forward(operands)
+    differs = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(1000):
+        for a, b in zip(first, runner.forward(operands), strict=True):
+            differs += (a != b).sum()
+    assert differs.item() == 0
+
+
+def test_two_streams_at_once() -> None:
+    """Launches that overlap have counters of their own."""
+    requests = [Case("a", head_dim=128, seqlen_q=900, seqlen_k=900, heads_q=h, heads_kv=h, causal=True) for h in (20, 33)]
+    work = []
+    for case in requests:
+        _, operands, plan = prepared(case.request("cuda", torch.bfloat16))
+        runner = BACKEND.prepare(plan)
+        work.append((runner, operands, runner.forward(operands)[0], torch.cuda.Stream()))
+    torch.cuda.synchronize()
+    outs: list[list[Tensor]] = [[], []]
+    for _ in range(50):
+        for kept, (runner, operands, _, stream) in zip(outs, work, strict=True):
+            with torch.cuda.stream(stream):
+                kept.append(runner.forward(operands)[0])
+    torch.cuda.synchronize()
+    for kept, (_, _, expected, _) in zip(outs, work, strict=True):
+        assert all(torch.equal(out, expected) for out in kept)
+
+
+def test_rows_that_tma_cannot_read_are_copied() -> None:
+    """Rows of 4 k + ... elements: a fused buffer whose slices are 8-byte aligned only."""
+    case = Case("unaligned", head_dim=64, seqlen_q=150, seqlen_k=150)
+    request = case.request("cuda", torch.bfloat16)
+
+    def unaligned(x: Tensor) -> Tensor:
+        wide = torch.zeros(*x.shape[:-1], x.shape[-1] + 4, dtype=x.dtype, device=x.device)
+        wide[..., 4:] = x
+        return wide[..., 4:]
+
+    check(replace(request, q=unaligned(request.q), k=unaligned(request.k), v=unaligned(request.v)))
+
+
+@pytest.mark.slow
+def test_more_than_two_to_the_31_elements() -> None:
+    """The last head of the last batch entry, far past 2^31 elements."""
+    shape = (9, 16384, 128, 128)
+    q, k, v = (torch.empty(shape, dtype=torch.bfloat16, device="cuda") for _ in range(3))
+    for x in (q, k, v):
+        x[-1, :, -1].normal_()
+        x[-1, :, :-1] = 0
+    q[:-1], k[:-1], v[:-1] = 0, 0, 0
+    out, lse = run(Request(q, k, v, left=512, right=0))
+    last = [x[-1:, :, -1:].contiguous() for x in (q, k, v)]
+    small, small_lse = run(Request(*last, left=512, right=0))
+    assert torch.equal(out[-1:, :, -1:], small)
+    assert torch.equal(lse[-1:, -1:], small_lse)
