@@ -142,12 +142,11 @@ def _name_gap(axis: Any, naive: Curve, ours: Curve, word: str, column: int) -> N
     if not low.get(tokens):
         return
     scale = 1.0 if column == 1 else 1e-6
-    middle = scale * (high * low[tokens]) ** 0.5
     axis.vlines(tokens, scale * low[tokens], scale * high, color=_INK, lw=0.8, ls=(0, (2, 2)), zorder=1)
     ratio = high / low[tokens]
     label = f"{ratio:,.0f}x {word}" if ratio >= 10 else f"{ratio:.1f}x {word}"
-    axis.annotate(label, (tokens, middle), ha="right", va="center", fontsize=9.5, fontweight="bold", xytext=(-5, 0),
-                  textcoords="offset points", bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5})  # fmt: skip
+    axis.annotate(label, (tokens, scale * low[tokens]), ha="left", va="top", fontsize=9.5, fontweight="bold", xytext=(4, -7),
+                  textcoords="offset points")  # fmt: skip
 
 
 def _extend(axis: Any, naive: Curve, tokens: Sequence[int]) -> None:

@@ -39,7 +39,7 @@ def demo(
     found = _search(min(passages, 48) if quick else passages)
     _show_search(console, found)
     console.rule(f"[bold]Exact attention[/] at growing lengths: {HEADS} heads of {HEAD_DIM}, float32", align="left")
-    taken = _grow((256, 512) if quick else LENGTHS, () if quick else special_cases(8192))
+    taken = _grow((256, 512) if quick else LENGTHS, () if quick else special_cases(4096))
     _show_growth(console, taken)
     figure = _draw(console, taken, plot)
     ok = found.ok and all(step.ok for step in taken)

@@ -28,7 +28,15 @@ from tessera.backends.hopper.pieces.channel import (
 )
 from tessera.backends.hopper.pieces.epilogue import LOG2_E, normalise, normaliser
 from tessera.backends.hopper.pieces.kv_source import Lengths, Pitch, load_rows, store_rows
-from tessera.backends.hopper.pieces.masking import Band, block_range, full_block_range, has_lower_bound, mask_scores, row_bounds
+from tessera.backends.hopper.pieces.masking import (
+    Band,
+    block_range,
+    full_block_range,
+    has_lower_bound,
+    mask_scores,
+    row_bounds,
+    tile_blocks,
+)
 from tessera.backends.hopper.pieces.scheduler import Schedule, locate, take, taken
 from tessera.backends.hopper.pieces.softmax import (
     add_to_sums,
@@ -188,8 +196,7 @@ def producer(config: gl.constexpr, q_maps, k_maps, v_maps, shared, call):
         head = tile.head // call.group
         keys = seq.keys(call.pitch.k)
         values = seq.keys(call.pitch.v)
-        last = gl.maximum(gl.minimum(tile.first + config.rows, seq.q_live) - 1, tile.first)
-        begin, end = block_range(config, call.band, seq, tile.first, last)
+        begin, end = tile_blocks(config, call.band, tile)
         _load_block(shared.k_stream, k_maps, shared.k, n, k_bytes, keys, head, (end - 1) * config.keys)
         _load_q(config, q_maps, shared, call, tile, turn)
         for i in range(end - 1 - begin):
@@ -208,25 +215,46 @@ def producer(config: gl.constexpr, q_maps, k_maps, v_maps, shared, call):
 # ----------------------------------------------------------------------------------------------------------- consumer
 
 
+@aggregate
+class Consumer:
+    """One consumer warpgroup: rows 64 `index` and on of every tile."""
+
+    config: gl.constexpr
+    index: gl.constexpr
+    shared: Shared
+    score: Score
+    call: Call
+
+    @gluon.constexpr_function
+    def __init__(self, config, index, shared, score, call):
+        self.config = gl.constexpr(config)
+        self.index = gl.constexpr(index)
+        self.shared = shared
+        self.score = score
+        self.call = call
+
+
 @gluon.jit
-def _issue_scores(config: gl.constexpr, consumer: gl.constexpr, shared, slot):
-    """Start S = Q K^T, (64, keys) float32."""
-    keys: gl.constexpr = config.keys
+def _issue_scores(me, n):
+    """Start S = Q K^T for the n-th block, (64, keys) float32."""
+    keys: gl.constexpr = me.config.keys
+    slot = me.shared.k_stream.slot(n)
     s = gl.zeros([M, keys], gl.float32, accumulator_layout(keys))
-    for part in gl.static_range(len(shared.q)):
-        q = matrix(shared.q[part].index(consumer))
-        k = matrix(shared.k[part].index(slot))
+    for part in gl.static_range(len(me.shared.q)):
+        q = matrix(me.shared.q[part].index(me.index))
+        k = matrix(me.shared.k[part].index(slot))
         s = warpgroup_mma(q, k.permute((1, 0)), s, use_acc=part > 0, is_async=True)
     return s
 
 
 @gluon.jit
-def _issue_values(shared, slot, p, o):
-    """Start O += P V, one product a part of head_dim_v."""
+def _issue_values(me, n, p, o):
+    """Start O += P V for the n-th block, one product a part of head_dim_v."""
+    slot = me.shared.v_stream.slot(n)
     products = ()
     for part in gl.static_range(len(o)):
         operand = gl.convert_layout(p, operand_layout(o[part].shape[1]))
-        v = matrix(shared.v[part].index(slot))
+        v = matrix(me.shared.v[part].index(slot))
         products = products + (warpgroup_mma(operand, v, o[part], is_async=True),)
     return products
 
@@ -256,152 +284,145 @@ def _rescale_output(o, alpha):
 
 
 @gluon.jit
-def _finish_scores(config: gl.constexpr, score, s, bounds, first_key, MASKED: gl.constexpr):
+def _finish_scores(me, s, bounds, first_key, MASKED: gl.constexpr):
     """Softcap and mask."""
-    if has(config, "softcap"):
-        s = tanh(s * score.inner)
+    if has(me.config, "softcap"):
+        s = tanh(s * me.score.inner)
     if MASKED:
         s = mask_scores(s, bounds, first_key)
     return s
 
 
 @gluon.jit
-def _first_block(config: gl.constexpr, consumer: gl.constexpr, shared, score, n, bounds, first_key, dtype: gl.constexpr):
-    """S, m, l and P of a tile's first block: nothing to rescale, no P V to wait for. It is always masked."""
-    shared.k_stream.wait(n)
-    take_turn(consumer)
-    s = _issue_scores(config, consumer, shared, shared.k_stream.slot(n))
-    pass_turn(consumer, config.consumers)
+def _first_block(me, n, bounds, first_key):
+    """P, m and l of a tile's first block: nothing to rescale, no P V to wait for. It is always masked."""
+    me.shared.k_stream.wait(n)
+    take_turn(me.index)
+    s = _issue_scores(me, n)
+    pass_turn(me.index, me.config.consumers)
     s = warpgroup_mma_wait(0, deps=(s,))
-    shared.k_stream.release(n)
-    s = _finish_scores(config, score, s, bounds, first_key, True)
-    m = gl.max(s, axis=1) * score.scale
-    p = exponentials(s, m, score.scale, True)
-    return to_16_bit(p, dtype), m, partial_sums(p)
+    me.shared.k_stream.release(n)
+    s = _finish_scores(me, s, bounds, first_key, True)
+    m = gl.max(s, axis=1) * me.score.scale
+    p = exponentials(s, m, me.score.scale, True)
+    return to_16_bit(p, me.shared.v[0].dtype), m, partial_sums(p)
 
 
 @gluon.jit
-def _overlapped_block(config: gl.constexpr, consumer: gl.constexpr, shared, score, n, bounds, first_key, state, MASKED: gl.constexpr):
-    """One turn of the main loop: S of this block with O += P V of the one before, then m, l and P."""
+def _overlapped_block(me, n, bounds, first_key, state, MASKED: gl.constexpr):
+    """S of this block, issued with O += P V of the one before; then m, l and P."""
     o, p, m, l = state
-    dtype: gl.constexpr = p.dtype
-    shared.k_stream.wait(n)
-    take_turn(consumer)
-    s = _issue_scores(config, consumer, shared, shared.k_stream.slot(n))
-    shared.v_stream.wait(n - 1)
-    products = _issue_values(shared, shared.v_stream.slot(n - 1), p, o)
-    pass_turn(consumer, config.consumers)
-    s = warpgroup_mma_wait(len(shared.v), deps=(s,))
-    shared.k_stream.release(n)
-    s = _finish_scores(config, score, s, bounds, first_key, MASKED)
-    m, alpha = move_reference(s, m, score.scale)
-    if keeps_p_during_softmax(config):
-        p = exponentials(s, m, score.scale, MASKED)
+    me.shared.k_stream.wait(n)
+    take_turn(me.index)
+    s = _issue_scores(me, n)
+    me.shared.v_stream.wait(n - 1)
+    products = _issue_values(me, n - 1, p, o)
+    pass_turn(me.index, me.config.consumers)
+    s = warpgroup_mma_wait(len(products), deps=(s,))
+    me.shared.k_stream.release(n)
+    s = _finish_scores(me, s, bounds, first_key, MASKED)
+    m, alpha = move_reference(s, m, me.score.scale)
+    if keeps_p_during_softmax(me.config):
+        p = exponentials(s, m, me.score.scale, MASKED)
         sums = partial_sums(p)
         finish_before(sums, 4)
         o = _wait_for_values(products)
-        shared.v_stream.release(n - 1)
+        me.shared.v_stream.release(n - 1)
     else:
         finish_before(m, 2)
         o = _wait_for_values(products)
-        shared.v_stream.release(n - 1)
-        p = exponentials(s, m, score.scale, MASKED)
+        me.shared.v_stream.release(n - 1)
+        p = exponentials(s, m, me.score.scale, MASKED)
         sums = partial_sums(p)
-    return _rescale_output(o, alpha), to_16_bit(p, dtype), m, add_to_sums(l, alpha, sums)
+    return _rescale_output(o, alpha), to_16_bit(p, me.shared.v[0].dtype), m, add_to_sums(l, alpha, sums)
 
 
 @gluon.jit
-def _lone_block(config: gl.constexpr, consumer: gl.constexpr, shared, score, n, bounds, first_key, state, MASKED: gl.constexpr):
-    """One turn of the main loop without overlap in the warpgroup: S, m, l and P of this block, then O += P V."""
+def _lone_block(me, n, bounds, first_key, state, MASKED: gl.constexpr):
+    """S, then m, l and P, then O += P V of one block: what overlaps is the other consumers' work."""
     o, m, l = state
-    dtype: gl.constexpr = shared.v[0].dtype
-    shared.k_stream.wait(n)
-    s = _issue_scores(config, consumer, shared, shared.k_stream.slot(n))
+    me.shared.k_stream.wait(n)
+    s = _issue_scores(me, n)
     s = warpgroup_mma_wait(0, deps=(s,))
-    shared.k_stream.release(n)
-    s = _finish_scores(config, score, s, bounds, first_key, MASKED)
-    m, alpha = move_reference(s, m, score.scale)
-    p = exponentials(s, m, score.scale, MASKED)
+    me.shared.k_stream.release(n)
+    s = _finish_scores(me, s, bounds, first_key, MASKED)
+    m, alpha = move_reference(s, m, me.score.scale)
+    p = exponentials(s, m, me.score.scale, MASKED)
     l = add_to_sums(l, alpha, partial_sums(p))
     o = _rescale_output(o, alpha)
-    shared.v_stream.wait(n)
-    o = _wait_for_values(_issue_values(shared, shared.v_stream.slot(n), to_16_bit(p, dtype), o))
-    shared.v_stream.release(n)
+    me.shared.v_stream.wait(n)
+    o = _wait_for_values(_issue_values(me, n, to_16_bit(p, me.shared.v[0].dtype), o))
+    me.shared.v_stream.release(n)
     return o, m, l
 
 
 @gluon.jit
-def _block(config: gl.constexpr, consumer: gl.constexpr, shared, score, n, bounds, first_key, state, MASKED: gl.constexpr):
-    if overlaps(config):
-        return _overlapped_block(config, consumer, shared, score, n, bounds, first_key, state, MASKED)
-    else:
-        return _lone_block(config, consumer, shared, score, n, bounds, first_key, state, MASKED)
-
-
-@gluon.jit
-def _start(config: gl.constexpr, consumer: gl.constexpr, shared, score, n, bounds, first_key, dtype: gl.constexpr):
+def _start(me, n, bounds, first_key):
     """The loop's state before its first turn, and how many blocks that took."""
-    if overlaps(config):
-        p, m, l = _first_block(config, consumer, shared, score, n, bounds, first_key, dtype)
-        return (_empty_output(shared), p, m, l), 1
+    if overlaps(me.config):
+        p, m, l = _first_block(me, n, bounds, first_key)
+        return (_empty_output(me.shared), p, m, l), 1
     else:
-        keys: gl.constexpr = config.keys
+        keys: gl.constexpr = me.config.keys
         s = gl.zeros([M, keys], gl.float32, accumulator_layout(keys))
-        return (_empty_output(shared), gl.max(s, axis=1) + float("-inf"), partial_sums(s)), 0
+        return (_empty_output(me.shared), gl.max(s, axis=1) + float("-inf"), partial_sums(s)), 0
 
 
 @gluon.jit
-def _pass_over(config: gl.constexpr, consumer: gl.constexpr, shared, n, count):
+def _blocks(me, n, bounds, block, state, count, MASKED: gl.constexpr):
+    """`count` turns of the main loop, from block `block` down."""
+    for i in range(count):
+        if overlaps(me.config):
+            state = _overlapped_block(me, n, bounds, (block - i) * me.config.keys, state, MASKED)
+        else:
+            state = _lone_block(me, n, bounds, (block - i) * me.config.keys, state, MASKED)
+        n += 1
+    return state, n
+
+
+@gluon.jit
+def _pass_over(me, n, count):
     """Blocks that other consumers' rows see and this one's do not: release them, and keep the turns in step."""
     for i in range(count):
-        shared.k_stream.wait(n + i)
-        shared.k_stream.release(n + i)
-        if overlaps(config):
-            take_turn(consumer)
-            pass_turn(consumer, config.consumers)
-        shared.v_stream.wait(n + i)
-        shared.v_stream.release(n + i)
+        me.shared.k_stream.wait(n + i)
+        me.shared.k_stream.release(n + i)
+        if overlaps(me.config):
+            take_turn(me.index)
+            pass_turn(me.index, me.config.consumers)
+        me.shared.v_stream.wait(n + i)
+        me.shared.v_stream.release(n + i)
     return n + count
 
 
 @gluon.jit
-def _main_loop(config: gl.constexpr, consumer: gl.constexpr, shared, score, call, tile, n, dtype: gl.constexpr):
-    """All blocks of a tile, but for the last P V where that overlaps: returns the state and the streams' position."""
+def _main_loop(me, tile, row, n):
+    """All blocks of the rows from `row` on, but for the last P V where that overlaps; the state and the streams' position."""
+    config: gl.constexpr = me.config
     seq = tile.seq
-    last = gl.maximum(gl.minimum(tile.first + config.rows, seq.q_live) - 1, tile.first)
-    begin, end = block_range(config, call.band, seq, tile.first, last)
-    row = tile.first + consumer * M
-    own_first = gl.minimum(row, seq.q_rows - 1)
-    own_last = gl.minimum(row + (M - 1), seq.q_rows - 1)
-    full_begin, full_end = full_block_range(config, call.band, seq, own_first, own_last)
-    bounds = row_bounds(config, call.band, seq, row)
-    if has(config, "right") and consumer + 1 < config.consumers:
-        own_begin, own_end = block_range(config, call.band, seq, own_first, own_last)
+    begin, end = tile_blocks(config, me.call.band, tile)
+    first = gl.minimum(row, seq.q_rows - 1)
+    last = gl.minimum(row + (M - 1), seq.q_rows - 1)
+    full_begin, full_end = full_block_range(config, me.call.band, seq, first, last)
+    bounds = row_bounds(config, me.call.band, seq, row)
+    if has(config, "right") and me.index + 1 < config.consumers:
+        own_begin, own_end = block_range(config, me.call.band, seq, first, last)
         unseen = gl.maximum(end - gl.maximum(own_end, begin + 1), 0)
-        n = _pass_over(config, consumer, shared, n, unseen)
+        n = _pass_over(me, n, unseen)
         end = end - unseen
 
-    state, started = _start(config, consumer, shared, score, n, bounds, (end - 1) * config.keys, dtype)
+    state, started = _start(me, n, bounds, (end - 1) * config.keys)
     n += started
     block = end - 1 - started
     upper = gl.maximum(block + 1 - gl.maximum(full_end, begin), 0)  # blocks that upper bounds cut
-    for i in range(upper):
-        state = _block(config, consumer, shared, score, n, bounds, block * config.keys, state, True)
-        block -= 1
-        n += 1
+    state, n = _blocks(me, n, bounds, block, state, upper, True)
+    block -= upper
+    full = block + 1 - begin
     if has_lower_bound(config):
         full = gl.maximum(block + 1 - gl.maximum(full_begin, begin), 0)
-    else:
-        full = block + 1 - begin
-    for i in range(full):
-        state = _block(config, consumer, shared, score, n, bounds, 0, state, False)
-        n += 1
+    state, n = _blocks(me, n, bounds, block, state, full, False)
     if has_lower_bound(config):
         block -= full
-        for i in range(block + 1 - begin):
-            state = _block(config, consumer, shared, score, n, bounds, block * config.keys, state, True)
-            block -= 1
-            n += 1
+        state, n = _blocks(me, n, bounds, block, state, block + 1 - begin, True)
     return state, n
 
 
@@ -418,65 +439,66 @@ def _read_tile(shared, turn):
 
 
 @gluon.jit
-def _write_lse(config: gl.constexpr, lse_ptr, lse, call, tile, row):
-    """lse (batch, heads, seqlen_q), or (heads, total_q) packed."""
-    rows = row + gl.arange(0, M, lse.type.layout)
-    line = (tile.seq.batch * call.heads + tile.head).to(gl.int64) * call.seqlen_q
+def _finish_rows(me, tile, row, m, l, lse_ptr):
+    """Write the log-sum-exp, (batch, heads, seqlen_q), or (heads, total_q) packed; the factor that makes O out."""
+    layout: gl.constexpr = row_layout(columns_of(me.shared.v[0].shape))
+    rows = row + gl.arange(0, M, layout)
+    sink = m * 0.0
+    if has(me.config, "sinks"):
+        sink = sink + gl.load(me.score.sinks + tile.head) * LOG2_E
+    m = gl.convert_layout(m, layout)
+    l = gl.convert_layout(gl.sum(l, axis=1), layout)
+    factor, lse = normaliser(me.config, m, l, gl.convert_layout(sink, layout), rows < tile.seq.q_live)
+    line = (tile.seq.batch * me.call.heads + tile.head).to(gl.int64) * me.call.seqlen_q
     gl.store(lse_ptr + line + tile.seq.q_begin + rows, lse, mask=rows < tile.seq.q_rows)
+    return factor
 
 
 @gluon.jit
-def _write_output(config: gl.constexpr, consumer: gl.constexpr, o_maps, shared, o, factor, call, tile, row):
-    if stages_output(config):
+def _write_output(me, tile, row, o, factor, o_maps):
+    """out = O / l through shared memory, and TMA on its way."""
+    if stages_output(me.config):
         tma_store_wait(0)  # the last tile's store has left the buffer
     for part in gl.static_range(len(o)):
-        out = normalise(config, o[part], factor, row, tile.seq.q_live)
-        matrix(shared.o[part].index(consumer)).store(out.to(shared.o[part].dtype))
+        out = normalise(me.config, o[part], factor, row, tile.seq.q_live)
+        matrix(me.shared.o[part].index(me.index)).store(out.to(me.shared.o[part].dtype))
     fence_async_shared()
-    store_rows(o_maps, shared.o, consumer, tile.seq.queries(call.pitch.o), tile.head, row)
+    store_rows(o_maps, me.shared.o, me.index, tile.seq.queries(me.call.pitch.o), tile.head, row)
 
 
 @gluon.jit
-def consumer_warpgroup(config: gl.constexpr, consumer: gl.constexpr, o_maps, lse_ptr, shared, score, call):
-    dtype: gl.constexpr = shared.o[0].dtype
-    rows_layout: gl.constexpr = row_layout(columns_of(shared.v[0].shape))
-    if overlaps(config) and consumer == config.consumers - 1:
-        pass_turn(consumer, config.consumers)  # the first turn is consumer 0's
+def consumer(me, o_maps, lse_ptr):
+    shared = me.shared
+    if overlaps(me.config) and me.index == me.config.consumers - 1:
+        pass_turn(me.index, me.config.consumers)  # the first turn is consumer 0's
     n = 0
     turn = 0
     number = _read_tile(shared, turn)
-    tile = locate(config, number, call)
-    while number < call.schedule.tiles:
-        q_use = turn * config.consumers + consumer
-        row = tile.first + consumer * M
+    tile = locate(me.config, number, me.call)
+    while number < me.call.schedule.tiles:
+        q_use = turn * me.config.consumers + me.index
+        row = tile.first + me.index * M
         shared.q_ring.wait(q_use)
-        state, n = _main_loop(config, consumer, shared, score, call, tile, n, dtype)
-        if stages_output(config):
+        state, n = _main_loop(me, tile, row, n)
+        if stages_output(me.config):
             shared.q_ring.release(q_use)  # every product with this Q is done
-        if overlaps(config):
+        if overlaps(me.config):
             o, p, m, l = state
             shared.v_stream.wait(n - 1)
-            o = _issue_values(shared, shared.v_stream.slot(n - 1), p, o)
+            o = _issue_values(me, n - 1, p, o)
         else:
             o, m, l = state
 
         # under the last P V: the log-sum-exp, and where the next tile lies
         turn += 1
         number = _read_tile(shared, turn)
-        following = locate(config, number, call)
-        sink = m * 0.0
-        if has(config, "sinks"):
-            sink = sink + gl.load(score.sinks + tile.head) * LOG2_E
-        live = row + gl.arange(0, M, rows_layout) < tile.seq.q_live
-        m = gl.convert_layout(m, rows_layout)
-        l = gl.convert_layout(gl.sum(l, axis=1), rows_layout)
-        factor, lse = normaliser(config, m, l, gl.convert_layout(sink, rows_layout), live)
-        _write_lse(config, lse_ptr, lse, call, tile, row)
-        if overlaps(config):
+        following = locate(me.config, number, me.call)
+        factor = _finish_rows(me, tile, row, m, l, lse_ptr)
+        if overlaps(me.config):
             o = _wait_for_values(o)
             shared.v_stream.release(n - 1)
-        _write_output(config, consumer, o_maps, shared, o, factor, call, tile, row)
-        if not stages_output(config):
+        _write_output(me, tile, row, o, factor, o_maps)
+        if not stages_output(me.config):
             tma_store_wait(0)
             shared.q_ring.release(q_use)
         tile = following
@@ -546,14 +568,14 @@ def attention_forward(
     shared = _allocate_all(config, q_maps, k_maps, v_maps, o_maps)
     if config.consumers == 2:
         gl.warp_specialize([
-            (consumer_warpgroup, (config, 0, o_maps, lse_ptr, shared, score, call)),
-            (consumer_warpgroup, (config, 1, o_maps, lse_ptr, shared, score, call)),
+            (consumer, (Consumer(config, 0, shared, score, call), o_maps, lse_ptr)),
+            (consumer, (Consumer(config, 1, shared, score, call), o_maps, lse_ptr)),
             (producer, (config, q_maps, k_maps, v_maps, shared, call)),
         ], [4, 1], [config.consumer_registers, config.producer_registers])  # fmt: skip
     else:
         gl.warp_specialize([
-            (consumer_warpgroup, (config, 0, o_maps, lse_ptr, shared, score, call)),
-            (consumer_warpgroup, (config, 1, o_maps, lse_ptr, shared, score, call)),
-            (consumer_warpgroup, (config, 2, o_maps, lse_ptr, shared, score, call)),
+            (consumer, (Consumer(config, 0, shared, score, call), o_maps, lse_ptr)),
+            (consumer, (Consumer(config, 1, shared, score, call), o_maps, lse_ptr)),
+            (consumer, (Consumer(config, 2, shared, score, call), o_maps, lse_ptr)),
             (producer, (config, q_maps, k_maps, v_maps, shared, call)),
         ], [4, 4, 1], [config.consumer_registers, config.consumer_registers, config.producer_registers])  # fmt: skip

@@ -138,7 +138,7 @@ class ForwardLaunch:
         problem, q, k, v = self.problem, operands.q, operands.k, operands.v
         out = torch.empty(problem.out_shape, dtype=q.dtype, device=q.device)
         lse = torch.empty(problem.lse_shape, dtype=torch.float32, device=q.device)
-        addresses = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
+        addresses: tuple[int, ...] = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
         bound = self.bound[0] if self.bound else None
         kept: list[Tensor | None] = []  # copies that must live until the kernel is in the stream
         if bound is None or (addresses[0] | addresses[1] | addresses[2]) % 16:

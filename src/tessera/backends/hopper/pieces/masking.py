@@ -69,6 +69,13 @@ def block_range(config: gl.constexpr, band, seq, first, last):
 
 
 @gluon.jit
+def tile_blocks(config: gl.constexpr, band, tile):
+    """Blocks [begin, end) that a tile's live rows need: what the producer loads and every consumer goes through."""
+    last = gl.maximum(gl.minimum(tile.first + config.rows, tile.seq.q_live) - 1, tile.first)
+    return block_range(config, band, tile.seq, tile.first, last)
+
+
+@gluon.jit
 def full_block_range(config: gl.constexpr, band, seq, first, last):
     """Blocks [begin, end) that every one of the rows first..last sees whole."""
     begin = (lowest_key(config, band, seq, last) + config.keys - 1) // config.keys
