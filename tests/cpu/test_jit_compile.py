@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -214,6 +215,38 @@ def test_code_outside_the_key_is_refused(tmp_path, monkeypatch):
     spec = jit.KernelSpec("outside_kernel:kernel", (("out_ptr", jit.Pointer("i32")), ("x", jit.Scalar("i32"))))
     with pytest.raises(TypeError, match=r"outside_pieces\.double, which lies outside"):
         jit.compile(spec)
+
+
+@pytest.mark.parametrize("used", ["twice(2)", "helpers.twice(2)", "Size.TWO.value"])
+def test_plain_code_of_the_project_outside_the_package_is_refused(tmp_path, monkeypatch, used):
+    name = f"project{abs(hash(used))}"
+    package = tmp_path / name / "kernels"
+    package.mkdir(parents=True)
+    from tessera.jit import reach
+
+    (tmp_path / name / "__init__.py").touch()
+    (tmp_path / name / "helpers.py").write_text(
+        "from enum import Enum\ndef twice(x):\n    return 2 * x\nclass Size(Enum):\n    TWO = 4\n"
+    )
+    (package / "__init__.py").touch()
+    (package / "kernel.py").write_text(
+        f"import math\nfrom {name} import helpers\nfrom {name}.helpers import Size, twice\n"
+        "from tessera.jit.compat import gl, gluon\n"
+        f"@gluon.constexpr_function\ndef number():\n    return math.floor({used})\n"
+        "@gluon.jit\ndef kernel(out_ptr):\n    gl.store(out_ptr, number())\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    spec = jit.KernelSpec(f"{name}.kernels.kernel:kernel", (("out_ptr", jit.Pointer("i32")),))
+    with pytest.raises(TypeError, match=rf"{name}\.helpers\.(twice|Size), which lies outside"):
+        jit.compile(spec)
+    shutil.move(tmp_path / name / "helpers.py", package / "helpers.py")
+    kernel = package / "kernel.py"
+    kernel.write_text(kernel.read_text().replace(f"from {name} import helpers", f"from {name}.kernels import helpers")
+                      .replace(f"{name}.helpers", f"{name}.kernels.helpers"))  # fmt: skip
+    for module in [module for module in sys.modules if module.startswith(name)]:
+        del sys.modules[module]
+    importlib.invalidate_caches()
+    reach.check(spec, importlib.import_module(spec.module).kernel)  # inside, it is no offence
 
 
 def test_a_change_of_abi_is_refused(monkeypatch):

@@ -17,7 +17,9 @@ import sys, json
 sys.path.insert(0, sys.argv[1])
 import torch, tessera
 seqlen, options = int(sys.argv[2]), json.loads(sys.argv[3])
-torch.set_num_threads(2)
+if "window" in options:
+    options["window"] = tuple(options["window"])
+torch.set_num_threads(1)
 
 def peak():
     with open("/proc/self/status") as status:
@@ -46,10 +48,15 @@ def extra_bytes(seqlen: int, options: dict[str, object]) -> tuple[str, int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kernel", "options"), [("aten-flash", {"causal": True}), ("tiled", {"causal": True, "softcap": 20.0})], ids=["aten", "tiled"]
+    ("kernel", "options"),
+    [("aten-flash", {"causal": True}), ("tiled", {"window": [2047, 0], "softcap": 20.0})],
+    ids=["aten", "tiled"],
 )
 def test_16k_tokens_under_600_mb(kernel: str, options: dict[str, object]) -> None:
-    """Results and gradients are 4 x 33.5 MB of it; the scores alone would be 8.6 GB. Twice the tokens, twice the memory."""
+    """Results and gradients are 4 x 33.5 MB of it; the scores alone would be 8.6 GB. Twice the tokens, twice the memory.
+
+    The window saves time, not memory: the tiles are as large without it.
+    """
     ran, at_16k = extra_bytes(16384, options)
     assert ran == kernel
     assert at_16k < 600e6, f"{at_16k / 1e6:.0f} MB"

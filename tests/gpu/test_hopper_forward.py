@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor
@@ -54,7 +52,8 @@ def prepared(request: Request) -> tuple[Problem, Operands, Plan]:
 
 def poison_free_memory() -> None:
     """Leave NaN in what the allocator hands out next."""
-    blocks = [torch.full((n,), NAN, device="cuda", dtype=torch.float32) for n in (1 << 10, 1 << 16, 1 << 18, 1 << 20, 1 << 22)] * 2
+    sizes = (1 << 10, 1 << 16, 1 << 18, 1 << 20, 1 << 22)
+    blocks = [torch.full((n,), NAN, device="cuda", dtype=torch.float32) for n in (*sizes, *sizes)]
     del blocks
 
 
@@ -98,7 +97,7 @@ def test_nan_in_padding_stays_there(dim: int, causal: bool) -> None:
         for x in (k, v):
             x[b, : case.key_start[b]] = NAN
             x[b, case.key_end[b] :] = NAN
-    check(replace(clean, q=q, k=k, v=v), clean)
+    check(clean._replace(q=q, k=k, v=v), clean)
 
 
 @pytest.mark.parametrize("dim", [64, 128, 256])
@@ -112,16 +111,17 @@ def test_nan_past_used_lengths_stays_there(dim: int) -> None:
         for x in (k, v):
             x[start + count : start + length] = NAN
         start += length
-    check(replace(clean, k=k, v=v), clean)
+    check(clean._replace(k=k, v=v), clean)
 
 
 def test_used_queries() -> None:
     """Rows past seqused_q, and rows of no sequence, are 0 and -inf, and the diagonal goes by the used lengths."""
     lengths = (90, 150, 300)
-    request = Case("used q", lengths_q=lengths, lengths_k=lengths, head_dim=128, causal=True, sinks=True).request("cuda", torch.bfloat16)
+    case = Case("used q", lengths_q=lengths, lengths_k=lengths, head_dim=128, causal=True, sinks=True)
+    request = case.request("cuda", torch.bfloat16)
     used = torch.tensor((60, 0, 257), dtype=torch.int32, device="cuda")
     offsets = torch.tensor((0, 90, 240, 520), dtype=torch.int32, device="cuda")
-    check(replace(request, seqused_q=used, cu_seqlens_q=offsets))
+    check(request._replace(seqused_q=used, cu_seqlens_q=offsets))
 
 
 @pytest.mark.parametrize("case", [
@@ -171,7 +171,7 @@ def test_rows_that_tma_cannot_read_are_copied() -> None:
         wide[..., 4:] = x
         return wide[..., 4:]
 
-    check(replace(request, q=unaligned(request.q), k=unaligned(request.k), v=unaligned(request.v)))
+    check(request._replace(q=unaligned(request.q), k=unaligned(request.k), v=unaligned(request.v)))
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -39,6 +40,8 @@ def demo(
     found = _search(min(passages, 48) if quick else passages)
     _show_search(console, found)
     console.rule(f"[bold]Exact attention[/] at growing lengths: {HEADS} heads of {HEAD_DIM}, float32", align="left")
+    # Where other programs share the cores, threads that spin for each other cost all of them four times the time.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read by the processes that `growth` starts
     taken = _grow((256, 512) if quick else LENGTHS, () if quick else special_cases(4096))
     _show_growth(console, taken)
     figure = _draw(console, taken, plot)

@@ -1,4 +1,4 @@
-"""Kernels from description to launch: compile (without a GPU too), cache on disk, load, launch in about two microseconds.
+"""Kernels from description to launch: compile (without a GPU too), cache on disk, load, launch in microseconds.
 
     spec = jit.KernelSpec(kernel="package.module:function", arguments=(...), constants=(...))
     kernel = jit.load(spec, device_index)

@@ -22,40 +22,53 @@ class OutOfReachError(TypeError):
 
 
 def check(spec: KernelSpec, kernel: Any) -> None:
-    """Raises OutOfReachError when `kernel` uses, however indirectly, jitted code outside its package, compat and Triton."""
+    """Raises OutOfReachError when `kernel` uses, however indirectly, code that its key does not cover.
+
+    Covered are the kernel's package, compat and Triton. Jitted code from anywhere else is refused; so are plain functions
+    and classes of the kernel's own project, while those of libraries count as fixed.
+    """
     if not compat.is_jitted(kernel):
         raise TypeError(f"{spec.kernel} is a {type(kernel).__name__}, not a function decorated with gluon.jit")
     allowed = {path.resolve() for path in source_files(spec.module)}
-    triton = triton_home().resolve()
+    triton, project = triton_home().resolve(), spec.module.split(".")[0]
     waiting, seen = [kernel], set()
     while waiting:
-        function = waiting.pop().fn
+        value = waiting.pop()
+        function = value.fn if compat.is_jitted(value) else value
         if function in seen:
             continue
         seen.add(function)
-        path = Path(inspect.getsourcefile(function) or "").resolve()
-        if triton in path.parents:
-            continue  # covered by Triton's version
-        if path not in allowed:
+        path = _file_of(function)
+        if path in allowed:
+            if isinstance(function, FunctionType):
+                waiting += _used_by(function.__code__, function.__globals__)
+        elif triton not in path.parents and (function is not value or function.__module__.split(".")[0] == project):
             raise OutOfReachError(
                 f"{spec.kernel} uses {function.__module__}.{function.__qualname__}, which lies outside the kernel's package; "
                 "a change there would go unnoticed by cached binaries. Move it into the package, or pass it as a constant"
             )
-        waiting += _used_by(function)
 
 
-def _used_by(function: FunctionType) -> Iterator[Any]:
-    """The jitted functions among a function's globals, also as attributes of modules and methods of classes."""
-    names = set(_names(function.__code__))
+def _file_of(value: Any) -> Path:
+    try:
+        return Path(inspect.getsourcefile(value) or "").resolve()
+    except TypeError:  # built in
+        return Path("/")
+
+
+def _used_by(code: CodeType, scope: dict[str, Any]) -> Iterator[Any]:
+    """Functions and classes among the globals of some code: by name, as attributes of modules, as methods of those classes."""
+    names = set(_names(code))
     for name in names:
-        value = function.__globals__.get(name)
-        candidates: list[object] = [value]
+        value = scope.get(name)
+        candidates = [value]
         if isinstance(value, ModuleType):
-            candidates += [getattr(value, attribute, None) for attribute in names]
+            candidates = [getattr(value, attribute, None) for attribute in names]
         for candidate in candidates:
             if isinstance(candidate, type):
+                yield candidate
                 yield from (member for member in vars(candidate).values() if compat.is_jitted(member))
-            elif compat.is_jitted(candidate):
+            elif isinstance(candidate, FunctionType) or compat.is_jitted(candidate):
                 yield candidate
 
 

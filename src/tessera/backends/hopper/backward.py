@@ -14,12 +14,13 @@
                 then dK and dV through shared memory and TMA to global memory
 
 Scores stand transposed so that P^T and dS^T are operands from registers, as wgmma leaves its results. How consumers share this
-work is backward_keys.py (head dims up to 128) and backward_products.py (256). lse and D come from backward_rows.py, in base 2 and
-with lse +inf for rows that see nothing: their P is then 0 without a mask.
+work is backward_turns.py (head dim 64), backward_keys.py (128) and backward_products.py (256). lse and D come from
+backward_rows.py, in base 2 and with lse +inf for rows that see nothing: their P is then 0 without a mask.
 """
 
 from tessera.backends.hopper.backward_keys import consumer_of_keys, make_halves
 from tessera.backends.hopper.backward_products import consumer_of_dk, consumer_of_dq, consumer_of_dv, make_exchange
+from tessera.backends.hopper.backward_turns import consumer_in_turn, make_thirds
 from tessera.backends.hopper.pieces.channel import NAMED_BARRIER_K, NAMED_BARRIER_V, make_stream
 from tessera.backends.hopper.pieces.gradients import Score, Shared
 from tessera.backends.hopper.pieces.key_tiles import Call, Order, locate_keys
@@ -31,14 +32,15 @@ from tessera.jit.compat import fence_async_shared, gl, gluon, mbarrier, tma_load
 
 
 @gluon.constexpr_function
-def divides_keys(config):
-    return config.division.value == "keys"
+def divided_by(config, name):
+    """How the consumers share the work. By name: a kernel's source then shows the word."""
+    return config.division.value == name
 
 
 @gluon.constexpr_function
-def consumers_of(config):
-    """How many warpgroups read each block of Q, and of dO: with three consumers the one that does dQ reads neither."""
-    return 2
+def readers_of(config):
+    """How many warpgroups read each block of Q, and of dO: the one that does nothing but dQ reads neither."""
+    return 3 if divided_by(config, "keys, dQ in turn") else 2
 
 
 # ----------------------------------------------------------------------------------------------------------- producer
@@ -100,8 +102,8 @@ def _allocate(config: gl.constexpr, maps, stats_map):
     v_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(k_full, count=1)
     mbarrier.init(v_full, count=1)
-    q_stream = make_stream(config.q_stages, consumers_of(config), NAMED_BARRIER_K)
-    do_stream = make_stream(config.do_stages, consumers_of(config), NAMED_BARRIER_V)
+    q_stream = make_stream(config.q_stages, readers_of(config), NAMED_BARRIER_K)
+    do_stream = make_stream(config.do_stages, readers_of(config), NAMED_BARRIER_V)
     return Shared(k, v, q, do, lse, d, k_full, v_full, q_stream, do_stream)
 
 
@@ -126,7 +128,7 @@ def attention_backward(
     )  # fmt: skip
     score = Score(scale, inner, factor)
     shared = _allocate(config, maps, stats_map)
-    if divides_keys(config):
+    if divided_by(config, "keys"):
         halves = make_halves(config, dq_map, q_map.dtype)
         fence_async_shared()
         gl.warp_specialize([
@@ -134,6 +136,15 @@ def attention_backward(
             (consumer_of_keys, (config, 1, dq_map, dk_map, dv_map, shared, halves, score, call)),
             (producer, (config, maps, stats_map, shared, call)),
         ], [4, 1], [240, 24])  # fmt: skip
+    elif divided_by(config, "keys, dQ in turn"):
+        thirds = make_thirds(config, dq_map, q_map.dtype)
+        fence_async_shared()
+        gl.warp_specialize([
+            (consumer_in_turn, (config, 0, dq_map, dk_map, dv_map, shared, thirds, score, call)),
+            (consumer_in_turn, (config, 1, dq_map, dk_map, dv_map, shared, thirds, score, call)),
+            (consumer_in_turn, (config, 2, dq_map, dk_map, dv_map, shared, thirds, score, call)),
+            (producer, (config, maps, stats_map, shared, call)),
+        ], [4, 4, 1], [160, 160, 24])  # fmt: skip
     else:
         # Of the splits of the registers 208/208/72 is clean, 200/200/88 serialises the products (Triton 3.6, d256).
         exchange = make_exchange(config, dq_map, q_map.dtype)

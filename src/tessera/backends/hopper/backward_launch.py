@@ -55,7 +55,8 @@ def _dq_columns(config: BackwardConfig) -> int:
     """Columns of the parts in which dQ is added (64 rows each)."""
     if config.division is Division.PRODUCTS:
         return 64
-    return config.dim if config.rows == 2 * _PIECE else config.dim // 2
+    whole = config.division is Division.TURNS or config.rows == 2 * _PIECE
+    return config.dim if whole else config.dim // 2
 
 
 def prepare_spec(config: BackwardConfig, dtype: torch.dtype) -> jit.KernelSpec:
@@ -169,7 +170,6 @@ class BackwardLaunch:
         dlse = 0 if upstream.dlse is None else kept.keep(upstream.dlse.float().contiguous())
         index = sums.device.index
         kernel = jit.load(self.specs[0], index)
-        strides = dout.tensor.stride()
         kernel(
             jit.current_stream(index), blocks, shape.heads_q, 1,
             out, dout.address, lse, dlse, 0 if sinks is None else kept.keep(sinks.float().contiguous()),

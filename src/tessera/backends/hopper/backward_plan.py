@@ -18,6 +18,8 @@ class Division(Enum):
 
     KEYS = "keys"
     """Two consumers, 64 keys each: all products of their keys, half of dQ. For dK and dV that fit in registers beside S."""
+    TURNS = "keys, dQ in turn"
+    """Three consumers, 64 keys each, not in step: they take turns at dQ. For head dim 64."""
     PRODUCTS = "products"
     """Three consumers on 64 keys: one has S and dV, one dP and dK, one dQ. For head dims up to 256."""
 
@@ -47,7 +49,7 @@ def backward_config(problem: Problem) -> BackwardConfig:
     dim, dim_v = _padded(shape.head_dim), _padded(shape.head_dim_v)
     features = features_of(problem)
     if max(dim, dim_v) == 256:
-        # One stage of dO leaves room to double the buffers of P, dS and dQ: 3 to 6% over two (H200, d256, 4k and 16k, 2026-11-21).
+        # One stage of dO leaves room to double the buffers of P, dS and dQ: 3 to 6% over two (H200, 4k and 16k, 2026-11-21).
         return BackwardConfig(Division.PRODUCTS, 64, 64, dim, dim_v, q_stages=2, do_stages=1, features=features)
     # 128 rows at d64 halve what is said between the consumers; at d128 S and dP of 128 rows do not fit beside dK and dV, nor at
     # d64 beside a softcap's slope (28 spills in the loop).

@@ -22,7 +22,7 @@ from tessera.backends.hopper.pieces.gradients import (
     store_gradient,
 )
 from tessera.backends.hopper.pieces.key_tiles import locate_keys
-from tessera.backends.hopper.pieces.row_ranges import cut_and_full, key_bounds, row_blocks
+from tessera.backends.hopper.pieces.row_ranges import key_bounds, row_blocks
 from tessera.backends.hopper.pieces.softmax import to_16_bit
 from tessera.backends.hopper.pieces.tiles import M, accumulator_layout, matrix
 from tessera.jit.compat import (

@@ -10,13 +10,14 @@ from tessera.backends.hopper.backward_plan import BackwardConfig, backward_confi
 from tessera.mask import MaskSpec
 from tessera.problem import Gradients, Layout, Problem, Score, Shape, Sinks
 
+_FULL = MaskSpec()
 _CAUSAL = MaskSpec(right=0)
 _WINDOW = MaskSpec(left=128, right=0)
 _DOCUMENTS = MaskSpec(right=0, bounds=("document_begin", "document_end"))
 _PADDING = MaskSpec(bounds=("key_start", "key_end", "query_end"))
 
 
-def _problem(dim: int, dim_v: int, mask: MaskSpec = MaskSpec(), layout: Layout = Layout.DENSE, **score: object) -> Problem:
+def _problem(dim: int, dim_v: int, mask: MaskSpec = _FULL, layout: Layout = Layout.DENSE, **score: object) -> Problem:
     return Problem(
         shape=Shape(1, 1024, 1024, 8, 8, dim, dim_v), dtype=torch.bfloat16, score=Score(scale=dim**-0.5, **score),  # type: ignore[arg-type]
         layout=layout, mask=mask, gradients=Gradients.INPUTS,
@@ -24,7 +25,7 @@ def _problem(dim: int, dim_v: int, mask: MaskSpec = MaskSpec(), layout: Layout =
 
 
 def _named_problems() -> dict[str, Problem]:
-    found = {}
+    found: dict[str, Problem] = {}
     for dim, dim_v in ((64, 64), (128, 128), (256, 256), (192, 128), (64, 256)):
         name = f"d{dim}" if dim == dim_v else f"d{dim}/{dim_v}"
         found |= {f"{name} full": _problem(dim, dim_v), f"{name} causal": _problem(dim, dim_v, _CAUSAL)}
@@ -48,7 +49,8 @@ def variants() -> tuple[jit.Variant, ...]:
         config: BackwardConfig = backward_config(problem)
         made.append(jit.Variant(f"bwd bf16 {name}", main_spec(config, problem.dtype)))
         if config.dim == config.dim_v:
-            small |= {prepare_spec(config, problem.dtype): f"bwd rows bf16 {name}", finish_spec(config, problem.dtype): f"bwd dq bf16 {name}"}
+            small[prepare_spec(config, problem.dtype)] = f"bwd rows bf16 {name}"
+            small[finish_spec(config, problem.dtype)] = f"bwd dq bf16 {name}"
     fp16 = backward_config(_problem(128, 128, _CAUSAL))
     made.append(jit.Variant("bwd fp16 d128 causal", main_spec(fp16, torch.float16)))
     return (*made, *(jit.Variant(name, spec, wgmma=False, setmaxnreg=False) for spec, name in small.items()))

@@ -547,7 +547,8 @@ def _parts(whole, tail):
 def attention_forward(
     q_map, q_tail, k_map, k_tail, v_map, v_tail, o_map, o_tail,
     lse_ptr, sinks_ptr, cu_q, cu_k, used_q, used_k, key_start, key_end, query_end, document_begin, document_end, counter,
-    batch, heads, group, seqlen_q, seqlen_k, left, right, document_stride, tiles, blocks, section, q_pitch, k_pitch, v_pitch, o_pitch, scale, inner,
+    batch, heads, group, seqlen_q, seqlen_k, left, right, document_stride, tiles, blocks, section,
+    q_pitch, k_pitch, v_pitch, o_pitch, scale, inner,
     CONFIG: gl.constexpr,
 ):  # fmt: skip
     """`*_tail`: the second part of a head dim that is no power of two, else None. Pointers that no feature needs are never

@@ -21,7 +21,11 @@ from tessera.problem import Layout, Problem
 
 ELEMENTS = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 L2_BYTES = 32 << 20
-"""K and V of the heads that are in flight together: as in FlashAttention-3; 24 and 50 MB were no better (H200, 2026-11-21)."""
+"""What of L2 heads that are worked on together may fill, as in FlashAttention-3."""
+SECTION_BYTES = 16 << 20
+"""K and V of the heads of one section of tiles (pieces/scheduler.py). Causal, 512 to 16k, geometric mean of ours / FA3 with 2, 4,
+8, 12, 16, 32 MB: d128 1.00 1.01 1.02 1.02 1.03 1.00, d64 1.04 1.04 1.05 1.05 1.06 1.05, d256 1.01 1.02 1.04 1.03 1.05 1.03; 64 MB
+is worse still (H200, 2026-11-21)."""
 LOG2_E = 1.4426950408889634
 _FAR = 1 << 30
 _WRAP_STRIDE = 1 << 34
@@ -62,12 +66,12 @@ _INTEGERS = (
 
 
 class Bound(NamedTuple):
-    """What a runner's one set of strides decides: `places` hold the tensor maps by address (of q, k, v, out; one for each part
-    of the head dim), `pitches` the distances of their batch entries in rows."""
+    """What a runner's one set of shapes and strides decides: the kernel, the tensor maps' places (each with the index of its
+    tensor among q, k, v, out: a head dim in two parts has two), and all the kernel's numbers."""
 
     kernel: jit.Kernel
-    places: tuple[tuple[jit.Place, ...], ...]
-    pitches: tuple[int, ...]
+    places: tuple[tuple[jit.Place, int], ...]
+    numbers: tuple[int | float, ...]
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ class ForwardLaunch:
     def section(self) -> int:
         """Dense: query heads whose K and V share L2, a power of two of groups. Packed: keys of one head that fit in it."""
         shape = self.problem.shape
-        keys = max(1, L2_BYTES // (2 * (shape.head_dim + shape.head_dim_v)))
+        keys = max(1, SECTION_BYTES // (2 * (shape.head_dim + shape.head_dim_v)))
         if self.problem.layout is Layout.VARLEN:
             return min(keys, _FAR)
         heads = max(1, keys // max(1, shape.seqlen_k))
@@ -150,23 +154,23 @@ class ForwardLaunch:
         device = bound.kernel.device
         stream = jit.current_stream(device)
         bound.kernel(
-            stream, self.programs, 1, 1,
-            *[place[address] for places, address in zip(bound.places, addresses, strict=True) for place in places],
-            lse.data_ptr(), *self._pointers(operands, kept), counters.address(device, stream),
-            *self._integers(operands), *bound.pitches, *self.scales,
+            stream, self.programs, 1, 1, *[place[addresses[index]] for place, index in bound.places],
+            lse.data_ptr(), *self._pointers(operands, kept), counters.address(device, stream), *bound.numbers,
         )  # fmt: skip
         return out, lse
 
     def _bind(self, operands: Operands, out: Tensor) -> tuple[Bound, tuple[Rows, ...]]:
-        """The kernel and the tensor maps' places for these strides, and the tensors as the maps see them."""
+        """The kernel and its arguments for these strides, and the tensors as their maps see them."""
         kernel = jit.load(self.spec, out.device.index)
         rows = tuple(Rows.of(tensor) for tensor in (operands.q, operands.k, operands.v, out))
-        encoders = iter(kernel.tiles)
         parts = (self.config.dims, self.config.dims, self.config.dims_v, self.config.dims_v)
+        indices = [index for index, dims in enumerate(parts) for _ in dims]
         places = tuple(
-            tuple(next(encoders).bind(one.shape, one.strides) for _ in dims) for one, dims in zip(rows, parts, strict=True)
+            (encode.bind(rows[index].shape, rows[index].strides), index)
+            for encode, index in zip(kernel.tiles, indices, strict=True)
         )
-        return Bound(kernel, places, tuple(one.pitch for one in rows)), rows
+        numbers = (*self._integers(operands), *(row.pitch for row in rows), *self.scales)
+        return Bound(kernel, places, numbers), rows
 
     def _pointers(self, operands: Operands, kept: list[Tensor | None]) -> Sequence[int]:
         """Addresses of sinks, lengths, padding and documents; 0 for what there is not (the kernel has no code for it)."""

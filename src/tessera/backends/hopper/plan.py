@@ -65,11 +65,12 @@ def forward_config(problem: Problem) -> ForwardConfig:
         # causal: 128 rows over 192 are 1.08 at 1k, 0.92 at 4k
         short = Feature.RIGHT in features and keys <= 640
         return deepest(pairs if short else replace(triples, overlap=Overlap.MAXIMA))
-    if widest <= 96 and keys > 2048:
-        # three over two: 1.07 at 4k and 16k full, 1.08 at 16k causal; 0.98 at 1k full, 1.00 at 4k causal
+    ragged = bool({Feature.RIGHT, Feature.LEFT, Feature.DOCUMENTS} & set(features))  # the consumers' shares differ
+    if widest <= 96 and keys > (2048 if ragged else 1536):
+        # three over two: 1.06 at 2k, 1.07 at 4k and 16k full, 1.08 at 16k causal; 0.98 at 1k full, 0.97 at 2k causal
         return replace(triples, overlap=Overlap.NONE, stages=2)
-    if widest <= 128 and keys > 2048 and not {Feature.RIGHT, Feature.LEFT, Feature.DOCUMENTS} & set(features):
-        # three over two: 1.01 at 4k and 16k full; 0.94 at 1k full, 0.99 at 16k causal
+    if widest <= 128 and keys > 1536 and not ragged:
+        # three over two: 1.01 at 2k, 4k and 16k full; 0.94 at 1k full, 0.99 at 16k causal
         return deepest(replace(triples, overlap=Overlap.NONE))
     return deepest(pairs)
 

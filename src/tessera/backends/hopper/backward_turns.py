@@ -1,0 +1,192 @@
+"""The backward's consumers for head dim 64 (see backward.py): dK and dV are small, so three warpgroups of 64 keys each, which
+hide one another's latencies; 192 keys a tile, and rows of Q and dO are read a third less often than with 128.
+
+The three do not march in step. Each puts its dS^T into a ring, and they take turns at dQ: consumer n mod 3 adds up block n's,
+when all three parts are there. A block that sees none of a consumer's keys costs it a store of zeros.
+"""
+
+from tessera.backends.hopper.pieces.channel import Ring
+from tessera.backends.hopper.pieces.gradients import (
+    BARRIER_K,
+    add_to_dq,
+    fresh_zero,
+    issue_transposed,
+    meet,
+    probabilities,
+    row_values,
+    store_gradient,
+)
+from tessera.backends.hopper.pieces.key_tiles import locate_keys
+from tessera.backends.hopper.pieces.masking import has_lower_bound
+from tessera.backends.hopper.pieces.row_ranges import cut_and_full, first_row, key_bounds, row_blocks
+from tessera.backends.hopper.pieces.softmax import to_16_bit
+from tessera.backends.hopper.pieces.tiles import M, accumulator_layout, empty_accumulator, matrix, operand_layout
+from tessera.jit.compat import (
+    aggregate,
+    fence_async_shared,
+    gl,
+    gluon,
+    mbarrier,
+    tma_store_wait,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+WAYS = gl.constexpr(3)
+"""Consumers, and blocks whose dS may be on their way."""
+
+
+@aggregate
+class Thirds:
+    """dS^T of up to three blocks, a tile (64 keys, 64 rows) from each consumer; and where each one's dQ waits to be added."""
+
+    ds: gl.shared_memory_descriptor
+    dq: gl.shared_memory_descriptor
+    ring: Ring
+
+    @gluon.constexpr_function
+    def __init__(self, ds, dq, ring):
+        self.ds = ds
+        self.dq = dq
+        self.ring = ring
+
+
+@gluon.jit
+def make_thirds(config: gl.constexpr, dq_map, dtype: gl.constexpr):
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, config.rows], dtype)
+    ds = gl.allocate_shared_memory(dtype, [WAYS * WAYS, M, config.rows], layout)
+    dq = gl.allocate_shared_memory(gl.float32, [WAYS] + dq_map.block_type.shape, dq_map.layout)
+    full = gl.allocate_shared_memory(gl.int64, [WAYS, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [WAYS, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(WAYS):
+        mbarrier.init(full.index(slot), count=WAYS)
+        mbarrier.init(empty.index(slot), count=1)
+    return Thirds(ds, dq, Ring(full, empty, WAYS))
+
+
+@gluon.jit
+def _hand_over(consumer: gl.constexpr, thirds, ds, n):
+    """This consumer's dS^T of block n into the ring."""
+    thirds.ring.acquire(n)
+    thirds.ds.index(thirds.ring.slot(n) * WAYS + consumer).store(ds)
+    fence_async_shared()
+    thirds.ring.publish(n)
+
+
+@gluon.jit
+def _add_dq_in_turn(consumer: gl.constexpr, dq_map, shared, thirds, n, line):
+    """dQ = dS K of block n, if it is this consumer's turn."""
+    if n % WAYS == consumer:
+        columns: gl.constexpr = shared.k.shape[-1]
+        thirds.ring.wait(n)
+        zero = fresh_zero()
+        first = thirds.ring.slot(n) * WAYS
+        dq = gl.zeros([M, columns], gl.float32, accumulator_layout(columns))
+        for part in gl.static_range(WAYS):
+            ds = thirds.ds.index(first + part).permute((1, 0))
+            dq = warpgroup_mma(ds, matrix(shared.k.index(part + zero)), dq, use_acc=part > 0, is_async=True)
+        dq = warpgroup_mma_wait(0, deps=(dq,))
+        thirds.ring.release(n)
+        add_to_dq(dq_map, thirds.dq, consumer, dq, [line, 0], 0)
+
+
+@gluon.jit
+def _block(
+    config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, thirds, score, bounds, n, row, line, state, MASKED: gl.constexpr
+):
+    """One turn of the main loop: the block of rows from `row` on, which lies at `line` of the workspace."""
+    dk, dv = state
+    dtype: gl.constexpr = shared.q.dtype
+    zero = fresh_zero()
+    q_slot = shared.q_stream.slot(n)
+    do_slot = shared.do_stream.slot(n)
+    q = matrix(shared.q.index(q_slot))
+    do = matrix(shared.do.index(do_slot))
+    shared.q_stream.wait(n)
+    s = issue_transposed(matrix(shared.k.index(consumer + zero)), q)
+    shared.do_stream.wait(n)
+    dp = issue_transposed(matrix(shared.v.index(consumer + zero)), do)
+
+    s = warpgroup_mma_wait(1, deps=(s,))
+    lse = row_values(shared.lse, q_slot, config.rows)
+    p, weight = probabilities(config, score, s, lse, bounds, row, MASKED)
+    p, weight = to_16_bit(p, dtype), to_16_bit(weight, dtype)  # in 32 bits it would spill beside dP
+    dv = warpgroup_mma(gl.convert_layout(p, operand_layout(config.dim_v)), do, dv, is_async=True)
+
+    dp = warpgroup_mma_wait(1, deps=(dp,))
+    d = row_values(shared.d, do_slot, config.rows)
+    ds = to_16_bit(weight.to(gl.float32) * (dp - d[None, :]), dtype)
+    _hand_over(consumer, thirds, ds, n)
+
+    dk = warpgroup_mma(gl.convert_layout(ds, operand_layout(config.dim)), q, dk, is_async=True)
+    dv = warpgroup_mma_wait(1, deps=(dv,))
+    shared.do_stream.release(n)
+    dk = warpgroup_mma_wait(0, deps=(dk,))
+    shared.q_stream.release(n)
+    _add_dq_in_turn(consumer, dq_map, shared, thirds, n, line)
+    return dk, dv
+
+
+@gluon.jit
+def _pass_over(config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, thirds, n, line):
+    """A block that sees none of this consumer's keys: dS is 0, and its turn at dQ may come all the same."""
+    rows: gl.constexpr = config.rows
+    nothing = gl.zeros([M, rows], shared.q.dtype, accumulator_layout(rows))
+    shared.q_stream.wait(n)
+    shared.q_stream.release(n)
+    shared.do_stream.wait(n)
+    shared.do_stream.release(n)
+    _hand_over(consumer, thirds, nothing, n)
+    _add_dq_in_turn(consumer, dq_map, shared, thirds, n, line)
+
+
+@gluon.jit
+def _main_loop(config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, thirds, score, call, tile):
+    """dK and dV of 64 keys: the sums over all blocks of rows of all query heads that share them."""
+    first = tile.first + consumer * M
+    begin, count = row_blocks(config, call.band, tile.seq, tile.first)
+    own_begin = first_row(config, call.band, tile.seq, first) // config.rows
+    unseen = gl.minimum(gl.maximum(own_begin - begin, 0), count)
+    cut, full = cut_and_full(config, call.band, tile.seq, first, begin + unseen, count - unseen)
+    state = (empty_accumulator(shared.k), empty_accumulator(shared.v))
+    if count > 0:
+        bounds = key_bounds(config, call.band, tile.seq, first)
+        mbarrier.wait(shared.k_full, 0)
+        mbarrier.wait(shared.v_full, 0)
+        n = 0
+        for member in range(call.group):
+            row = begin * config.rows
+            line = (tile.head * call.group + member) * call.order.line + tile.work + row
+            for i in range(unseen):
+                _pass_over(config, consumer, dq_map, shared, thirds, n, line)
+                n += 1
+                row += config.rows
+                line += config.rows
+            for i in range(cut):
+                state = _block(config, consumer, dq_map, shared, thirds, score, bounds, n, row, line, state, True)
+                n += 1
+                row += config.rows
+                line += config.rows
+            for i in range(full):
+                state = _block(config, consumer, dq_map, shared, thirds, score, bounds, n, row, line, state, False)
+                n += 1
+                row += config.rows
+                line += config.rows
+            if has_lower_bound(config):
+                for i in range(count - unseen - cut - full):
+                    state = _block(config, consumer, dq_map, shared, thirds, score, bounds, n, row, line, state, True)
+                    n += 1
+                    row += config.rows
+                    line += config.rows
+    return state
+
+
+@gluon.jit
+def consumer_in_turn(config: gl.constexpr, consumer: gl.constexpr, dq_map, dk_map, dv_map, shared, thirds, score, call):
+    tile = locate_keys(config, gl.program_id(0), call)
+    dk, dv = _main_loop(config, consumer, dq_map, shared, thirds, score, call, tile)
+    row = tile.first + consumer * M
+    store_gradient(dv_map, shared.v, consumer, dv, tile, row)  # nobody else reads these rows of V
+    meet("sync", BARRIER_K, 384)
+    store_gradient(dk_map, shared.k, consumer, dk * score.factor, tile, row)
+    tma_store_wait(0)
