@@ -13,8 +13,9 @@ PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
 .PHONY: demo test check lint types rules gate fuzz matrix bench-cpu clean
 
+# passive: on shared cores, threads that spin while they wait take the time of those they wait for
 demo: $(VENV)/.demo
-	HF_HUB_OFFLINE=1 $(BIN)/tessera demo
+	OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $(BIN)/tessera demo
 
 test: $(VENV)/.dev
 	$(PYTEST) -n $(TEST_WORKERS) --dist worksteal tests/cpu tests/integrations
@@ -36,6 +37,7 @@ fuzz: $(VENV)/.dev
 
 matrix: $(VENV)/.dev
 	$(BIN)/python -m tessera.support > docs/support_matrix.md
+	$(BIN)/python scripts/update_readme.py
 
 bench-cpu: $(VENV)/.demo
 	$(BIN)/tessera bench --grid cpu

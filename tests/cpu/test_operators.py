@@ -1,4 +1,4 @@
-"""The torch operators: opcheck, gradients, torch.compile, and the rest of torch that a tensor function must live with."""
+"""The torch operators: opcheck, refusals in words, and the rest of torch that a tensor function must live with."""
 
 from __future__ import annotations
 
@@ -6,52 +6,20 @@ import copy
 import gc
 import pickle
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch._dynamo.testing
+from small_inputs import gradcheck, grads, leaf, small
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import tessera
-from tessera import Mask, attention, attention_varlen, operators, plan
+from tessera import attention, operators, plan
 from tessera.cases import CASES, Case
 from tessera.operands import Request, bind
 
 NAMES = operators._NAMES
-OFFSETS_Q = torch.tensor([0, 3, 3, 8], dtype=torch.int32)
-OFFSETS_K = torch.tensor([0, 4, 9, 11], dtype=torch.int32)
-
-Function = Callable[..., Any]
-
-
-def small(dtype: torch.dtype = torch.float64, requires_grad: bool = True, **shapes: int) -> tuple[Tensor, Tensor, Tensor]:
-    """q (2, 5, 4, 4), k and v (2, 7, 2, 4) unless said otherwise."""
-    sizes = {"seqlen_q": 5, "seqlen_k": 7, "heads": 4, "heads_kv": 2, "dim": 4, "dim_v": 4} | shapes
-    q = torch.randn(2, sizes["seqlen_q"], sizes["heads"], sizes["dim"], dtype=dtype)
-    k = torch.randn(2, sizes["seqlen_k"], sizes["heads_kv"], sizes["dim"], dtype=dtype)
-    v = torch.randn(2, sizes["seqlen_k"], sizes["heads_kv"], sizes["dim_v"], dtype=dtype)
-    for x in (q, k, v):
-        x.requires_grad_(requires_grad)
-    return q, k, v
-
-
-def leaf(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
-
-
-def grads(function: Function, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of a fixed random projection of everything `function` returns (rows with lse -inf left out)."""
-    results = function(*inputs)
-    generator = torch.Generator().manual_seed(5)
-    total: Any = 0.0
-    for x in results if isinstance(results, tuple) else (results,):
-        weight = torch.randn(x.shape, generator=generator).to(x.dtype)
-        total = total + torch.where(x.isfinite(), x, 0.0).mul(weight).sum()
-    return torch.autograd.grad(total, inputs)
-
 
 # opcheck
 
@@ -87,243 +55,6 @@ def test_opcheck_backward(name: str) -> None:
     torch.library.opcheck(
         torch.ops.tessera.backward.default, (torch.randn_like(out), dlse, out, lse, *arguments(request._replace(**tensors)))
     )
-
-
-# gradcheck
-
-
-def gradcheck(function: Function, inputs: tuple[Tensor, ...]) -> bool:
-    """Random projections of the Jacobian against differences, and no gradient for an undefined upstream."""
-    return torch.autograd.gradcheck(function, inputs, fast_mode=True)
-
-
-DIFFERENTIABLE: dict[str, dict[str, Any]] = {
-    "full": {},
-    "causal": {"causal": True},
-    "window": {"window": (2, 1)},
-    "scale": {"softmax_scale": 0.4},
-    "negative scale": {"softmax_scale": -0.4},
-    "softcap": {"softcap": 1.5},
-    "softcap, causal": {"softcap": 1.5, "causal": True},
-    "alibi": {"alibi_slopes": torch.tensor([0.1, 0.2, 0.3, 0.4])},
-    "dropout": {"dropout_p": 0.4, "seed": 7},
-    "dropout, softcap, window": {"dropout_p": 0.2, "seed": 8, "softcap": 2.0, "window": (3, 0)},
-    "padding": {"mask": Mask.padding(torch.tensor([3, 0]), query_end=torch.tensor([5, 4]))},
-    "documents": {"mask": Mask.documents(torch.tensor([0, 0, 1, 3, 3]), torch.tensor([0, 0, 1, 2, 3, 3, 3]))},
-}
-
-
-@pytest.mark.parametrize("backend", ["cpu", "torch"])
-@pytest.mark.parametrize("name", DIFFERENTIABLE)
-def test_gradcheck(name: str, backend: str) -> None:
-    """Of out and lse in q, k and v; empty rows' lse is a constant and left out."""
-
-    def function(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        out, lse = attention(q, k, v, return_lse=True, backend=backend, **DIFFERENTIABLE[name])
-        return out, lse.masked_fill(lse.isinf(), 0.0)
-
-    assert gradcheck(function, small())
-
-
-@pytest.mark.parametrize("backend", ["cpu", "torch"])
-def test_gradcheck_of_out_alone(backend: str) -> None:
-    """Without a gradient for lse the backward of torch's kernel serves."""
-    assert gradcheck(lambda *x: attention(*x, causal=True, backend=backend), small())
-
-
-def test_gradcheck_of_lse_alone() -> None:
-    assert gradcheck(lambda q, k, v: attention(q, k, v, return_lse=True)[1], small()[:2] + (small()[2].detach(),))
-
-
-@pytest.mark.parametrize("shapes", [{"dim_v": 3}, {"dim": 3}, {"heads_kv": 1}, {"heads_kv": 4}, {"seqlen_q": 9}, {"seqlen_q": 1}])
-def test_gradcheck_of_shapes(shapes: dict[str, int]) -> None:
-    assert gradcheck(lambda *x: attention(*x, causal=True, softcap=3.0), small(**shapes))
-
-
-@pytest.mark.parametrize("shape", [(2, 4, 5, 7), (1, 4, 5, 7), (2, 1, 1, 7), (1, 1, 5, 1), (4, 1, 1), (5, 7), (7,), (1,), ()])
-@pytest.mark.parametrize("softcap", [0.0, 2.0])
-def test_gradcheck_bias(shape: tuple[int, ...], softcap: float) -> None:
-    bias = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-
-    def function(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Any:
-        return attention(q, k, v, bias=bias, softcap=softcap, return_lse=True)
-
-    assert gradcheck(function, (*small(), bias))
-
-
-@pytest.mark.parametrize("options", [{}, {"causal": True}, {"softcap": 2.0}, {"dropout_p": 0.3, "seed": 1}], ids=str)
-@pytest.mark.parametrize("seqlen_q", [5, 9])
-def test_gradcheck_sinks(options: dict[str, Any], seqlen_q: int) -> None:
-    def function(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Any:
-        return attention(q, k, v, sinks=sinks, return_lse=True, **options)
-
-    assert gradcheck(function, (*small(seqlen_q=seqlen_q), leaf(4)))
-
-
-@pytest.mark.parametrize(
-    "options", [{}, {"causal": True}, {"softcap": 2.0, "window": (2, 0)}, {"dropout_p": 0.3, "seed": 1}], ids=str
-)
-def test_gradcheck_varlen(options: dict[str, Any]) -> None:
-    def function(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Any:
-        return attention_varlen(q, k, v, OFFSETS_Q, OFFSETS_K, sinks=sinks, return_lse=True, **options)[0]
-
-    assert gradcheck(function, (leaf(9, 4, 4), leaf(12, 2, 4), leaf(12, 2, 4), leaf(4)))
-
-
-def test_only_the_inputs_that_ask_get_gradients() -> None:
-    q, k, v = small()
-    k = k.detach()
-    bias, sinks = leaf(5, 7), leaf(4).detach()
-    out = attention(q, k, v, bias=bias, sinks=sinks)
-    out.sum().backward()
-    assert all(x.grad is not None for x in (q, v, bias))
-    assert k.grad is None
-    assert sinks.grad is None
-
-
-def test_empty_rows_have_no_gradient_whatever_arrives() -> None:
-    """The gradient that reaches an empty row's lse is often NaN (of exp(-inf - -inf)): it must go no further."""
-    q, k, v = small(seqlen_q=9)
-    for options in ({}, {"softcap": 3.0}):
-        out, lse = attention(q, k, v, causal=True, return_lse=True, **options)
-        empty = lse == float("-inf")
-        assert empty.any()
-        dlse = torch.ones_like(lse).masked_fill(empty, float("nan"))
-        dq, dk, dv = torch.autograd.grad((out, lse), (q, k, v), (torch.ones_like(out), dlse))
-        assert (dq[:, :2] == 0).all()
-        assert all(x.isfinite().all() for x in (dq, dk, dv))
-
-
-def test_nan_in_padding_reaches_nothing() -> None:
-    """Keys that no row may see can hold anything, as the tail of a static cache does."""
-    q, k, v = small(dtype=torch.float32, requires_grad=False)
-    clean = [x.clone().requires_grad_() for x in (q, k, v)]
-    dirty = [x.clone() for x in (q, k, v)]
-    dirty[1][:, 5:], dirty[2][:, 5:] = float("nan"), float("nan")
-    dirty = [x.requires_grad_() for x in dirty]
-    mask = Mask.padding(torch.tensor([5, 4]))
-    dirty[1].data[1, 4], dirty[2].data[1, 4] = float("nan"), float("nan")
-    for options in ({}, {"softcap": 3.0}, {"causal": True}):
-        wanted, got = (grads(lambda *x, o=options: attention(*x, mask=mask, **o), *inputs) for inputs in (clean, dirty))
-        for a, b in zip(wanted, got, strict=True):
-            torch.testing.assert_close(a, b)
-
-
-def test_sink_of_minus_infinity_is_no_sink() -> None:
-    q, k, v = small(seqlen_q=9)
-    sinks = torch.full((4,), float("-inf"), dtype=torch.float64, requires_grad=True)
-    out, lse = attention(q, k, v, causal=True, sinks=sinks, return_lse=True)
-    plain, plain_lse = attention(q, k, v, causal=True, return_lse=True)
-    torch.testing.assert_close(out, plain)
-    torch.testing.assert_close(lse, plain_lse)
-    for grad in torch.autograd.grad(out.sum(), (q, k, v, sinks)):
-        assert grad.isfinite().all()
-
-
-# torch.compile
-
-
-def compiled(function: Function, backend: str = "aot_eager", dynamic: bool | None = None) -> Function:
-    torch._dynamo.reset()
-    return torch.compile(function, fullgraph=True, backend=backend, dynamic=dynamic)
-
-
-def assert_compiles(function: Function, *inputs: Tensor, backend: str = "aot_eager") -> None:
-    """The compiled function's results and gradients are the eager ones."""
-    fast = compiled(function, backend)
-    torch.testing.assert_close(fast(*inputs), function(*inputs))
-    torch.testing.assert_close(grads(fast, *inputs), grads(function, *inputs))
-
-
-@pytest.mark.parametrize("name", [*DIFFERENTIABLE, "deterministic"])
-def test_compile(name: str) -> None:
-    options = DIFFERENTIABLE.get(name, {"deterministic": True})
-    assert_compiles(lambda q, k, v: attention(q, k, v, return_lse=True, **options), *small(torch.float32))
-
-
-def test_compile_bias_and_sinks() -> None:
-    bias, sinks = torch.randn(4, 1, 7, requires_grad=True), torch.randn(4, requires_grad=True)
-
-    def function(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, sinks: Tensor) -> Any:
-        return attention(2 * q, k, v, bias=bias.tanh(), sinks=sinks + 1, causal=True) * 3
-
-    assert_compiles(function, *small(torch.float32), bias, sinks)
-
-
-def test_compile_varlen() -> None:
-    def function(q: Tensor, k: Tensor, v: Tensor) -> Any:
-        return attention_varlen(q, k, v, OFFSETS_Q, OFFSETS_K, causal=True, return_lse=True)
-
-    assert_compiles(function, *(torch.randn(n, 4, 8, requires_grad=True) for n in (9, 12, 12)))
-
-
-def test_compile_mask_made_inside() -> None:
-    """Masks are algebra on tensors: they trace too."""
-
-    def function(q: Tensor, k: Tensor, v: Tensor) -> Any:
-        ids = (torch.arange(7) // 3)[None]
-        return attention(q, k, v, mask=Mask.documents(ids) & Mask.window(4, 0) & Mask.padding(torch.tensor([7, 5])))
-
-    assert_compiles(function, *small(torch.float32, seqlen_q=7))
-
-
-def test_compile_half_and_autocast() -> None:
-    def function(q: Tensor, k: Tensor, v: Tensor) -> Any:
-        with torch.autocast("cpu", torch.bfloat16):
-            return attention(q, k, v, causal=True)
-
-    fast = compiled(function)
-    inputs = small(torch.float32)
-    assert fast(*inputs).dtype == torch.bfloat16
-    torch.testing.assert_close(fast(*inputs), function(*inputs))
-
-
-def test_compile_dynamic_shapes_compiles_once() -> None:
-    torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-
-    def function(q: Tensor, k: Tensor, v: Tensor) -> Any:
-        return attention(q, k, v, causal=True, softcap=4.0, return_lse=True)
-
-    fast = torch.compile(function, fullgraph=True, backend=counter, dynamic=True)
-    frames = []
-    for seqlen_q, seqlen_k in ((5, 7), (6, 9), (30, 70), (17, 4)):
-        inputs = small(torch.float32, seqlen_q=seqlen_q, seqlen_k=seqlen_k)
-        torch.testing.assert_close(fast(*inputs), function(*inputs))
-        torch.testing.assert_close(grads(fast, *inputs), grads(function, *inputs))
-        frames.append(counter.frame_count)
-    assert len(set(frames)) == 1, frames  # all of it in the first call
-
-
-def test_compile_dynamic_window_scale_and_seed() -> None:
-    """Numbers among the options may be symbols as well."""
-
-    def function(q: Tensor, k: Tensor, v: Tensor, left: int, scale: float, seed: int) -> Tensor:
-        return attention(q, k, v, window=(left, 0), softmax_scale=scale, dropout_p=0.5, seed=seed)
-
-    fast = compiled(function, dynamic=True)
-    inputs = small(torch.float32, requires_grad=False)
-    for left, scale, seed in ((3, 0.5, 10), (2, 0.25, 11), (5, 1.5, 12)):
-        torch.testing.assert_close(fast(*inputs, left, scale, seed), function(*inputs, left, scale, seed))
-
-
-@pytest.mark.slow
-def test_compile_with_inductor() -> None:
-    """Needs a C++ compiler, as inductor does on CPUs."""
-    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attention(q * 2, k, v, causal=True).relu()
-
-    assert_compiles(function, *small(torch.float32), backend="inductor")
-
-
-def test_export() -> None:
-    class Model(torch.nn.Module):
-        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return attention(q, k, v, causal=True)
-
-    inputs = small(torch.float32, requires_grad=False)
-    program = torch.export.export(Model(), inputs)
-    torch.testing.assert_close(program.module()(*inputs), attention(*inputs, causal=True))
 
 
 # Refusals of torch's transforms, in words

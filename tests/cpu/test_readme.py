@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,3 +30,8 @@ def test_links_lead_somewhere() -> None:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             if not target.startswith("http"):
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_generated_parts_are_current() -> None:
+    done = subprocess.run([sys.executable, ROOT / "scripts" / "update_readme.py", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -19,7 +19,7 @@ UNSUPPORTED = 3
 
 _THEME = Theme({"good": "green", "bad": "bold red", "dim": "bright_black", "ours": "bold green", "key": "cyan"})
 
-_NARROWEST = 110
+_NARROWEST = 114
 """Columns that tables are laid out for where the output is no terminal (a file, a pipe)."""
 
 
@@ -67,4 +67,4 @@ def size(value: float) -> str:
 
 
 def _three_digits(value: float) -> str:
-    return f"{value:,.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
+    return f"{value:,.{0 if value >= 99.95 else 1 if value >= 9.995 else 2}f}"

@@ -50,7 +50,9 @@ def warmup(specs: Iterable[KernelSpec], threads: int | None = None) -> int:
     """
     before = compiles()
     with ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1)) as pool:
-        list(pool.map(obtain, specs))
+        running = [pool.submit(obtain, spec) for spec in specs]  # not map: it drops what has not begun when one fails
+    for one in running:
+        one.result()
     return compiles() - before
 
 

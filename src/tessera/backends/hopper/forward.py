@@ -284,12 +284,12 @@ def _rescale_output(o, alpha):
 
 
 @gluon.jit
-def _finish_scores(me, s, bounds, first_key, MASKED: gl.constexpr):
-    """Softcap and mask."""
+def _finish_scores(me, s, bounds, first_key, CUT: gl.constexpr):
+    """Softcap, and the mask where it cuts the block (`CUT`, see mask_scores; None where every row sees it whole)."""
     if has(me.config, "softcap"):
         s = tanh(s * me.score.inner)
-    if MASKED:
-        s = mask_scores(s, bounds, first_key)
+    if CUT is not None:
+        s = mask_scores(s, bounds, first_key, CUT)
     return s
 
 
@@ -302,14 +302,14 @@ def _first_block(me, n, bounds, first_key):
     pass_turn(me.index, me.config.consumers)
     s = warpgroup_mma_wait(0, deps=(s,))
     me.shared.k_stream.release(n)
-    s = _finish_scores(me, s, bounds, first_key, True)
+    s = _finish_scores(me, s, bounds, first_key, "upper")
     m = gl.max(s, axis=1) * me.score.scale
     p = exponentials(s, m, me.score.scale, True)
     return to_16_bit(p, me.shared.v[0].dtype), m, partial_sums(p)
 
 
 @gluon.jit
-def _overlapped_block(me, n, bounds, first_key, state, MASKED: gl.constexpr):
+def _overlapped_block(me, n, bounds, first_key, state, CUT: gl.constexpr):
     """S of this block, issued with O += P V of the one before; then m, l and P."""
     o, p, m, l = state
     me.shared.k_stream.wait(n)
@@ -320,10 +320,10 @@ def _overlapped_block(me, n, bounds, first_key, state, MASKED: gl.constexpr):
     pass_turn(me.index, me.config.consumers)
     s = warpgroup_mma_wait(len(products), deps=(s,))
     me.shared.k_stream.release(n)
-    s = _finish_scores(me, s, bounds, first_key, MASKED)
+    s = _finish_scores(me, s, bounds, first_key, CUT)
     m, alpha = move_reference(s, m, me.score.scale)
     if keeps_p_during_softmax(me.config):
-        p = exponentials(s, m, me.score.scale, MASKED)
+        p = exponentials(s, m, me.score.scale, CUT is not None)
         sums = partial_sums(p)
         finish_before(sums, 4)
         o = _wait_for_values(products)
@@ -332,22 +332,22 @@ def _overlapped_block(me, n, bounds, first_key, state, MASKED: gl.constexpr):
         finish_before(m, 2)
         o = _wait_for_values(products)
         me.shared.v_stream.release(n - 1)
-        p = exponentials(s, m, me.score.scale, MASKED)
+        p = exponentials(s, m, me.score.scale, CUT is not None)
         sums = partial_sums(p)
     return _rescale_output(o, alpha), to_16_bit(p, me.shared.v[0].dtype), m, add_to_sums(l, alpha, sums)
 
 
 @gluon.jit
-def _lone_block(me, n, bounds, first_key, state, MASKED: gl.constexpr):
+def _lone_block(me, n, bounds, first_key, state, CUT: gl.constexpr):
     """S, then m, l and P, then O += P V of one block: what overlaps is the other consumers' work."""
     o, m, l = state
     me.shared.k_stream.wait(n)
     s = _issue_scores(me, n)
     s = warpgroup_mma_wait(0, deps=(s,))
     me.shared.k_stream.release(n)
-    s = _finish_scores(me, s, bounds, first_key, MASKED)
+    s = _finish_scores(me, s, bounds, first_key, CUT)
     m, alpha = move_reference(s, m, me.score.scale)
-    p = exponentials(s, m, me.score.scale, MASKED)
+    p = exponentials(s, m, me.score.scale, CUT is not None)
     l = add_to_sums(l, alpha, partial_sums(p))
     o = _rescale_output(o, alpha)
     me.shared.v_stream.wait(n)
@@ -369,13 +369,13 @@ def _start(me, n, bounds, first_key):
 
 
 @gluon.jit
-def _blocks(me, n, bounds, block, state, count, MASKED: gl.constexpr):
+def _blocks(me, n, bounds, block, state, count, CUT: gl.constexpr):
     """`count` turns of the main loop, from block `block` down."""
     for i in range(count):
         if overlaps(me.config):
-            state = _overlapped_block(me, n, bounds, (block - i) * me.config.keys, state, MASKED)
+            state = _overlapped_block(me, n, bounds, (block - i) * me.config.keys, state, CUT)
         else:
-            state = _lone_block(me, n, bounds, (block - i) * me.config.keys, state, MASKED)
+            state = _lone_block(me, n, bounds, (block - i) * me.config.keys, state, CUT)
         n += 1
     return state, n
 
@@ -414,15 +414,15 @@ def _main_loop(me, tile, row, n):
     n += started
     block = end - 1 - started
     upper = gl.maximum(block + 1 - gl.maximum(full_end, begin), 0)  # blocks that upper bounds cut
-    state, n = _blocks(me, n, bounds, block, state, upper, True)
+    state, n = _blocks(me, n, bounds, block, state, upper, "upper")
     block -= upper
     full = block + 1 - begin
     if has_lower_bound(config):
         full = gl.maximum(block + 1 - gl.maximum(full_begin, begin), 0)
-    state, n = _blocks(me, n, bounds, block, state, full, False)
+    state, n = _blocks(me, n, bounds, block, state, full, None)
     if has_lower_bound(config):
         block -= full
-        state, n = _blocks(me, n, bounds, block, state, block + 1 - begin, True)
+        state, n = _blocks(me, n, bounds, block, state, block + 1 - begin, "lower")
     return state, n
 
 

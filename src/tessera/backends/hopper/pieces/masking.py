@@ -103,14 +103,18 @@ def row_bounds(config: gl.constexpr, band, seq, first):
 
 
 @gluon.jit
-def mask_scores(s, bounds, first_key):
-    """S (64, keys) with -inf where a row does not see the key."""
+def mask_scores(s, bounds, first_key, CUT: gl.constexpr):
+    """S (64, keys) with -inf where a row does not see the key. `CUT`: "upper" where hi cuts the block (and lo may, in a narrow
+    band), "lower" where lo alone does."""
     keys: gl.constexpr = s.shape[1]
     grouped = gl.reshape(s, [M, keys // 8, 8])
     layout: gl.constexpr = grouped.type.layout
     group = gl.arange(0, keys // 8, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None] * 8
-    keep = group < gl.expand_dims(bounds[0] - first_key, 1)
-    if len(bounds) == 2:
-        keep = keep & (group >= gl.expand_dims(bounds[1] - first_key, 1))
+    if CUT == "lower":
+        keep = group >= gl.expand_dims(bounds[1] - first_key, 1)
+    else:
+        keep = group < gl.expand_dims(bounds[0] - first_key, 1)
+        if len(bounds) == 2:
+            keep = keep & (group >= gl.expand_dims(bounds[1] - first_key, 1))
     grouped = gl.where(keep, grouped, float("-inf"))
     return gl.convert_layout(gl.reshape(grouped, [M, keys]), s.type.layout, assert_trivial=True)

@@ -77,9 +77,10 @@ def _ordered(config: gl.constexpr, number, blocks, heads, section):
     """The tile `number` of blocks x heads as (block, head)."""
     if has(config, "right"):
         whole = blocks * section
-        group = number // whole
+        last = gl.maximum(heads // section, 1) - 1  # it takes the remainder too: a short last section would leave long tiles
+        group = gl.minimum(number // whole, last)
         rest = number - group * whole
-        size = gl.maximum(gl.minimum(section, heads - group * section), 1)  # the last section may be short
+        size = gl.where(group == last, heads - last * section, section)
         rank = rest // size
         return blocks - 1 - rank, group * section + rest - rank * size
     else:
