@@ -1,6 +1,7 @@
 """Writes README's generated parts between their markers: the summary of what runs where, and the measured figures.
 
-    python scripts/update_readme.py            writes        python scripts/update_readme.py --check    exits 1 where README is stale
+    python scripts/update_readme.py            writes
+    python scripts/update_readme.py --check    exits 1 where README is stale
 """
 
 from __future__ import annotations
@@ -59,11 +60,13 @@ def _paper_grid(record: dict[str, Any], name: str) -> str:
     ratios = {id(cell): min(ratio[0] for ratio in cell["ratio"].values()) for cell in cells}
     lengths = sorted({cell["S"] for cell in cells})
     head = (
-        f"Forward, bf16, {record['gpu']}, torch {record['torch']}, Triton {record['triton']}, {record['date']}; 16384 tokens, hidden 2048; interleaved with FA3 and "
-        f"cuDNN in one run (`benchmarks/results/{name}`). TFLOP/s, and in brackets the ratio to the faster of the two peers."
+        f"Forward, bf16, {record['gpu']}, torch {record['torch']}, Triton {record['triton']}, {record['date']}; 16384 tokens, "
+        f"hidden 2048; interleaved with FA3 and cuDNN in one run (`benchmarks/results/{name}`). TFLOP/s, and in brackets the "
+        "ratio to the faster of the two peers."
     )
     lines = [head, "", "| | " + " | ".join(_thousands(s) for s in lengths) + " |", "|---" * (len(lengths) + 1) + "|"]
-    for (dim, causal), members in groupby(sorted(cells, key=lambda c: (c["D"], c["causal"], c["S"])), key=lambda c: (c["D"], c["causal"])):
+    cells.sort(key=lambda cell: (cell["D"], cell["causal"], cell["S"]))
+    for (dim, causal), members in groupby(cells, key=lambda cell: (cell["D"], cell["causal"])):
         row = {cell["S"]: f"{cell['tflops']['ours']:.0f} ({ratios[id(cell)]:.2f})" for cell in members}
         lines.append(f"| d{dim} {'causal' if causal else 'full'} | " + " | ".join(row.get(s, "") for s in lengths) + " |")
     mean = math.exp(sum(map(math.log, ratios.values())) / len(ratios))

@@ -26,8 +26,8 @@ from tessera.jit.sass import TENSOR_CORE, disassemble, parse
 from tessera.jit.spec import Variant
 from tessera.jit.toolchain import toolchain_key, triton_version
 
-PROVIDERS = ("tessera.backends.hopper.variants:variants",)
-"""Functions that return all the variants that plans can choose."""
+PROVIDERS = ("tessera.backends.hopper.variants:variants", "tessera.backends.hopper.backward_variants:variants")
+"""Functions that together return all the variants that plans can choose."""
 
 SHARED_LIMIT = 227 * 1024
 """Bytes of shared memory that one block may have on Hopper (CUDA C++ Programming Guide, "Compute Capabilities")."""
@@ -162,7 +162,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("words", nargs="*", help="only variants whose names hold all of these")
     parser.add_argument("--json", type=Path, help="also write the verdicts to this file")
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile at the same time")
-    parser.add_argument("--variants", action="append", help=f"module:function that returns variants (default: {PROVIDERS[0]})")
+    parser.add_argument(
+        "--variants", action="append", help=f"module:function that returns variants (default: {' and '.join(PROVIDERS)})"
+    )
     chosen = parser.parse_args(arguments)
     variants = collect(chosen.variants or PROVIDERS, chosen.words)
     if not variants:

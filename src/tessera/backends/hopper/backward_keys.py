@@ -107,13 +107,13 @@ def _block(
     lse = row_values(shared.lse, q_slot, rows)
     p, weight = probabilities(config, score, s, lse, bounds, row, MASKED)
     p = to_16_bit(p, dtype)
-    dv = warpgroup_mma(gl.convert_layout(p, operand_layout(config.dim_v)), do, dv, is_async=True)
-
-    dp = warpgroup_mma_wait(1, deps=(dp,))
+    dp = warpgroup_mma_wait(0, deps=(dp,))
     d = row_values(shared.d, do_slot, rows)  # only now: it would take registers from S
     ds = to_16_bit(weight * (dp - d[None, :]), dtype)
     place = (n & 1) * 2
     halves.ds.index(place + consumer).store(ds)
+    # dV runs while dS becomes visible and the other half is waited for: 4% over issuing it before dS is computed (d128, 2026-11-21)
+    dv = warpgroup_mma(gl.convert_layout(p, operand_layout(config.dim_v)), do, dv, is_async=True)
     fence_async_shared()
     meet("sync", BARRIER_DS, 256)
 
