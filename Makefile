@@ -11,7 +11,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 TEST_WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
-.PHONY: demo test check lint types rules gate fuzz matrix bench-cpu clean
+.PHONY: demo test check lint types rules gate gate-all fuzz matrix bench-cpu clean
 
 # passive: on shared cores, threads that spin while they wait take the time of those they wait for
 demo: $(VENV)/.demo
@@ -31,6 +31,14 @@ types: $(VENV)/.dev
 rules: $(VENV)/.dev
 	$(BIN)/python scripts/check_imports.py
 	$(BIN)/python scripts/size_report.py
+
+# Every variant under the Triton of the GPU figures, those of bf16 d128 under the others that torch 2.11 to 2.15 bring.
+gate: $(VENV)/.dev
+	scripts/gate.sh $(BIN)/python 3.6.0
+	WORDS='bf16 d128' scripts/gate.sh $(BIN)/python 3.7.1 3.8.0 3.9.0
+
+gate-all: $(VENV)/.dev
+	scripts/gate.sh $(BIN)/python
 
 fuzz: $(VENV)/.dev
 	TESSERA_EXAMPLES=50000 $(PYTEST) -n $(TEST_WORKERS) -s tests/cpu/test_properties.py

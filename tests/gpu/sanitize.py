@@ -9,6 +9,13 @@ import subprocess
 import sys
 
 TOOLS = ("memcheck", "racecheck")
+EXPLAINED = {
+    "gl.warp_specialize([": "Triton's own words to its partitions, between two `barrier.sync` of the block",
+    "num_warps": "",
+    ".store(place + number)": "the tile's number: written and read between the waits and arrives of an mbarrier pair",
+    ".load(gl.BlockedLayout([1], [32], [4], [0]))": "the same",
+}
+"""Source lines that racecheck names, which knows neither of these ways to order accesses; any other line is a finding."""
 NAMES = (
     "causal", "off the tile", "more queries, causal", "gqa", "d8", "d72", "d96", "d128", "d192", "d256", "d192 v128", "window",
     "padding", "padding left", "documents", "softcap", "sinks, window", "varlen", "varlen, used", "varlen, empty sequences",
