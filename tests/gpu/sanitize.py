@@ -1,29 +1,34 @@
 """compute-sanitizer over small cases of every forward variant: python tests/gpu/sanitize.py [memcheck racecheck ...]
 
-Prints each tool's verdict and ends with 1 if one of them found something. Not a pytest: a run takes a minute or two.
+Prints each tool's verdict and ends with 1 if one of them found something. Not a pytest: a run takes half a minute.
 """
 
 from __future__ import annotations
 
+import linecache
+import re
 import subprocess
 import sys
 
 TOOLS = ("memcheck", "racecheck")
-EXPLAINED = {
-    "gl.warp_specialize([": "Triton's own words to its partitions, between two `barrier.sync` of the block",
-    "num_warps": "",
-    ".store(place + number)": "the tile's number: written and read between the waits and arrives of an mbarrier pair",
-    ".load(gl.BlockedLayout([1], [32], [4], [0]))": "the same",
-}
-"""Source lines that racecheck names, which knows neither of these ways to order accesses; any other line is a finding."""
 NAMES = (
     "causal", "off the tile", "more queries, causal", "gqa", "d8", "d72", "d96", "d128", "d192", "d256", "d192 v128", "window",
     "padding", "padding left", "documents", "softcap", "sinks, window", "varlen", "varlen, used", "varlen, empty sequences",
 )  # fmt: skip
+EXPLAINED = (
+    # Triton's own words to its partitions, written and read between two `barrier.sync` of the whole block
+    "def attention_forward(",
+    "if config.consumers == 2:",
+    # the next tile's number, written and read between the arrives and the waits of an mbarrier pair
+    "shared.tile.index(shared.tile_ring.slot(turn))",
+)
+"""Source lines (their beginnings) between which racecheck sees hazards because it models neither way to order accesses."""
+
+_PLACE = re.compile(r"(Write|Read) access at \w+\+0x[0-9a-f]+ in (\S+\.py):(\d+)")
 
 
 def run_cases() -> None:
-    """In the child: each case once, then one with more tiles than multiprocessors."""
+    """In the child: each case once, then one with more tiles than multiprocessors, and one for three consumers."""
     import torch
 
     from tessera import operators
@@ -38,6 +43,20 @@ def run_cases() -> None:
         print(case.name, flush=True)
 
 
+def unexplained(report: str) -> list[str]:
+    """The source lines of racecheck's report that EXPLAINED does not cover."""
+    from tessera.backends import hopper
+
+    folder = hopper.__path__[0]
+    lines = {(name, int(number)) for _, name, number in _PLACE.findall(report)}
+    found = []
+    for name, number in sorted(lines):
+        text = linecache.getline(f"{folder}/{name.rsplit('/', 1)[-1]}", number).strip()
+        if not any(known in text for known in EXPLAINED):
+            found.append(f"{name}:{number}: {text}")
+    return found
+
+
 def main() -> int:
     if sys.argv[1:] == ["--child"]:
         run_cases()
@@ -46,10 +65,15 @@ def main() -> int:
     for tool in sys.argv[1:] or TOOLS:
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, __file__, "--child"]
         done = subprocess.run(command, capture_output=True, text=True)
-        failed |= done.returncode != 0
-        print(f"{tool}: {'clean' if done.returncode == 0 else 'FAILED'}\n" + "\n".join(done.stdout.splitlines()[-4:]))
-        if done.returncode:
-            print(done.stdout[-3000:], done.stderr[-1000:])
+        report = done.stdout + done.stderr
+        ran = "three consumers" in done.stdout
+        hazards = unexplained(report) if tool == "racecheck" and ran else []
+        clean = ran and (done.returncode == 0 or (tool == "racecheck" and _PLACE.search(report) is not None and not hazards))
+        failed |= not clean
+        reports = f", {report.count('hazards]')} reports at lines explained above" if tool == "racecheck" else ""
+        print(f"{tool}: {'clean' if clean else 'FAILED'}{reports}", *hazards, sep="\n  ")
+        if not clean:
+            print(report[-2000:])
     return int(failed)
 
 

@@ -55,8 +55,7 @@ def _dq_columns(config: BackwardConfig) -> int:
     """Columns of the parts in which dQ is added (64 rows each)."""
     if config.division is Division.PRODUCTS:
         return 64
-    whole = config.division is Division.TURNS or config.rows == 2 * _PIECE
-    return config.dim if whole else config.dim // 2
+    return config.dim if config.division is Division.TURNS else config.dim // 2
 
 
 def prepare_spec(config: BackwardConfig, dtype: torch.dtype) -> jit.KernelSpec:

@@ -10,14 +10,14 @@ from tessera.backends.hopper.plan import features_of
 from tessera.problem import Layout, Problem
 
 WORK_ROWS = 128
-"""Every sequence's rows begin at a multiple of this in the workspace: the longest row block of any kernel here."""
+"""Every sequence's rows begin at a multiple of this in the workspace: a multiple of every kernel's row block."""
 
 
 class Division(Enum):
     """How the consumer warpgroups share the work on a tile of keys."""
 
     KEYS = "keys"
-    """Two consumers, 64 keys each: all products of their keys, half of dQ. For dK and dV that fit in registers beside S."""
+    """Two consumers in step, 64 keys each: all products of their keys, half of dQ. For head dims up to 128."""
     TURNS = "keys, dQ in turn"
     """Three consumers, 64 keys each, not in step: they take turns at dQ. For head dim 64."""
     PRODUCTS = "products"
@@ -51,10 +51,11 @@ def backward_config(problem: Problem) -> BackwardConfig:
     if max(dim, dim_v) == 256:
         # One stage of dO leaves room to double the buffers of P, dS and dQ: 3 to 6% over two (H200, 4k and 16k, 2026-11-21).
         return BackwardConfig(Division.PRODUCTS, 64, 64, dim, dim_v, q_stages=2, do_stages=1, features=features)
-    # 128 rows at d64 halve what is said between the consumers; at d128 S and dP of 128 rows do not fit beside dK and dV, nor at
-    # d64 beside a softcap's slope (28 spills in the loop).
-    rows = 128 if dim == dim_v == 64 and Feature.SOFTCAP not in features else 64
-    return BackwardConfig(Division.KEYS, rows, 128, dim, dim_v, q_stages=2, do_stages=2, features=features)
+    if max(dim, dim_v) == 64 and not {Feature.SOFTCAP, Feature.LEFT, Feature.DOCUMENTS} & set(features):
+        # Over two consumers and 128 keys: 1.05 to 1.13 (H200, 1k and 16k, 2026-11-21). With a softcap's slope, or with masks at
+        # both ends, 160 registers spill in the loop.
+        return BackwardConfig(Division.TURNS, 64, 192, dim, dim_v, q_stages=3, do_stages=3, features=features)
+    return BackwardConfig(Division.KEYS, 64, 128, dim, dim_v, q_stages=2, do_stages=2, features=features)
 
 
 def _padded(dim: int) -> int:

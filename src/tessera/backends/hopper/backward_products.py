@@ -22,7 +22,7 @@ from tessera.backends.hopper.pieces.gradients import (
     store_gradient,
 )
 from tessera.backends.hopper.pieces.key_tiles import locate_keys
-from tessera.backends.hopper.pieces.row_ranges import key_bounds, row_blocks
+from tessera.backends.hopper.pieces.row_ranges import cut_and_full, key_bounds, row_blocks
 from tessera.backends.hopper.pieces.softmax import to_16_bit
 from tessera.backends.hopper.pieces.tiles import M, accumulator_layout, matrix
 from tessera.jit.compat import (
@@ -108,17 +108,13 @@ def _issue_s(shared, n):
 
 
 @gluon.jit
-def _row_of(config: gl.constexpr, n, begin, count):
-    return (begin + n % count) * config.rows
-
-
-@gluon.jit
 def consumer_of_dv(config: gl.constexpr, dv_map, shared, exchange, score, call):
     tile = locate_keys(config, gl.program_id(0), call)
     begin, count = row_blocks(config, call.band, tile.seq, tile.first)
     dv = _empty_sum(config.dim_v)
     if count > 0:
         bounds = key_bounds(config, call.band, tile.seq, tile.first)
+        cut, full = cut_and_full(config, call.band, tile.seq, tile.first, begin, count)
         mbarrier.wait(shared.k_full, 0)
         s = warpgroup_mma_wait(0, deps=(_issue_s(shared, 0),))
         p = _next_p(config, shared, exchange, score, bounds, s, 0, begin * config.rows, True)
@@ -129,7 +125,9 @@ def consumer_of_dv(config: gl.constexpr, dv_map, shared, exchange, score, call):
             dv = _issue_sum(p, matrix(shared.do.index(do_slot)), dv)
             s, dv = warpgroup_mma_wait(0, deps=(s, dv))
             shared.do_stream.release(n - 1)
-            p = _next_p(config, shared, exchange, score, bounds, s, n, _row_of(config, n, begin, count), True)
+            block = n % count
+            is_cut = (block < cut) | (block >= cut + full)
+            p = _next_p(config, shared, exchange, score, bounds, s, n, (begin + block) * config.rows, is_cut)
         last = count * call.group - 1
         shared.do_stream.wait(last)
         dv = _issue_sum(p, matrix(shared.do.index(shared.do_stream.slot(last))), dv)
@@ -205,8 +203,9 @@ def consumer_of_dq(config: gl.constexpr, dq_map, shared, exchange, call):
     if count > 0:
         mbarrier.wait(shared.k_full, 0)
         for n in range(count * call.group):
-            head = tile.head * call.group + n // count
-            line = head * call.order.line + tile.work + _row_of(config, n, begin, count)
+            member = n // count
+            row = (begin + n - member * count) * config.rows
+            line = (tile.head * call.group + member) * call.order.line + tile.work + row
             exchange.ds_ring.wait(n)
             ds = exchange.ds.index(exchange.ds_ring.slot(n)).permute((1, 0))
             for j in gl.static_range(config.dim // part):

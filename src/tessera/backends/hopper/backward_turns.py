@@ -111,11 +111,10 @@ def _block(
     lse = row_values(shared.lse, q_slot, config.rows)
     p, weight = probabilities(config, score, s, lse, bounds, row, MASKED)
     p, weight = to_16_bit(p, dtype), to_16_bit(weight, dtype)  # in 32 bits it would spill beside dP
-    dv = warpgroup_mma(gl.convert_layout(p, operand_layout(config.dim_v)), do, dv, is_async=True)
-
-    dp = warpgroup_mma_wait(1, deps=(dp,))
+    dp = warpgroup_mma_wait(0, deps=(dp,))
     d = row_values(shared.d, do_slot, config.rows)
     ds = to_16_bit(weight.to(gl.float32) * (dp - d[None, :]), dtype)
+    dv = warpgroup_mma(gl.convert_layout(p, operand_layout(config.dim_v)), do, dv, is_async=True)
     _hand_over(consumer, thirds, ds, n)
 
     dk = warpgroup_mma(gl.convert_layout(ds, operand_layout(config.dim)), q, dk, is_async=True)

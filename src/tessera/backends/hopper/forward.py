@@ -1,19 +1,23 @@
 """The forward pass on Hopper: FlashAttention-3 (arXiv 2407.08608), Algorithms 1 and 2, for 16-bit inputs.
 
-One persistent program a streaming multiprocessor, `producer` and two or three `consumer` warpgroups:
+One persistent program a streaming multiprocessor, one producer warp and two or three consumer warpgroups:
 
-    producer   one warp, few registers: for each tile, Q, then the blocks of K and V by TMA into rings of shared memory
-    consumer   64 query rows: for each block of keys, last to first,
+    producer   for each tile of query rows: Q, then the blocks of K and V, last to first, by TMA into rings of shared memory
+    consumer   64 of the tile's rows; for each block of keys
 
                    S = Q K^T                      issued with  O += P V  of the block before
-                   mask S where a row's bounds cut the block
-                   m, P, l from S                 while that P V still runs, and the other consumer's products too
-                   O rescaled, if m moved
+                   S masked, where a row's bounds cut the block
+                   m, l and P from S              while that P V runs, and the products of the other consumers
+                   O rescaled, where m moved
 
-               then O / l through shared memory and TMA to global memory, and m + log l
+               then out = O / l by way of shared memory and TMA, and m + log l
 
-Products of one warpgroup run under the softmax of another because they take turns (ping-pong); products of one block run
-under the softmax of the next because S is waited for and P V is not.
+Two things hide the softmax. Products of one block run under the softmax of the next, because S is waited for and P V is not
+(Algorithm 2); and products of one warpgroup run under the softmax of another, because they take turns (ping-pong). With
+Overlap.NONE only the second is left, without turns: S and P are then never alive together, which leaves registers for a
+third consumer, and that is worth more where tiles are long enough (plan.py).
+
+To read it: `producer`, then `consumer`, then `_overlapped_block`; the rest are their parts.
 """
 
 from tessera.backends.hopper.pieces.channel import (

@@ -95,14 +95,14 @@ def row_values(values, slot, rows: gl.constexpr):
 
 
 @gluon.jit
-def probabilities(config: gl.constexpr, score, s, lse, bounds, first_row, MASKED: gl.constexpr):
+def probabilities(config: gl.constexpr, score, s, lse, bounds, first_row, masked):
     """(P^T, what (dP^T - D) is multiplied with): the same but for a softcap, whose slope 1 - tanh^2 comes on top."""
     if has(config, "softcap"):
         capped = tanh(s * score.inner)
         x = capped * score.scale - lse[None, :]
     else:
         x = s * score.scale - lse[None, :]
-    if MASKED:
+    if masked:
         x = mask_rows(x, bounds, first_row)
     p = exp2(x)
     if has(config, "softcap"):

@@ -117,9 +117,7 @@ def dense_sequence(config: gl.constexpr, lengths, batch, seqlen_q, seqlen_k):
         end = gl.minimum(gl.load(lengths.key_end + batch), seqlen_k)
     if has(config, "query_end"):
         live = gl.minimum(gl.maximum(gl.load(lengths.query_end + batch), 0), seqlen_q)
-    return Sequence(
-        batch, zero, zero + seqlen_q, live, start, gl.maximum(end - start, 0), seqlen_k - seqlen_q - start
-    )
+    return Sequence(batch, zero, zero + seqlen_q, live, start, gl.maximum(end - start, 0), seqlen_k - seqlen_q - start)
 
 
 @gluon.jit

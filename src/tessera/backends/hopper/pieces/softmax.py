@@ -30,13 +30,9 @@ def tanh(x):
 def to_16_bit(x, dtype: gl.constexpr):
     """Round pairs of neighbours; in inline asm a pair stays one register over the loop's back edge (else 64 PRMT a block)."""
     if dtype == gl.bfloat16:
-        return gl.inline_asm_elementwise(
-            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=gl.bfloat16, is_pure=True, pack=2
-        )
+        return gl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=gl.bfloat16, is_pure=True, pack=2)
     else:
-        return gl.inline_asm_elementwise(
-            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=gl.float16, is_pure=True, pack=2
-        )
+        return gl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=gl.float16, is_pure=True, pack=2)
 
 
 @gluon.jit
@@ -100,9 +96,7 @@ def rescale(o, alpha):
     factor = gl.convert_layout(alpha, row_layout(columns))[:, None]
     asm: gl.constexpr = _rescale_asm(registers)
     constraints: gl.constexpr = _rescale_constraints(registers)
-    return gl.inline_asm_elementwise(
-        asm, constraints, [o, factor], dtype=gl.float32, is_pure=False, pack=registers
-    )
+    return gl.inline_asm_elementwise(asm, constraints, [o, factor], dtype=gl.float32, is_pure=False, pack=registers)
 
 
 @gluon.constexpr_function
