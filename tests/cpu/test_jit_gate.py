@@ -60,6 +60,23 @@ def test_loops_are_natural_and_innermost():
     assert other.counts["SYNCS"] == 2
 
 
+def loop(label: int, products: int, others: int, extra: str = "") -> str:
+    """A loop of so many tensor-core and other instructions, and what more is given."""
+    body = "/*0000*/ HGMMA.64x128x16 R24, gdesc[UR4] ;\n" * products + "/*0000*/ FADD R1, R1, R2 ;\n" * others
+    return f".L_x_{label}:\n{body}{extra}/*0000*/ @P0 BRA `(.L_x_{label}) ;\n"
+
+
+MASKING = "/*0000*/ FSEL R1, R2, -INF , !P1 ;\n/*0000*/ STL [R1], R0 ;\n" * 4
+TWINS = loop(1, 4, 56, MASKING) + loop(2, 4, 56) + loop(3, 4, 57) + loop(4, 2, 200)
+"""The main loops of two warpgroups, a loop that masks as well and spills, and the main loop of a warpgroup with other work."""
+
+
+def test_main_loops_are_twins_and_not_the_masking_ones():
+    code = sass.parse(TWINS)
+    assert [(one.tensor_core, one.instructions, one.spills) for one in code.main_loops()] == [(4, 61, 0), (4, 62, 0), (2, 203, 0)]
+    assert [one.spills for one in code.tensor_core_loops()] == [0, 0, 4, 0]
+
+
 def test_instructions_are_counted_once():
     counts = sass.parse(GOOD).counts
     assert (counts["HGMMA"], counts["STL"], counts["USETMAXREG"], counts["UTMALDG"], counts["EXIT"]) == (4, 1, 1, 1, 2)
@@ -100,7 +117,12 @@ def test_what_ptxas_warns_of_is_a_fault(monkeypatch, message):
 
 def test_spills_in_a_loop_are_a_fault(monkeypatch):
     (fault,) = verdict(monkeypatch, SPILLING).faults
-    assert fault.startswith("1 spill instructions")
+    assert fault == "1 spill instructions (LDL, STL) in main loops"
+
+
+def test_spills_at_the_edge_are_told_and_pass(monkeypatch):
+    seen = verdict(monkeypatch, TWINS + "/*0000*/ USETMAXREG.DEALLOC.CTAPOOL 0x78 ;\n")
+    assert (seen.loop_spills, seen.edge_spills, seen.faults) == (0, 4, ())
 
 
 def test_missing_instructions_and_sizes_are_faults(monkeypatch):

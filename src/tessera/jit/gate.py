@@ -40,10 +40,11 @@ _WARNING = re.compile(r"warning|\(C75\d\d\)|Potential Performance Loss|serializ"
 
 @dataclass(frozen=True)
 class Verdict:
-    """One variant's compile. Sizes in bytes; `loop_*` tell of the main loop: the innermost with the most tensor-core work.
+    """One variant's compile. Sizes in bytes; `loop_*` tell of the main loop, the innermost with the most tensor-core work.
 
-    `spills` are those ptxas counts anywhere (stores, loads); `loop_spills` the local-memory instructions inside any
-    innermost loop with tensor-core instructions. `faults` is empty for a variant that passes.
+    `spills` are those ptxas counts anywhere (stores, loads); `loop_spills` the local-memory instructions inside main loops,
+    `edge_spills` those inside loops that run at a tile's edge alone (see `sass.Code.main_loops`). `faults` is empty for a
+    variant that passes.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Verdict:
     shared: int
     spills: tuple[int, int]
     loop_spills: int
+    edge_spills: int
     loop_instructions: int
     loop_tensor_core: int
     counts: dict[str, int]
@@ -72,9 +74,10 @@ def examine(variant: Variant) -> Verdict:
         code = parse(disassemble(binary.cubin))
     except Exception as error:
         words = f"{type(error).__name__}: {error}"[:2000]
-        return Verdict(variant.name, 0, 0, 0, (0, 0), 0, 0, 0, {}, (), time.perf_counter() - start, (words,))
-    loops = code.tensor_core_loops()
+        return Verdict(variant.name, 0, 0, 0, (0, 0), 0, 0, 0, 0, {}, (), time.perf_counter() - start, (words,))
+    loops, main_loops = code.tensor_core_loops(), code.main_loops()
     main = loops[0] if loops else None
+    spills = sum(loop.spills for loop in main_loops)
     warnings = tuple(line.strip() for line in binary.messages.splitlines() if _WARNING.search(line))
     verdict = Verdict(
         name=variant.name,
@@ -82,7 +85,8 @@ def examine(variant: Variant) -> Verdict:
         threads=binary.threads,
         shared=binary.shared,
         spills=binary.spills,
-        loop_spills=sum(loop.spills for loop in loops),
+        loop_spills=spills,
+        edge_spills=sum(loop.spills for loop in loops) - spills,
         loop_instructions=main.instructions if main else 0,
         loop_tensor_core=main.tensor_core if main else 0,
         counts={opcode: code.counts[opcode] for opcode in COUNTED},
@@ -96,7 +100,7 @@ def examine(variant: Variant) -> Verdict:
 def _faults(variant: Variant, verdict: Verdict) -> Iterable[str]:
     yield from verdict.warnings
     if verdict.loop_spills:
-        yield f"{verdict.loop_spills} spill instructions (LDL, STL) in loops with tensor-core work"
+        yield f"{verdict.loop_spills} spill instructions (LDL, STL) in main loops"
     if variant.wgmma and not any(verdict.counts[opcode] for opcode in TENSOR_CORE):
         yield "no HGMMA or QGMMA: the products do not run on wgmma"
     if variant.setmaxnreg and not verdict.counts["USETMAXREG"]:
@@ -127,19 +131,18 @@ def collect(providers: Iterable[str] = PROVIDERS, words: Sequence[str] = ()) -> 
 def table(verdicts: Sequence[Verdict]) -> str:
     """The verdicts as text, a line each, the faults below."""
     width = max((len(verdict.name) for verdict in verdicts), default=4)
-    heads = ("regs", "threads", "shared", "spill", "loop", "mma", "spill", *COUNTED)
+    opcodes = " ".join(f"{opcode:>{max(4, len(opcode))}}" for opcode in COUNTED)
     lines = [
-        f"{'':{width}}  {'':>5} {'':>7} {'':>7} {'bytes':>9} {'--- main loop ---':>17}",
-        f"{'variant':{width}}  {heads[0]:>5} {heads[1]:>7} {heads[2]:>7} {'st/ld':>9} {'instr':>5} {'mma':>5} {'spill':>5}  "
-        + " ".join(f"{opcode:>{max(4, len(opcode))}}" for opcode in COUNTED)
-        + "  verdict",
+        f"{'':{width}}  {'':>5} {'':>7} {'':>7} {'spilt':>9} {'-- main loop --':>17} {'edge':>5}",
+        f"{'variant':{width}}  {'regs':>5} {'threads':>7} {'shared':>7} {'bytes':>9} {'instr':>5} {'mma':>5} {'spill':>5} "
+        f"{'spill':>5}  {opcodes}  verdict",
     ]
     for one in verdicts:
         counts = " ".join(f"{one.counts.get(opcode, 0):>{max(4, len(opcode))}}" for opcode in COUNTED)
         spills = f"{one.spills[0]}/{one.spills[1]}"
         lines.append(
             f"{one.name:{width}}  {one.registers:>5} {one.threads:>7} {one.shared:>7} {spills:>9} {one.loop_instructions:>5} "
-            f"{one.loop_tensor_core:>5} {one.loop_spills:>5}  {counts}  {'ok' if one.passed else 'FAILED'}"
+            f"{one.loop_tensor_core:>5} {one.loop_spills:>5} {one.edge_spills:>5}  {counts}  {'ok' if one.passed else 'FAILED'}"
         )
     for one in verdicts:
         lines += [f"{one.name}: {fault}" for fault in one.faults]

@@ -20,6 +20,9 @@ from tessera.jit.toolchain import tool_path
 TENSOR_CORE = ("HGMMA", "QGMMA")
 SPILLS = ("LDL", "STL")
 
+_TWIN = 1.05
+"""How much longer a twin may be. Seen: 421 and 429 instructions for twins, 475 for the shortest loop that masks as well."""
+
 _LABEL = re.compile(r"^(\.L_x_\d+):")
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][A-Z0-9_]*)([^;]*?);")
 _TARGET = re.compile(r"\.L_x_\d+")
@@ -76,6 +79,16 @@ class Code:
         loops = [loop for loop in _natural_loops(self.blocks) if loop.tensor_core]
         innermost = [loop for loop in loops if not any(other.blocks < loop.blocks for other in loops)]
         return tuple(sorted(innermost, key=lambda loop: (-loop.tensor_core, loop.instructions)))
+
+    def main_loops(self) -> tuple[Loop, ...]:
+        """Of the tensor-core loops those that run all the time: for each kind of work the shortest, and its twins.
+
+        Warpgroups that do the same work have loops of the same length, give or take an instruction or two. The loop for a
+        tile's edge does the same products and masks as well, a sixth longer at least, and runs for a block or two a tile.
+        """
+        loops = self.tensor_core_loops()
+        shortest = {loop.tensor_core: loop.instructions for loop in reversed(loops)}
+        return tuple(loop for loop in loops if loop.instructions <= _TWIN * shortest[loop.tensor_core])
 
 
 def disassemble(cubin: bytes) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tessera import jit
-from tessera.backends.hopper.backward_plan import BackwardConfig, Division, work_lines
+from tessera.backends.hopper.backward_plan import BackwardConfig, Division, RowsConfig, work_lines
 from tessera.backends.hopper.config import Feature
 from tessera.backends.hopper.launch import ELEMENTS, L2_BYTES, LOG2_E, Rows
 from tessera.dispatch import InputGradients, Upstream
@@ -58,7 +58,7 @@ def _dq_columns(config: BackwardConfig) -> int:
     return config.dim if config.division is Division.TURNS else config.dim // 2
 
 
-def prepare_spec(config: BackwardConfig, dtype: torch.dtype) -> jit.KernelSpec:
+def prepare_spec(config: RowsConfig, dtype: torch.dtype) -> jit.KernelSpec:
     """The kernel before the main one."""
     element = ELEMENTS[dtype]
     arguments: dict[str, jit.Tiles | jit.Pointer | jit.Scalar] = {
@@ -75,7 +75,7 @@ def prepare_spec(config: BackwardConfig, dtype: torch.dtype) -> jit.KernelSpec:
     return jit.KernelSpec.of("tessera.backends.hopper.backward_rows:prepare_rows", arguments, {"CONFIG": config})
 
 
-def finish_spec(config: BackwardConfig, dtype: torch.dtype) -> jit.KernelSpec:
+def finish_spec(config: RowsConfig, dtype: torch.dtype) -> jit.KernelSpec:
     """The kernel after it."""
     arguments: dict[str, jit.Tiles | jit.Pointer | jit.Scalar] = {
         "sum_ptr": jit.Pointer("fp32"), "dq_ptr": jit.Pointer(ELEMENTS[dtype]),
@@ -97,7 +97,8 @@ class BackwardLaunch:
     def specs(self) -> tuple[jit.KernelSpec, jit.KernelSpec, jit.KernelSpec]:
         """In the order in which they run."""
         config, dtype = self.config, self.problem.dtype
-        return prepare_spec(config, dtype), main_spec(config, dtype), finish_spec(config, dtype)
+        rows = RowsConfig.of(config)
+        return prepare_spec(rows, dtype), main_spec(config, dtype), finish_spec(rows, dtype)
 
     @cached_property
     def line(self) -> int:

@@ -43,6 +43,21 @@ class BackwardConfig:
         return text + "".join(f", {feature.value}" for feature in self.features)
 
 
+@dataclass(frozen=True)
+class RowsConfig:
+    """What the small kernels of backward_rows.py are compiled for."""
+
+    dim: int
+    dim_v: int
+    features: tuple[Feature, ...]
+
+    @staticmethod
+    def of(config: BackwardConfig) -> RowsConfig:
+        """Of a configuration's features, those that say which rows there are, and the sinks."""
+        wanted = {Feature.VARLEN, Feature.SEQUSED_Q, Feature.QUERY_END, Feature.SINKS}
+        return RowsConfig(config.dim, config.dim_v, tuple(x for x in config.features if x in wanted))
+
+
 def backward_config(problem: Problem) -> BackwardConfig:
     """The configuration for a problem."""
     shape = problem.shape

@@ -6,7 +6,7 @@ import torch
 
 from tessera import jit
 from tessera.backends.hopper.backward_launch import finish_spec, main_spec, prepare_spec
-from tessera.backends.hopper.backward_plan import BackwardConfig, backward_config
+from tessera.backends.hopper.backward_plan import RowsConfig, backward_config
 from tessera.mask import MaskSpec
 from tessera.problem import Gradients, Layout, Problem, Score, Shape, Sinks
 
@@ -46,11 +46,11 @@ def variants() -> tuple[jit.Variant, ...]:
     made = []
     small: dict[jit.KernelSpec, str] = {}
     for name, problem in _named_problems().items():
-        config: BackwardConfig = backward_config(problem)
+        config = backward_config(problem)
+        rows = RowsConfig.of(config)
         made.append(jit.Variant(f"bwd bf16 {name}", main_spec(config, problem.dtype)))
-        if config.dim == config.dim_v:
-            small[prepare_spec(config, problem.dtype)] = f"bwd rows bf16 {name}"
-            small[finish_spec(config, problem.dtype)] = f"bwd dq bf16 {name}"
+        small.setdefault(prepare_spec(rows, problem.dtype), f"bwd rows bf16 {name}")
+        small.setdefault(finish_spec(rows, problem.dtype), f"bwd dq bf16 {name}")
     fp16 = backward_config(_problem(128, 128, _CAUSAL))
     made.append(jit.Variant("bwd fp16 d128 causal", main_spec(fp16, torch.float16)))
     return (*made, *(jit.Variant(name, spec, wgmma=False, setmaxnreg=False) for spec, name in small.items()))

@@ -33,11 +33,6 @@ def has_lower_bound(config):
     return has(config, "left") or has(config, "documents")
 
 
-@gluon.constexpr_function
-def has_upper_bound(config):
-    return has(config, "right") or has(config, "documents")
-
-
 @gluon.jit
 def lowest_key(config: gl.constexpr, band, seq, row):
     """lo(row), for one row or a tensor of rows (inside the sequence where there are documents)."""

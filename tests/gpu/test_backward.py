@@ -1,0 +1,221 @@
+"""The Hopper backward against the oracle: every gradient of every case it can run, and memory that must not be read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from tessera import reference
+from tessera.backends.hopper import BACKEND, HopperRunner
+from tessera.cases import CASES, Case
+from tessera.device import Device
+from tessera.dispatch import InputGradients, Upstream
+from tessera.operands import Operands, Request, bind
+from tessera.plan import Plan
+from tessera.problem import Problem, Reproducibility
+from tessera.verify import compare
+
+if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+    pytest.skip("needs a Hopper GPU", allow_module_level=True)
+
+NAN = float("nan")
+LENGTHS = (100, 1, 700, 33, 512, 0, 257, 900, 64, 31, 5, 1000)
+MANY = {"batch": 3, "seqlen_q": 1100, "seqlen_k": 1100, "heads_q": 12, "heads_kv": 4}
+PACKED = {"lengths_q": LENGTHS, "lengths_k": LENGTHS, "heads_q": 8, "heads_kv": 2}
+LONG = (
+    *(Case(f"d{d}", head_dim=d, **MANY) for d in (64, 96, 128, 192, 256)),
+    *(Case(f"d{d} causal", head_dim=d, causal=True, **MANY) for d in (64, 96, 128, 192, 256)),
+    *(Case(f"d{d} window", head_dim=d, window=(200, 30), **MANY) for d in (64, 128, 256)),
+    *(Case(f"d{d} packed", head_dim=d, causal=True, **PACKED) for d in (64, 128, 256)),
+    *(Case(f"d{d} documents", head_dim=d, documents=(300, 500, 1, 299), causal=True, **MANY) for d in (64, 128, 256)),
+    *(Case(f"d{d} softcap, sinks", head_dim=d, softcap=20.0, sinks=True, causal=True, **MANY) for d in (64, 128, 256)),
+    Case("d192 v128 causal", head_dim=192, head_dim_v=128, causal=True, **MANY),
+    Case("d64 v256", head_dim=64, head_dim_v=256, **MANY),
+    Case("more keys than rows", head_dim=128, seqlen_q=300, seqlen_k=1500, causal=True),
+    Case("more rows than keys", head_dim=256, seqlen_q=1500, seqlen_k=300, causal=True),
+    Case("negative scale", softmax_scale=-0.2, softcap=10.0, seqlen_q=300, seqlen_k=300),
+)
+"""Sequences of many blocks: rings go from lap to lap, tiles of keys begin and end inside the band."""
+
+
+def poison_free_memory() -> None:
+    """Leave NaN in what the allocator hands out next."""
+    sizes = (1 << 10, 1 << 16, 1 << 18, 1 << 20, 1 << 22)
+    blocks = [torch.full((n,), NAN, device="cuda", dtype=torch.float32) for n in (*sizes, *sizes)]
+    del blocks
+
+
+def prepared(request: Request) -> tuple[Problem, Operands, HopperRunner]:
+    """A request with gradients, planned by this backend; skips what it refuses."""
+    problem, operands = bind(request)
+    device = Device.of(request.q.device)
+    reasons = BACKEND.why_not(problem, device)
+    if reasons:
+        pytest.skip("; ".join(map(str, reasons)))
+    choices = BACKEND.plan(problem, device)
+    plan = Plan(problem, device, BACKEND.name, choices.forward, choices.backward, choices.workspace_bytes)
+    runner = BACKEND.prepare(plan)
+    assert isinstance(runner, HopperRunner)
+    return problem, operands, runner
+
+
+def oracle(request: Request, dout: Tensor, dlse: Tensor | None, dtype: torch.dtype) -> list[Tensor]:
+    """dq, dk, dv (and dsinks) by autograd through the oracle, computed in `dtype`."""
+    problem, operands = bind(request)
+    out, lse = reference.attention(problem, operands, dtype)
+    total = (out * dout.to(out.dtype)).sum()
+    if dlse is not None:
+        total = total + torch.where(lse.isfinite(), lse * dlse.to(lse.dtype), 0.0).sum()
+    inputs = [x for x in (request.q, request.k, request.v, request.sinks) if x is not None]
+    return [g.to(torch.float64) for g in torch.autograd.grad(total, inputs)]
+
+
+def run(request: Request, dout: Tensor, dlse: Tensor | None) -> InputGradients:
+    with torch.no_grad():
+        _, operands, runner = prepared(request)
+        out, lse = runner.forward(operands)
+        poison_free_memory()
+        return runner.backward(operands, Upstream(out, lse, dout, dlse))
+
+
+def upstream_of(request: Request) -> tuple[Tensor, Tensor]:
+    problem, _ = bind(request)
+    dout = torch.randn(problem.out_shape).to("cuda", request.q.dtype)
+    return dout, torch.randn(problem.lse_shape).to("cuda")
+
+
+def check(
+    clean: Request, dout: Tensor, dlse: Tensor | None, dirty: Request | None = None, dirty_dout: Tensor | None = None
+) -> None:
+    """The tolerance rule for each gradient; `dirty` holds NaN in what must not be read."""
+    result = run(dirty or clean, dout if dirty_dout is None else dirty_dout, dlse)
+    refs, eagers = oracle(clean, dout, dlse, torch.float64), oracle(clean, dout, dlse, clean.q.dtype)
+    gradients = [x for x in (result.dq, result.dk, result.dv, result.dsinks) if x is not None]
+    assert len(gradients) == len(refs)
+    for name, gradient, ref, eager in zip(("dq", "dk", "dv", "dsinks"), gradients, refs, eagers, strict=False):
+        compared = compare(name, gradient, ref, eager)
+        assert compared.ok, str(compared)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize(
+    "case", [c for c in CASES.values() if not (c.dropout_p or c.bias or c.alibi)], ids=lambda case: case.name
+)
+def test_cases(case: Case, dtype: torch.dtype) -> None:
+    request = case.request("cuda", dtype, requires_grad=True)
+    prepared(request)
+    if 0 in (request.q.numel(), request.k.numel()):
+        result = run(request, *upstream_of(request))
+        assert not any(g.any() for g in (result.dq, result.dk, result.dv))
+    else:
+        check(request, *upstream_of(request))
+
+
+@pytest.mark.parametrize("case", LONG, ids=lambda case: case.name)
+def test_long(case: Case) -> None:
+    request = case.request("cuda", torch.bfloat16, requires_grad=True)
+    prepared(request)
+    check(request, *upstream_of(request))
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_nan_in_padding_stays_there(dim: int, causal: bool) -> None:
+    case = Case("padding", batch=3, seqlen_q=300, seqlen_k=400, head_dim=dim, causal=causal,
+                key_start=(0, 70, 130), key_end=(400, 333, 131), query_end=(300, 100, 0))  # fmt: skip
+    clean = case.request("cuda", torch.bfloat16, requires_grad=True)
+    dout, dlse = upstream_of(clean)
+    q, k, v, dirty = (x.detach().clone() for x in (clean.q, clean.k, clean.v, dout))
+    for b in range(3):
+        for x in (q, dirty):
+            x[b, case.query_end[b] :] = NAN
+        for x in (k, v):
+            x[b, : case.key_start[b]] = NAN
+            x[b, case.key_end[b] :] = NAN
+    check(clean, dout, dlse, clean._replace(q=q, k=k, v=v), dirty)
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_nan_past_used_lengths_stays_there(dim: int) -> None:
+    lengths, used = (90, 150, 300), (60, 0, 257)
+    case = Case("used", lengths_q=lengths, lengths_k=lengths, used_k=used, head_dim=dim, causal=True)
+    clean = case.request("cuda", torch.bfloat16, requires_grad=True)
+    k, v = clean.k.detach().clone(), clean.v.detach().clone()
+    start = 0
+    for length, count in zip(lengths, used, strict=True):
+        for x in (k, v):
+            x[start + count : start + length] = NAN
+        start += length
+    check(clean, *upstream_of(clean), clean._replace(k=k, v=v))
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_used_queries_and_tokens_of_no_sequence(dim: int) -> None:
+    lengths = (90, 150, 300)
+    case = Case("used q", lengths_q=lengths, lengths_k=lengths, head_dim=dim, causal=True, sinks=True)
+    request = case.request("cuda", torch.bfloat16, requires_grad=True)
+    used = torch.tensor((60, 0, 257), dtype=torch.int32, device="cuda")
+    offsets = torch.tensor((0, 90, 240, 520), dtype=torch.int32, device="cuda")
+    request = request._replace(seqused_q=used, cu_seqlens_q=offsets, cu_seqlens_k=offsets)
+    check(request, *upstream_of(request))
+
+
+def test_forms_of_the_upstream_gradients() -> None:
+    """No gradient of lse; that of a sum, whose elements share an address; and one that lies head by head."""
+    request = Case("forms", head_dim=128, seqlen_q=200, seqlen_k=200, causal=True).request(
+        "cuda", torch.bfloat16, requires_grad=True
+    )
+    dout, dlse = upstream_of(request)
+    check(request, dout, None)
+    check(request, torch.ones((), dtype=dout.dtype, device="cuda").expand(dout.shape), dlse)
+    check(request, dout.transpose(1, 2).contiguous().transpose(1, 2), dlse.transpose(1, 2).contiguous().transpose(1, 2))
+
+
+def test_rows_that_tma_cannot_read_are_copied() -> None:
+    request = Case("unaligned", seqlen_q=150, seqlen_k=150).request("cuda", torch.bfloat16, requires_grad=True)
+
+    def unaligned(x: Tensor) -> Tensor:
+        wide = torch.zeros(*x.shape[:-1], x.shape[-1] + 4, dtype=x.dtype, device=x.device)
+        wide[..., 4:] = x.detach()
+        return wide[..., 4:]
+
+    check(
+        request, *upstream_of(request), request._replace(q=unaligned(request.q), k=unaligned(request.k), v=unaligned(request.v))
+    )
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_dk_and_dv_repeat_bit_for_bit(dim: int) -> None:
+    """dQ alone is summed in the order in which tiles finish."""
+    request = Case("repeat", head_dim=dim, seqlen_q=900, seqlen_k=900, causal=True).request(
+        "cuda", torch.bfloat16, requires_grad=True
+    )
+    upstream = upstream_of(request)
+    first = run(request, *upstream)
+    for _ in range(20):
+        again = run(request, *upstream)
+        assert torch.equal(again.dk, first.dk) and torch.equal(again.dv, first.dv)
+
+
+def test_deterministic_is_refused_in_words() -> None:
+    problem, _ = bind(Case("d").request("cuda", torch.bfloat16, requires_grad=True))
+    reasons = BACKEND.why_not(replace(problem, reproducibility=Reproducibility.BITWISE), Device.of(torch.device("cuda", 0)))
+    assert [reason.argument for reason in reasons] == ["deterministic"]
+
+
+@pytest.mark.slow
+def test_more_than_two_to_the_31_elements() -> None:
+    """The last head of the last batch entry, far past 2^31 elements."""
+    shape = (9, 16384, 128, 128)
+    q, k, v, dout = (torch.zeros(shape, dtype=torch.bfloat16, device="cuda") for _ in range(4))
+    for x in (q, k, v, dout):
+        x[-1, :, -1].normal_()
+    result = run(Request(q, k, v, left=512, right=0, requires_grad=True), dout, None)
+    last = [x[-1:, :, -1:].contiguous() for x in (q, k, v, dout)]
+    small = run(Request(*last[:3], left=512, right=0, requires_grad=True), last[3], None)
+    assert torch.equal(result.dk[-1:, :, -1:], small.dk)
+    assert torch.equal(result.dv[-1:, :, -1:], small.dv)
+    torch.testing.assert_close(result.dq[-1:, :, -1:], small.dq)
