@@ -5,9 +5,10 @@ and the longest come first, so that what is left at the end is short (longest pr
 head's row blocks follow one another. The next tile is drawn late, with the last V of this one: drawing it at the start of this
 one hands out tiles before it is known who will be free (5 to 15% slower, H200, 2026-11-21).
 
-The counter is one int32 that is 0 between launches. Programs start with the tile of their own number; a draw gives
-the number of programs plus the count before it, each program's last draw fails, so there are as many draws as tiles, and
-the one that sees tiles - 1 is the last of the launch: it puts 0 back. No two launches that can run at once may share a counter (launch.py).
+The counter is one int32 that is 0 between launches. Programs start with the tile of their own number; a draw gives the
+number of programs plus the count before it. Each program's last draw fails, so there are as many draws as tiles, and the one
+that sees tiles - 1 is the last of the launch: it puts 0 back. No two launches that can run at once may share a counter
+(launch.py).
 """
 
 from tessera.backends.hopper.pieces.kv_source import Sequence, dense_sequence, packed_sequence

@@ -1,0 +1,398 @@
+"""Gluon kernels as plain Python: what they compute, and how their warps wait for one another, checked without a GPU.
+
+`in_python()` puts a stand-in for tessera.jit.compat in place: tiles are torch tensors, each warp partition is a thread, mbarriers
+and named barriers count as the hardware's do (a wait that nobody ends is an error), shared memory starts as NaN, and TMA
+goes by its descriptor's shape and strides, out of bounds as zeros. What it does not show: layouts, registers, and products
+that are still running (here they are done when issued).
+"""
+
+# ruff: noqa: ARG004, ARG005 (a stand-in takes every argument that the real thing takes)
+from __future__ import annotations
+
+import ctypes
+import importlib
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tessera import jit
+
+PATIENCE = 20.0
+"""Seconds after which a wait counts as a deadlock."""
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "i32": torch.int32}
+REACH = 1 << 30
+"""Bytes after an address that a kernel may touch, as far as this file knows."""
+
+_here = threading.local()  # of this thread: program id, grid, named barriers, threads of its partition
+
+
+class Integer(int):
+    """A scalar of a kernel: an int with `to`."""
+
+    def to(self, dtype: object) -> Integer:
+        return self
+
+
+def _closed(name: str) -> Callable[[Integer, object], Any]:
+    plain = getattr(int, name)
+
+    def operation(self: Integer, other: object) -> Any:
+        return Integer(plain(self, other)) if isinstance(other, int) else NotImplemented
+
+    return operation
+
+
+for _name in ("add", "sub", "mul", "floordiv", "mod", "and", "or"):
+    for _form in (f"__{_name}__", f"__r{_name}__"):
+        setattr(Integer, _form, _closed(_form))
+
+
+class Layout:
+    """Any layout: they decide nothing here."""
+
+    def __init__(self, *arguments: object) -> None: ...
+
+    @staticmethod
+    def get_default_for(block: object, dtype: object) -> Layout:
+        return Layout()
+
+
+class BarrierLayout(Layout):
+    pass
+
+
+# ------------------------------------------------------------------------------------------------------------ barriers
+
+
+class Mbarrier:
+    """A phase ends when every arrival has come and every expected byte has landed."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._phase = self._bytes = 0
+
+    def init(self, count: int) -> None:
+        self._count = self._pending = count
+
+    def arrive(self, expected: int = 0) -> None:
+        self._note(1, expected)
+
+    def land(self, count: int) -> None:
+        self._note(0, -count)
+
+    def _note(self, arrivals: int, change: int) -> None:
+        with self._changed:
+            self._pending -= arrivals
+            self._bytes += change
+            assert self._pending >= 0, "an mbarrier got more arrivals than it was made for"
+            if self._pending == 0 and self._bytes == 0:
+                self._phase ^= 1
+                self._pending = self._count
+                self._changed.notify_all()
+
+    def wait(self, parity: int) -> None:
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._phase != parity, PATIENCE):
+                raise RuntimeError("deadlock at an mbarrier")
+
+
+class Mbarriers:
+    """One of them, or several under `index`."""
+
+    def __init__(self, count: int) -> None:
+        self._all = [Mbarrier() for _ in range(count)]
+
+    def index(self, i: int) -> Mbarrier:
+        return self._all[i]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._all[0], name)
+
+
+class NamedBarrier:
+    """bar.sync and bar.arrive of one number."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._arrived = self._generation = 0
+
+    def meet(self, total: int, waits: bool) -> None:
+        with self._changed:
+            generation = self._generation
+            self._arrived += _here.threads
+            assert self._arrived <= total, f"{self._arrived} threads at a barrier of {total}"
+            if self._arrived == total:
+                self._arrived = 0
+                self._generation += 1
+                self._changed.notify_all()
+            elif waits and not self._changed.wait_for(lambda: self._generation != generation, PATIENCE):
+                raise RuntimeError("deadlock at a named barrier")
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+
+class Shared:
+    """A shared-memory descriptor."""
+
+    def __init__(self, data: Tensor) -> None:
+        self.data = data
+        self.shape, self.dtype = list(data.shape), data.dtype
+
+    def index(self, i: int) -> Shared:
+        assert 0 <= i < self.shape[0]
+        return Shared(self.data[i])
+
+    def reshape(self, shape: Sequence[int]) -> Shared:
+        return Shared(self.data.view(*shape))
+
+    def permute(self, order: Sequence[int]) -> Shared:
+        return Shared(self.data.permute(*order))
+
+    def slice(self, start: int, length: int, dim: int) -> Shared:
+        return Shared(self.data.narrow(dim, start, length))
+
+    def load(self, layout: Layout) -> Tensor:
+        return self.data.clone()
+
+    def store(self, value: Tensor) -> None:
+        assert (value.shape, value.dtype) == (self.data.shape, self.dtype)
+        self.data.copy_(value)
+
+
+def _at(address: int, dtype: torch.dtype) -> Tensor:
+    return torch.frombuffer((ctypes.c_uint8 * REACH).from_address(address), dtype=dtype)
+
+
+class Pointer:
+    def __init__(self, memory: Tensor, offset: Any = 0) -> None:
+        self.memory, self.offset = memory, offset
+        self.dtype = SimpleNamespace(element_ty=memory.dtype)
+
+    def __add__(self, other: Any) -> Pointer:
+        return Pointer(self.memory, self.offset + other)
+
+    def __getitem__(self, key: Any) -> Pointer:
+        return Pointer(self.memory, self.offset[key])
+
+
+def _load(pointer: Pointer, mask: Any = None, other: Any = None) -> Any:
+    if isinstance(pointer.offset, int):
+        value = pointer.memory[pointer.offset].item()
+        return Integer(value) if isinstance(value, int) else value
+    mask = torch.as_tensor(True if mask is None else mask).expand(pointer.offset.shape)
+    kind = pointer.memory.dtype if pointer.memory.dtype.is_floating_point else torch.int64
+    value = torch.full(pointer.offset.shape, 0 if other is None else other, dtype=kind)
+    value[mask] = pointer.memory[pointer.offset[mask]].to(kind)
+    return value
+
+
+def _store(pointer: Pointer, value: Any, mask: Any = None) -> None:
+    if isinstance(pointer.offset, int):
+        pointer.memory[pointer.offset] = value
+        return
+    mask = torch.as_tensor(True if mask is None else mask).expand(pointer.offset.shape)
+    pointer.memory[pointer.offset[mask]] = value.expand(pointer.offset.shape)[mask]
+
+
+class TensorMap:
+    """A TMA descriptor. Coordinates times strides add up modulo 2^64 bytes, as the hardware's do."""
+
+    def __init__(self, tiles: jit.Tiles, address: int, shape: Sequence[int], strides: Sequence[int]) -> None:
+        self.dtype, self.layout = DTYPES[tiles.element], Layout()
+        self.block_type = SimpleNamespace(shape=list(tiles.block))
+        self.memory, self._sizes, self._strides = _at(address, self.dtype), tuple(shape), tuple(strides)
+
+    def elements(self, where: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Which elements of memory the block at `where` covers, and which of them are in bounds."""
+        block, first = self.block_type.shape, 0
+        places, inside = torch.zeros([1] * len(block), dtype=torch.int64), torch.ones([1] * len(block), dtype=torch.bool)
+        for dim, (begin, size, stride, length) in enumerate(zip(where, self._sizes, self._strides, block, strict=True)):
+            view = [length if i == dim else 1 for i in range(len(block))]
+            steps = torch.arange(length).view(view)
+            first += int(begin) * stride
+            places = places + (steps * stride if length > 1 else 0)
+            inside = inside & (steps + begin >= 0) & (steps + begin < size)
+        width = self.dtype.itemsize
+        wrapped = (first * width + (1 << 63)) % (1 << 64) - (1 << 63)
+        return (places + wrapped // width).expand(block), inside.expand(block)
+
+
+def _tma_load(tiles: TensorMap, where: Sequence[int], bar: Mbarrier, shared: Shared) -> None:
+    places, inside = tiles.elements(where)
+    block = torch.zeros(places.shape, dtype=tiles.dtype)
+    block[inside] = tiles.memory[places[inside]]
+    shared.store(block)
+    bar.land(block.numel() * tiles.dtype.itemsize)
+
+
+def _tma_store(tiles: TensorMap, where: Sequence[int], shared: Shared) -> None:
+    places, inside = tiles.elements(where)
+    tiles.memory[places[inside]] = shared.data[inside]
+
+
+_adding = threading.Lock()
+
+
+def _tma_reduce_add(tiles: TensorMap, where: Sequence[int], shared: Shared) -> None:
+    places, inside = tiles.elements(where)
+    with _adding:
+        tiles.memory[places[inside]] += shared.data[inside]
+
+
+def _allocate(dtype: torch.dtype, shape: list[int], layout: Layout) -> Shared | Mbarriers:
+    if isinstance(layout, BarrierLayout):
+        return Mbarriers(shape[0])
+    return Shared(torch.full(shape, float("nan") if dtype.is_floating_point else -1, dtype=dtype))
+
+
+# ---------------------------------------------------------------------------------------------------------- operations
+
+
+def _either(plain: Callable[..., Any], tensors: Callable[..., Tensor]) -> Callable[[Any, Any], Any]:
+    def operation(a: Any, b: Any) -> Any:
+        if isinstance(a, int) and isinstance(b, int):
+            return Integer(plain(a, b))
+        return tensors(torch.as_tensor(a), torch.as_tensor(b))
+
+    return operation
+
+
+def _where(condition: Any, a: Any, b: Any) -> Any:
+    if isinstance(condition, Tensor):
+        return torch.where(condition, a, b)
+    return a if condition else b
+
+
+def _assembly(text: str, constraints: str, arguments: list[Any], dtype: Any, is_pure: bool, pack: int) -> Any:
+    """The few texts that kernels hold."""
+    if text.startswith("bar."):
+        kind, operands = text.removeprefix("bar.").split(";")[0].split(" ", 1)
+        number, total = operands.split(", ")
+        _here.named[int(arguments[0]) if number == "$1" else int(number)].meet(int(total), kind == "sync")
+        return Integer(0)
+    if text == "mov.u32 $0, 0;":
+        return Integer(0)
+    functions: dict[str, Callable[[Tensor], Tensor]] = {
+        "ex2.": torch.exp2, "tanh.": torch.tanh,
+        "cvt.rn.bf16x2": lambda x: x.to(torch.bfloat16), "cvt.rn.f16x2": lambda x: x.to(torch.float16),
+    }  # fmt: skip
+    return next(run for name, run in functions.items() if text.startswith(name))(arguments[0])
+
+
+def _product(a: Tensor | Shared, b: Shared, sums: Tensor, use_acc: bool = True, is_async: bool = False) -> Tensor:
+    operand = a.data if isinstance(a, Shared) else a
+    product = operand.float() @ b.data.float()
+    assert product.shape == sums.shape
+    return sums + product if use_acc else product
+
+
+def _warp_specialize(partitions: list[tuple[Any, tuple[Any, ...]]], warps: list[int], registers: list[int]) -> None:
+    shared, errors = dict(vars(_here)), []
+
+    def run(function: Any, arguments: tuple[Any, ...], count: int) -> None:
+        vars(_here).update(shared, threads=32 * count)
+        try:
+            function(*arguments)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(*part, n)) for part, n in zip(partitions, [4, *warps], strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def _language() -> ModuleType:
+    gl = ModuleType("gl")
+    vars(gl).update(
+        {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "int32", "int64")},
+        tensor=object, tuple=object, shared_memory_descriptor=object, constexpr=lambda value: value, static_range=range,
+        **dict.fromkeys(("BlockedLayout", "NVMMADistributedLayout", "DotOperandLayout", "SliceLayout"), Layout),
+        **dict.fromkeys(("NVMMASharedLayout", "SwizzledSharedLayout"), Layout),
+        program_id=lambda axis: Integer(_here.program[axis]), num_programs=lambda axis: Integer(_here.grid[axis]),
+        minimum=_either(min, torch.minimum), maximum=_either(max, torch.maximum), where=_where,
+        zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
+        arange=lambda begin, end, layout: torch.arange(begin, end),
+        reshape=lambda x, shape: x.reshape(shape), expand_dims=lambda x, axis: x.unsqueeze(axis),
+        convert_layout=lambda x, layout, assert_trivial=False: x, sum=lambda x, axis: x.sum(dim=axis),
+        load=_load, store=_store, allocate_shared_memory=_allocate, inline_asm_elementwise=_assembly,
+        warp_specialize=_warp_specialize,
+    )  # fmt: skip
+    return gl
+
+
+def _compat() -> ModuleType:
+    compat = ModuleType("tessera.jit.compat")
+    vars(compat).update(
+        gl=_language(), gluon=SimpleNamespace(jit=lambda f: f, constexpr_function=lambda f: f), aggregate=lambda c: c,
+        mbarrier=SimpleNamespace(
+            MBarrierLayout=BarrierLayout, init=lambda bar, count: bar.init(count), expect=lambda bar, count: bar.arrive(count),
+            arrive=lambda bar: bar.arrive(), wait=lambda bar, parity: bar.wait(parity),
+        ),
+        tma_load=_tma_load, tma_store=_tma_store, tma_reduce_add=_tma_reduce_add, tma_store_wait=lambda count: None,
+        fence_async_shared=lambda: None, warpgroup_mma=_product,
+        warpgroup_mma_wait=lambda count, deps: deps[0] if len(deps) == 1 else deps,
+    )  # fmt: skip
+    return compat
+
+
+class Kernel:
+    """What jit.load gives, for CPU tensors: program after program."""
+
+    def __init__(self, spec: jit.KernelSpec) -> None:
+        self._spec = spec
+        self._function = getattr(importlib.import_module(spec.module), spec.function)
+        self.tiles = [lambda *place, tiles=tiles: TensorMap(tiles, *place) for tiles in spec.tiles]
+
+    def __call__(self, stream: int, grid_x: int, grid_y: int, grid_z: int, *arguments: Any) -> None:
+        named = zip(self._spec.arguments, arguments, strict=True)
+        values = {name: self._received(kind, value) for (name, kind), value in named} | dict(self._spec.constants)
+        _here.grid = (grid_x, grid_y, grid_z)
+        for y in range(grid_y):
+            for x in range(grid_x):
+                _here.program, _here.named, _here.threads = (x, y, 0), [NamedBarrier() for _ in range(16)], 128
+                self._function(**values)
+
+    @staticmethod
+    def _received(kind: object, value: Any) -> Any:
+        if isinstance(kind, jit.Pointer):
+            return Pointer(_at(value, DTYPES[kind.element])) if value else None
+        return Integer(value) if isinstance(value, int) else value
+
+
+def _is_kernel_code(module: ModuleType | None) -> bool:
+    return module is not None and module.__name__.startswith("tessera.backends.") and hasattr(module, "gluon")
+
+
+@contextmanager
+def in_python() -> Iterator[None]:
+    """While this lasts, launches of Hopper kernels on CPU tensors run here."""
+    outside = {name: module for name, module in sys.modules.items() if _is_kernel_code(module)}
+    for name in outside:
+        del sys.modules[name]
+    real = {"compat": sys.modules.get("tessera.jit.compat"), "load": jit.load, "stream": jit.current_stream}
+    sys.modules["tessera.jit.compat"] = _compat()
+    of_tensors = torch.Tensor.type
+    torch.Tensor.type = property(lambda self: SimpleNamespace(layout=Layout()))  # type: ignore[assignment, method-assign]
+    jit.load, jit.current_stream = lambda spec, index: Kernel(spec), lambda index: 0  # type: ignore[assignment, return-value]
+    try:
+        yield
+    finally:
+        torch.Tensor.type = of_tensors  # type: ignore[method-assign]
+        jit.load, jit.current_stream = real["load"], real["stream"]
+        for name in [name for name, module in sys.modules.items() if _is_kernel_code(module)]:
+            del sys.modules[name]
+        sys.modules.update(outside)
+        del sys.modules["tessera.jit.compat"]
+        if real["compat"] is not None:
+            sys.modules["tessera.jit.compat"] = real["compat"]
