@@ -51,6 +51,18 @@ def mean_keys(problem: Problem) -> float:
 
 def forward_config(problem: Problem) -> ForwardConfig:
     """The configuration for a problem."""
+    return _config_for(problem, mean_keys(problem))
+
+
+def forward_family(problem: Problem) -> tuple[ForwardConfig, ...]:
+    """The configurations that problems like this one have at any length: they are compiled together, so that a new length
+    never compiles. Each kind of problem has one threshold of length at most, so its two ends are all there is."""
+    short, long = _config_for(problem, 0.0), _config_for(problem, float("inf"))
+    return (short,) if short == long else (short, long)
+
+
+def _config_for(problem: Problem, keys: float) -> ForwardConfig:
+    """The configuration where a row attends to `keys` keys on average."""
     dims, dims_v = split_dim(problem.shape.head_dim), split_dim(problem.shape.head_dim_v)
     widest = max(sum(dims), sum(dims_v))
     features = features_of(problem)
@@ -60,7 +72,6 @@ def forward_config(problem: Problem) -> ForwardConfig:
         consumer_registers=240, producer_registers=24, features=features,
     )  # fmt: skip
     triples = replace(pairs, consumers=3, consumer_registers=160, producer_registers=32)
-    keys = mean_keys(problem)
     if widest <= 64:
         # 128 rows over 192: causal 1.08 at 1k, 0.94 at 2k, 0.92 at 4k; a window of 1024 has fewer cut blocks with them, 1.04
         short = Feature.RIGHT in features and keys <= (1536 if Feature.LEFT in features else 640)

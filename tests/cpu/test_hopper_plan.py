@@ -1,0 +1,59 @@
+"""What a plan for Hopper promises, asked without a GPU: a length never compiles, and every plan fits the chip."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import tessera
+from tessera import dispatch, jit
+from tessera.backends.hopper import HopperBackend, _compile_family
+from tessera.backends.hopper.plan import SHARED_LIMIT, forward_config, forward_family
+from tessera.cases import CASES
+from tessera.device import KNOWN_DEVICES
+from tessera.operands import describe
+from tessera.problem import Problem
+
+H200 = KNOWN_DEVICES["h200"]
+SEQLENS = (1, 100, 500, 639, 640, 641, 1500, 1537, 2049, 4096, 50_000, 1 << 20)
+OPTIONS: dict[str, dict[str, object]] = {
+    "full": {},
+    "causal": {"causal": True},
+    "window": {"window": (1024, 0)},
+    "causal softcap": {"causal": True, "softcap": 30.0},
+}
+
+
+def problem(seqlen: int, head_dim: int, options: dict[str, object]) -> Problem:
+    return tessera.plan((1, seqlen, 2, head_dim), (1, seqlen, 2, head_dim), device="h200", **options).problem
+
+
+@pytest.mark.parametrize("head_dim", [8, 64, 72, 96, 128, 192, 256])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_any_length_has_a_kernel_of_the_family(name: str, head_dim: int) -> None:
+    problems = [problem(seqlen, head_dim, OPTIONS[name]) for seqlen in SEQLENS]
+    families = {forward_family(p) for p in problems}
+    assert len(families) == 1
+    picked = {forward_config(p) for p in problems}
+    family = set(families.pop())
+    assert picked <= family
+    assert picked == family or name == "window"  # a window of 1024 keys never has rows of many more
+
+
+def test_the_first_call_compiles_the_whole_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[jit.KernelSpec] = []
+    monkeypatch.setattr(jit, "warmup", compiled.extend)
+    _compile_family.cache_clear()
+    for seqlen in (100, 4096, 100):
+        plan = tessera.plan((1, seqlen, 2, 64), (1, seqlen, 2, 64), device="h200", causal=True)
+        HopperBackend().prepare(plan)
+    _compile_family.cache_clear()
+    assert len(compiled) == len(set(compiled)) == 2
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_plan_fits_in_shared_memory(name: str) -> None:
+    asked = describe(CASES[name].request("meta", torch.bfloat16), "cuda")
+    if not HopperBackend().why_not(asked, H200):
+        assert all(config.shared_bytes() <= SHARED_LIMIT for config in forward_family(asked))
+        assert str(dispatch.select(asked, H200, "hopper"))
