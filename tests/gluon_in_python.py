@@ -2,8 +2,8 @@
 
 `in_python()` puts a stand-in for tessera.jit.compat in place: tiles are torch tensors, each warp partition is a thread, mbarriers
 and named barriers count as the hardware's do (a wait that nobody ends is an error), shared memory starts as NaN, and TMA
-goes by its descriptor's shape and strides, out of bounds as zeros. What it does not show: layouts, registers, and products
-that are still running (here they are done when issued).
+goes by its descriptor's shape and strides, out of bounds as zeros. Products and TMA stores are as late as they may be: they
+read shared memory when they are waited for. What it does not show: layouts, registers, fences.
 """
 
 # ruff: noqa: ARG004, ARG005 (a stand-in takes every argument that the real thing takes)
@@ -29,7 +29,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, 
 REACH = 1 << 30
 """Bytes after an address that a kernel may touch, as far as this file knows."""
 
-_here = threading.local()  # of this thread: program id, grid, named barriers, threads of its partition
+_here = threading.local()
+"""Of this thread: program id, grid, named barriers, threads of its partition, products and stores under way."""
 
 
 class Integer(int):
@@ -232,18 +233,31 @@ def _tma_load(tiles: TensorMap, where: Sequence[int], bar: Mbarrier, shared: Sha
     bar.land(block.numel() * tiles.dtype.itemsize)
 
 
+_adding = threading.Lock()
+
+
 def _tma_store(tiles: TensorMap, where: Sequence[int], shared: Shared) -> None:
     places, inside = tiles.elements(where)
-    tiles.memory[places[inside]] = shared.data[inside]
 
+    def write() -> None:
+        tiles.memory[places[inside]] = shared.data[inside]
 
-_adding = threading.Lock()
+    _here.stores.append(write)
 
 
 def _tma_reduce_add(tiles: TensorMap, where: Sequence[int], shared: Shared) -> None:
     places, inside = tiles.elements(where)
-    with _adding:
-        tiles.memory[places[inside]] += shared.data[inside]
+
+    def add() -> None:
+        with _adding:
+            tiles.memory[places[inside]] += shared.data[inside]
+
+    _here.stores.append(add)
+
+
+def _tma_store_wait(left: int) -> None:
+    while len(_here.stores) > left:
+        _here.stores.pop(0)()
 
 
 def _allocate(dtype: torch.dtype, shape: list[int], layout: Layout) -> Shared | Mbarriers:
@@ -286,20 +300,50 @@ def _assembly(text: str, constraints: str, arguments: list[Any], dtype: Any, is_
     return next(run for name, run in functions.items() if text.startswith(name))(arguments[0])
 
 
-def _product(a: Tensor | Shared, b: Shared, sums: Tensor, use_acc: bool = True, is_async: bool = False) -> Tensor:
-    operand = a.data if isinstance(a, Shared) else a
-    product = operand.float() @ b.data.float()
-    assert product.shape == sums.shape
-    return sums + product if use_acc else product
+class Product:
+    """An asynchronous product: it runs when its warpgroup waits for it."""
+
+    def __init__(self, a: Tensor | Shared, b: Shared, sums: Tensor | Product, use_acc: bool) -> None:
+        self._a, self._b, self._sums, self._adds = a, b, sums, use_acc
+        self.shape, self.type = sums.shape, SimpleNamespace(layout=Layout())
+        self.value: Tensor | None = None
+
+    def run(self) -> None:
+        operand = self._a.data if isinstance(self._a, Shared) else self._a
+        product = operand.float() @ self._b.data.float()
+        assert product.shape == self.shape
+        self.value = _finished(self._sums) + product if self._adds else product
+
+
+def _finished(result: Tensor | Product) -> Tensor:
+    """A product's value. Products of a warpgroup run in order: an accumulator's own is done before it is added to."""
+    value = result.value if isinstance(result, Product) else result
+    assert value is not None, "a product is used that has not been waited for"
+    return value
+
+
+def _issue(a: Tensor | Shared, b: Shared, sums: Tensor | Product, use_acc: bool = True, is_async: bool = False) -> Product:
+    assert is_async
+    _here.products.append(Product(a, b, sums, use_acc))
+    return _here.products[-1]
+
+
+def _wait_for_products(left: int, deps: tuple[Product, ...]) -> Any:
+    while len(_here.products) > left:
+        _here.products.pop(0).run()
+    values = tuple(map(_finished, deps))
+    return values[0] if len(values) == 1 else values
 
 
 def _warp_specialize(partitions: list[tuple[Any, tuple[Any, ...]]], warps: list[int], registers: list[int]) -> None:
     shared, errors = dict(vars(_here)), []
 
     def run(function: Any, arguments: tuple[Any, ...], count: int) -> None:
-        vars(_here).update(shared, threads=32 * count)
+        vars(_here).update(shared, threads=32 * count, products=[], stores=[])
         try:
             function(*arguments)
+            assert not _here.products, "a warpgroup ends with products under way"
+            assert not _here.stores, "a warpgroup ends with stores under way"
         except BaseException as error:
             errors.append(error)
 
@@ -339,9 +383,8 @@ def _compat() -> ModuleType:
             MBarrierLayout=BarrierLayout, init=lambda bar, count: bar.init(count), expect=lambda bar, count: bar.arrive(count),
             arrive=lambda bar: bar.arrive(), wait=lambda bar, parity: bar.wait(parity),
         ),
-        tma_load=_tma_load, tma_store=_tma_store, tma_reduce_add=_tma_reduce_add, tma_store_wait=lambda count: None,
-        fence_async_shared=lambda: None, warpgroup_mma=_product,
-        warpgroup_mma_wait=lambda count, deps: deps[0] if len(deps) == 1 else deps,
+        tma_load=_tma_load, tma_store=_tma_store, tma_reduce_add=_tma_reduce_add, tma_store_wait=_tma_store_wait,
+        fence_async_shared=lambda: None, warpgroup_mma=_issue, warpgroup_mma_wait=_wait_for_products,
     )  # fmt: skip
     return compat
 

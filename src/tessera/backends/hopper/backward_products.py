@@ -197,6 +197,7 @@ def consumer_of_dk(config: gl.constexpr, dk_map, shared, exchange, score, call):
 @gluon.jit
 def consumer_of_dq(config: gl.constexpr, dq_map, shared, exchange, call):
     part: gl.constexpr = 64
+    parts: gl.constexpr = config.dim // part
     layout: gl.constexpr = accumulator_layout(part)
     tile = locate_keys(config, gl.program_id(0), call)
     begin, count = row_blocks(config, call.band, tile.seq, tile.first)
@@ -208,12 +209,12 @@ def consumer_of_dq(config: gl.constexpr, dq_map, shared, exchange, call):
             line = (tile.head * call.group + member) * call.order.line + tile.work + row
             exchange.ds_ring.wait(n)
             ds = exchange.ds.index(exchange.ds_ring.slot(n)).permute((1, 0))
-            for j in gl.static_range(config.dim // part):
+            for j in gl.static_range(parts):
                 k = matrix(shared.k.index(fresh_zero())).slice(j * part, part, dim=1)
                 dq = warpgroup_mma(ds, k, gl.zeros([M, part], gl.float32, layout), use_acc=False, is_async=True)
                 dq = warpgroup_mma_wait(0, deps=(dq,))
-                if j == config.dim // part - 1:
+                if j == parts - 1:
                     exchange.ds_ring.release(n)
-                add_to_dq(dq_map, exchange.dq, j % 2, dq, [line, j * part], 1)
+                add_to_dq(dq_map, exchange.dq, (n * parts + j) % 2, dq, [line, j * part], 1)
     meet("arrive", BARRIER_K, 384)
     tma_store_wait(0)
