@@ -152,31 +152,27 @@ def _main_loop(config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, thi
         bounds = key_bounds(config, call.band, tile.seq, first)
         mbarrier.wait(shared.k_full, 0)
         mbarrier.wait(shared.v_full, 0)
-        n = 0
+        rows: gl.constexpr = config.rows
+        row = begin * rows
         for member in range(call.group):
-            row = begin * config.rows
+            n = member * count
             line = (tile.head * call.group + member) * call.order.line + tile.work + row
             for i in range(unseen):
-                _pass_over(config, consumer, dq_map, shared, thirds, n, line)
-                n += 1
-                row += config.rows
-                line += config.rows
-            for i in range(cut):
-                state = _block(config, consumer, dq_map, shared, thirds, score, bounds, n, row, line, state, True)
-                n += 1
-                row += config.rows
-                line += config.rows
-            for i in range(full):
-                state = _block(config, consumer, dq_map, shared, thirds, score, bounds, n, row, line, state, False)
-                n += 1
-                row += config.rows
-                line += config.rows
+                _pass_over(config, consumer, dq_map, shared, thirds, n + i, line + i * rows)
+            for i in range(unseen, unseen + cut):
+                state = _block(
+                    config, consumer, dq_map, shared, thirds, score, bounds, n + i, row + i * rows, line + i * rows, state, True
+                )
+            for i in range(unseen + cut, unseen + cut + full):
+                state = _block(
+                    config, consumer, dq_map, shared, thirds, score, bounds, n + i, row + i * rows, line + i * rows, state, False
+                )
             if has_lower_bound(config):
-                for i in range(count - unseen - cut - full):
-                    state = _block(config, consumer, dq_map, shared, thirds, score, bounds, n, row, line, state, True)
-                    n += 1
-                    row += config.rows
-                    line += config.rows
+                for i in range(unseen + cut + full, count):
+                    place = row + i * rows
+                    state = _block(
+                        config, consumer, dq_map, shared, thirds, score, bounds, n + i, place, line + i * rows, state, True
+                    )
     return state
 
 
