@@ -16,7 +16,7 @@ from tessera import dispatch, operators
 from tessera.device import Device
 from tessera.errors import bad_type, bad_value
 from tessera.mask import Mask, check_window_side
-from tessera.operands import TENSORS, Request, bind
+from tessera.operands import NO_OTHERS, TENSORS, Request, bind
 from tessera.plan import Plan
 
 Window = tuple[int | None, int | None]
@@ -256,9 +256,13 @@ def _complete(request: Request, window: Window | None, mask: Mask | None, device
 
     `device_kind` is the type of the device to run on where that is not q's own: a plan's tensors are on meta.
     """
-    for name, value in zip(Request._fields[:TENSORS], request[:TENSORS], strict=True):
-        if value is not None or name in ("q", "k", "v"):
-            _check_tensor(name, value)
+    _check_tensor("q", request.q)
+    _check_tensor("k", request.k)
+    _check_tensor("v", request.v)
+    if request[3:TENSORS] != NO_OTHERS:
+        for name, value in zip(Request._fields[3:TENSORS], request[3:TENSORS], strict=True):
+            if value is not None:
+                _check_tensor(name, value)
     if request.backend is not None and not isinstance(request.backend, str):
         raise bad_type("backend", repr(request.backend), "backends go by name", "use one of tessera.backend_names(), or None")
     if torch._C._is_any_autocast_enabled():

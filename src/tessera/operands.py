@@ -8,6 +8,7 @@ is how `plan` answers from shapes alone. Contents are read on the CPU only: on a
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -69,6 +70,8 @@ class Request(NamedTuple):
 
 TENSORS = 15
 """The first fields of a Request are tensors or None."""
+NO_OTHERS = (None,) * (TENSORS - 3)
+"""The tensors after q, k and v where there are none."""
 
 
 class Lengths(NamedTuple):
@@ -152,17 +155,21 @@ def gather(request: Request) -> Operands:
 
 
 def _mask_of(request: Request) -> Mask:
-    if request[7:12] == _NO_BOUNDS and request.left is None and request.right is None:
-        return FULL
+    if request[7:12] == _NO_BOUNDS:
+        return _band(request.left, request.right)
     return Mask(
         request.left, request.right, request.key_start, request.key_end, request.query_end,
         request.document_begin, request.document_end,
     )  # fmt: skip
 
 
+@lru_cache(maxsize=256)
+def _band(left: int | None, right: int | None) -> Mask:
+    return Mask(left, right)
+
+
 _NO_BOUNDS = (None,) * 5
 NO_LENGTHS = Lengths()
-FULL = Mask()
 _LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
 
 
