@@ -23,10 +23,6 @@ class Device:
     capability: tuple[int, int] = (0, 0)
     multiprocessors: int = 1
 
-    @property
-    def is_gpu(self) -> bool:
-        return self.kind != "cpu"
-
     def __str__(self) -> str:
         if self.kind != "cuda":
             return self.name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum
 
 import torch
@@ -162,10 +162,6 @@ class Problem:
         k_and_v = s.seqlen_k * s.heads_kv * (s.head_dim + s.head_dim_v)
         lse = s.seqlen_q * s.heads_q * self.lse_dtype.itemsize
         return copies * ((q_and_out + k_and_v) * size + lse)
-
-    def forward_only(self) -> Problem:
-        """The same problem with no gradient wanted."""
-        return replace(self, gradients=Gradients.NONE)
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")

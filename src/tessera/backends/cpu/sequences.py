@@ -27,6 +27,10 @@ class Sequence:
     keys: slice
     limits: RowLimits
 
+    def place_of(self, entry: int) -> int:
+        """Where batch entry `entry` stands in the tensors: packed sequences all stand in their one entry."""
+        return self.entries.start + entry - self.first
+
 
 def sequences(problem: Problem, operands: Operands) -> Iterator[Sequence]:
     """The problem cut into sequences; a dense batch without bounds of its own is one piece."""

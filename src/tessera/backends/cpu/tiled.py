@@ -53,7 +53,7 @@ def forward(problem: Problem, operands: Operands, tiles: Tiles) -> tuple[Tensor,
         for chunk in _chunks(problem, sequence, tiles):
             heads = _Heads.load(problem, operands, sequence, chunk)
             o, chunk_lse = _attend(heads, tiles)  # (kv, group, Sq, Dv), (kv, group, Sq)
-            entry = sequence.entries.start + chunk.entry - sequence.first
+            entry = sequence.place_of(chunk.entry)
             out4[entry, sequence.rows, chunk.heads].copy_(o.flatten(0, 1).transpose(0, 1))
             lse3[entry, chunk.heads, sequence.rows].copy_(chunk_lse.flatten(0, 1))
     return with_sinks(problem, operands, out, lse)
@@ -82,7 +82,7 @@ class _Heads:
     @staticmethod
     def load(problem: Problem, operands: Operands, sequence: Sequence, chunk: HeadChunk) -> _Heads:
         scores = ScoreTiles(problem.score, operands, sequence.limits, chunk)
-        entry = sequence.entries.start + chunk.entry - sequence.first
+        entry = sequence.place_of(chunk.entry)
         kv = slice(chunk.kv.start, chunk.kv.stop)
         q = four_dims(operands.q)[entry, sequence.rows, chunk.heads]
         k = four_dims(operands.k)[entry, sequence.keys, kv]
@@ -160,7 +160,7 @@ def backward(problem: Problem, operands: Operands, upstream: Upstream, tiles: Ti
     for sequence in sequences(problem, operands):
         for chunk in _chunks(problem, sequence, tiles):
             heads = _Heads.load(problem, operands, sequence, chunk)
-            entry = sequence.entries.start + chunk.entry - sequence.first
+            entry = sequence.place_of(chunk.entry)
             rows = _Rows.load(dout[entry], lse[entry], d[entry], sequence, heads.scores)
             dbias = None if gradients.dbias is None else chunk_of_bias(gradients.dbias, chunk)
             dq, dk, dv = _differentiate(heads, rows, dbias, tiles)
