@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import BloomConfig, BloomForCausalLM, DynamicCache, StaticCache
 
 import tessera.integrations.transformers as integration
+from tessera.integrations.checkpoint import contexts
 
 DECODERS = ("llama", "mistral", "gemma2", "gpt_oss")
 MORE_DECODERS = ("gemma3", "llama4")
@@ -199,16 +200,17 @@ def test_dropout_draws_from_torchs_generator() -> None:
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # renamed in 5.23
 def test_gradient_checkpointing_repeats_the_dropout() -> None:
     gradients = []
-    for checkpointing in (False, True):
+    for settings in (None, {}, {"use_reentrant": False, "context_fn": contexts}):
         _, model = pair("llama")
         for layer in model.train().model.layers:
             layer.self_attn.attention_dropout = 0.5
-        if checkpointing:
-            model.gradient_checkpointing_enable()
+        if settings is not None:
+            model.gradient_checkpointing_enable(settings)
         torch.manual_seed(7)
         model(prompt(), use_cache=False).logits.square().mean().backward()
         gradients.append(model.model.layers[0].self_attn.q_proj.weight.grad)
     assert_same(gradients[1], gradients[0])
+    assert_same(gradients[2], gradients[0])
 
 
 @torch.no_grad()
