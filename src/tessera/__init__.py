@@ -7,7 +7,7 @@
 Importing this package touches neither CUDA nor Triton.
 """
 
-from tessera.api import attention, attention_varlen, plan
+from tessera.api import attention, attention_varlen, plan, warmup
 from tessera.dispatch import BACKENDS
 from tessera.dropout import dropout_mask
 from tessera.errors import Reason, Unsupported
@@ -30,6 +30,7 @@ __all__ = [
     "dropout_mask",
     "merge",
     "plan",
+    "warmup",
 ]
 
 

@@ -3,10 +3,12 @@
     attention            (batch, seqlen, heads, head_dim)
     attention_varlen     (total, heads, head_dim), sequences cut by cu_seqlens
     plan                 what would run, and why, from shapes alone
+    warmup               kernels compiled ahead of time
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
@@ -18,6 +20,7 @@ from tessera.errors import bad_type, bad_value
 from tessera.mask import Mask, check_window_side
 from tessera.operands import NO_OTHERS, TENSORS, Request, bind
 from tessera.plan import Plan
+from tessera.problem import Problem
 
 Window = tuple[int | None, int | None]
 
@@ -233,6 +236,22 @@ def plan(
     wants_gradients = requires_grad or (bool(trainable) and torch.is_grad_enabled())
     problem, _ = bind(request._replace(requires_grad=wants_gradients), described.kind)
     return dispatch.select(problem, described, request.backend)
+
+
+def warmup(problems: Iterable[Problem | Plan], *, device: str | torch.device | Device = "h200") -> int:
+    """Compile ahead of time, into the disk cache, what these problems need at any length; returns how many kernels that took.
+
+    Args:
+        problems: plans, as `plan` gives them (with requires_grad the backward's kernels too), or problems for `device`.
+        device: for problems; "h100" or "h200" need not be here: no GPU is touched.
+
+    Raises: tessera.Unsupported where no backend can run a problem; what a failing compile raises.
+    """
+    from tessera import jit  # what compiles is not needed to import tessera
+
+    described = device if isinstance(device, Device) else Device.named(str(device))
+    plans = [x if isinstance(x, Plan) else dispatch.select(x, described) for x in problems]
+    return jit.warmup(dict.fromkeys(spec for each in plans for spec in dispatch.load(each.backend).kernels(each)))
 
 
 # The dtype of an option that `plan` is given by its shape; None: the dtype of q.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib import import_module
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
@@ -14,6 +14,9 @@ from tessera.errors import Reason, Unsupported, bad_value
 from tessera.operands import Operands
 from tessera.plan import Choice, Plan
 from tessera.problem import Gradients, Problem
+
+if TYPE_CHECKING:
+    from tessera.jit import KernelSpec
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,10 @@ class Backend(Protocol):
     def plan(self, problem: Problem, device: Device) -> Choices: ...
 
     def prepare(self, plan: Plan) -> Runner: ...
+
+    def kernels(self, plan: Plan) -> tuple[KernelSpec, ...]:
+        """What `prepare` and the runner's calls compile, for problems like this one of any length; empty where nothing is."""
+        ...
 
 
 # In order of preference. A module defines BACKEND; it is imported when first asked.

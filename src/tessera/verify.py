@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tessera import operators, reference
-from tessera.operands import Request, bind
+from tessera.operands import Request, bind, gather
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,12 @@ def compare(name: str, result: Tensor, ref: Tensor, eager: Tensor) -> Comparison
 
 def run(request: Request, check_gradients: bool = True) -> list[Comparison]:
     """Run a request through the operators and compare out, lse and the gradients with the oracle's."""
-    names = [n for n in ("q", "k", "v", "bias", "sinks") if getattr(request, n) is not None]
-    inputs = [getattr(request, n) for n in names]
+    names, inputs = trainable(request)
+    exact = in_float64(request)
     with torch.set_grad_enabled(request.requires_grad):
         results = operators.forward(request)
         problem, operands = bind(request)
-        refs = reference.attention(problem, operands)
+        refs = reference.attention(problem, gather(exact))
         eagers = reference.attention(problem, operands, request.q.dtype)
     comparisons = [compare(*row) for row in zip(("out", "lse"), results, refs, eagers, strict=True)]
     if not request.requires_grad or not check_gradients:
@@ -74,15 +75,32 @@ def run(request: Request, check_gradients: bool = True) -> list[Comparison]:
     generator = torch.Generator().manual_seed(1234)
     dout = torch.randn(refs[0].shape, generator=generator).to(results[0].dtype).to(results[0].device)
     dlse = torch.randn(refs[1].shape, generator=generator).to(results[1].dtype).to(results[1].device)
-    gradients = [_gradients(out, lse, dout, dlse, inputs) for out, lse in (results, refs, eagers)]
-    stored = _gradients_of_stored_out(results[0], *refs, dout, inputs)
+    ours, eager_ones = (_gradients(*outputs, dout, dlse, inputs) for outputs in (results, eagers))
+    exact_inputs = trainable(exact)[1]
+    exact_ones = _gradients(*refs, dout, dlse, exact_inputs)
+    stored = _gradients_of_stored_out(results[0], *refs, dout, exact_inputs)
     terms = {"bias": results[1].numel() * problem.shape.seqlen_k, "sinks": results[1].numel()}
-    for name, result, ref, eager, share in zip(names, *gradients, stored, strict=True):
-        compared = compare(f"d{name}", result, ref.double(), eager)
+    for name, result, ref, eager, share in zip(names, ours, exact_ones, eager_ones, stored, strict=True):
+        compared = compare(f"d{name}", result, ref, eager)
         of_out = 2 * share.abs().max().item() if share.numel() else 0.0
         of_sums = _noise_of_sums(terms.get(name, 0) / max(1, result.numel()), problem.lse_dtype)
         comparisons.append(replace(compared, allowed=compared.allowed + of_out + of_sums))
     return comparisons
+
+
+def trainable(request: Request) -> tuple[list[str], list[Tensor]]:
+    """The inputs that a request may differentiate by, and their names."""
+    names = [name for name in ("q", "k", "v", "bias", "sinks") if getattr(request, name) is not None]
+    return names, [getattr(request, name) for name in names]
+
+
+def in_float64(request: Request) -> Request:
+    """The request with float64 copies of those inputs: autograd rounds a gradient to the dtype of what it is of, the oracle's
+    too, and a sum over packed sequences once a sequence. A tensor given twice stays one."""
+    names, inputs = trainable(request)
+    copies = {id(x): x.detach().double().requires_grad_(x.requires_grad) for x in inputs}
+    replaced: dict[str, Any] = {name: copies[id(x)] for name, x in zip(names, inputs, strict=True)}
+    return request._replace(**replaced)
 
 
 def _noise_of_sums(terms: float, compute: torch.dtype) -> float:

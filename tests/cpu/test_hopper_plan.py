@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 import torch
 
 import tessera
 from tessera import dispatch, jit
-from tessera.backends.hopper import HopperBackend, _compile_family
+from tessera.backends.hopper import HopperBackend, _compile_together
 from tessera.backends.hopper.plan import SHARED_LIMIT, forward_config, forward_family
 from tessera.cases import CASES
 from tessera.device import KNOWN_DEVICES
@@ -43,11 +45,11 @@ def test_any_length_has_a_kernel_of_the_family(name: str, head_dim: int) -> None
 def test_the_first_call_compiles_the_whole_family(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[jit.KernelSpec] = []
     monkeypatch.setattr(jit, "warmup", compiled.extend)
-    _compile_family.cache_clear()
+    _compile_together.cache_clear()
     for seqlen in (100, 4096, 100):
         plan = tessera.plan((1, seqlen, 2, 64), (1, seqlen, 2, 64), device="h200", causal=True)
         HopperBackend().prepare(plan)
-    _compile_family.cache_clear()
+    _compile_together.cache_clear()
     assert len(compiled) == len(set(compiled)) == 2
 
 
@@ -57,3 +59,20 @@ def test_every_plan_fits_in_shared_memory(name: str) -> None:
     if not HopperBackend().why_not(asked, H200):
         assert all(config.shared_bytes() <= SHARED_LIMIT for config in forward_family(asked))
         assert str(dispatch.select(asked, H200, "hopper"))
+
+
+def test_warmup_compiles_what_plans_will_need_and_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[jit.KernelSpec] = []
+
+    def warmup(specs: Iterable[jit.KernelSpec]) -> int:
+        asked.extend(specs)
+        return len(asked)
+
+    monkeypatch.setattr(jit, "warmup", warmup)
+    shape = (1, 4096, 16, 128)
+    forward = tessera.plan(shape, shape, device="h200", causal=True)
+    training = tessera.plan(shape, shape, device="h200", causal=True, requires_grad=True)
+    assert tessera.warmup([forward, forward.problem, training, tessera.plan(shape, shape)]) == len(asked)
+    forward_kernels = set(HopperBackend().kernels(forward))
+    assert len(asked) == len(set(asked)) == len(forward_kernels) + 3
+    assert forward_kernels < set(asked)

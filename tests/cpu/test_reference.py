@@ -13,7 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tessera import dropout_mask, reference
 from tessera.cases import Case
 from tessera.mask import Mask
-from tessera.operands import Request, bind
+from tessera.operands import Request, bind, gather
+from tessera.verify import in_float64, trainable
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -214,3 +215,18 @@ def test_low_precision_run_is_in_that_dtype() -> None:
     assert high.dtype == torch.float64
     error = (low.double() - high).abs().max()
     assert 0 < error < 0.1
+
+
+def test_the_rules_reference_keeps_its_gradients_in_float64() -> None:
+    """Gradients of 16-bit inputs by autograd are rounded to 16 bits, and where sequences add up, once a sequence."""
+    lengths = (3, 5, 2)
+    case = Case("sinks", lengths_q=lengths, lengths_k=lengths, head_dim=16, sinks=True)
+    request = case.request(dtype=torch.float16, requires_grad=True)
+    request = request._replace(k=request.q)
+    exact = in_float64(request)
+    assert exact.k is exact.q
+    problem, _ = bind(request)
+    out, _ = reference.attention(problem, gather(exact))
+    _, inputs = trainable(exact)
+    gradients = torch.autograd.grad(out.square().sum(), inputs)
+    assert all(g.dtype == torch.float64 and (g != g.half().double()).any() for g in gradients)

@@ -11,6 +11,7 @@ from tessera.backends.cpu import aten, tiled
 from tessera.device import Device
 from tessera.dispatch import Choices, InputGradients, Runner, Upstream
 from tessera.errors import Reason
+from tessera.jit import KernelSpec
 from tessera.operands import Operands
 from tessera.plan import Choice, Plan
 from tessera.problem import Problem
@@ -42,6 +43,9 @@ class CpuBackend:
         problem = plan.problem
         runner = TiledRunner(problem, tiles_for(problem))
         return AtenRunner(problem, runner, aten.whole_block(problem)) if plan.forward.kernel == ATEN else runner
+
+    def kernels(self, plan: Plan) -> tuple[KernelSpec, ...]:
+        return ()
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from tessera.backends.cpu import TiledRunner, tiled_workspace, tiles_for
 from tessera.device import Device
 from tessera.dispatch import Choices, Runner
 from tessera.errors import Reason
+from tessera.jit import KernelSpec
 from tessera.plan import Choice, Plan
 from tessera.problem import Problem
 
@@ -24,6 +25,9 @@ class PortableBackend:
 
     def prepare(self, plan: Plan) -> Runner:
         return TiledRunner(plan.problem, tiles_for(plan.problem))
+
+    def kernels(self, plan: Plan) -> tuple[KernelSpec, ...]:
+        return ()
 
 
 BACKEND = PortableBackend()

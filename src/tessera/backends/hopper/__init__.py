@@ -64,7 +64,7 @@ class HopperBackend:
     def prepare(self, plan: Plan) -> Runner:
         if not isinstance(plan.forward.config, ForwardConfig):
             raise TypeError(f"plan.forward.config={plan.forward.config}: a plan of this backend carries a ForwardConfig")
-        _compile_family(forward_family(plan.problem), plan.problem.dtype)
+        _compile_together(_forward_kernels(plan.problem))
         forward = ForwardLaunch(plan.problem, plan.forward.config, plan.device.multiprocessors)
         if plan.backward is None:
             return HopperRunner(plan.problem, forward, None)
@@ -72,12 +72,22 @@ class HopperBackend:
             raise TypeError(f"plan.backward.config={plan.backward.config}: a plan of this backend carries a BackwardConfig")
         return HopperRunner(plan.problem, forward, BackwardLaunch(plan.problem, plan.backward.config))
 
+    def kernels(self, plan: Plan) -> tuple[jit.KernelSpec, ...]:
+        forward = _forward_kernels(plan.problem)
+        if plan.backward is None:
+            return forward
+        return forward + BackwardLaunch(plan.problem, backward_config(plan.problem)).specs
+
+
+def _forward_kernels(problem: Problem) -> tuple[jit.KernelSpec, ...]:
+    return tuple(kernel_spec(config, problem.dtype) for config in forward_family(problem))
+
 
 @cache
-def _compile_family(family: tuple[ForwardConfig, ...], dtype: torch.dtype) -> None:
+def _compile_together(specs: tuple[jit.KernelSpec, ...]) -> None:
     """Compile all of a family at the first call of one, side by side: two kernels take little longer than one."""
-    if len(family) > 1:
-        jit.warmup(kernel_spec(config, dtype) for config in family)
+    if len(specs) > 1:
+        jit.warmup(specs)
 
 
 @dataclass(frozen=True)
