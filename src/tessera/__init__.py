@@ -8,6 +8,7 @@ Importing this package touches neither CUDA nor Triton.
 """
 
 from tessera.api import attention, attention_varlen, plan, warmup
+from tessera.checking import debug
 from tessera.dispatch import BACKENDS
 from tessera.dropout import dropout_mask
 from tessera.errors import Reason, Unsupported
@@ -15,10 +16,15 @@ from tessera.mask import Mask
 from tessera.partial import merge
 from tessera.plan import Plan
 from tessera.problem import Problem
+from tessera.serving.api import attention_with_kvcache, plan_kvcache
+from tessera.serving.plan import CachePlan
+from tessera.serving.problem import CacheProblem
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CachePlan",
+    "CacheProblem",
     "Mask",
     "Plan",
     "Problem",
@@ -26,10 +32,13 @@ __all__ = [
     "Unsupported",
     "attention",
     "attention_varlen",
+    "attention_with_kvcache",
     "backend_names",
+    "debug",
     "dropout_mask",
     "merge",
     "plan",
+    "plan_kvcache",
     "warmup",
 ]
 

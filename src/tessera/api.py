@@ -222,7 +222,7 @@ def plan(
     options.pop("return_lse", None)  # every backend returns both
     if v is None:
         v = k
-    tensors = [_shape_as_tensor(x, dtype) for x in (q, k, v)]
+    tensors = [shape_as_tensor(x, dtype) for x in (q, k, v)]
     if device is None:
         device = q.device if isinstance(q, Tensor) and q.device.type != "meta" else "cpu"
     described = device if isinstance(device, Device) else Device.named(str(device))
@@ -266,7 +266,8 @@ _TENSOR_OPTIONS: dict[str, torch.dtype | None] = {
 }
 
 
-def _shape_as_tensor(x: Tensor | tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def shape_as_tensor(x: Tensor | tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor as it is; a shape as a tensor without memory."""
     return x if isinstance(x, Tensor) else torch.empty(x, dtype=dtype, device="meta")
 
 
@@ -275,19 +276,19 @@ def _complete(request: Request, window: Window | None, mask: Mask | None, device
 
     `device_kind` is the type of the device to run on where that is not q's own: a plan's tensors are on meta.
     """
-    _check_tensor("q", request.q)
-    _check_tensor("k", request.k)
-    _check_tensor("v", request.v)
+    check_tensor("q", request.q)
+    check_tensor("k", request.k)
+    check_tensor("v", request.v)
     if request[3:TENSORS] != NO_OTHERS:
         for name, value in zip(Request._fields[3:TENSORS], request[3:TENSORS], strict=True):
             if value is not None:
-                _check_tensor(name, value)
+                check_tensor(name, value)
     if request.backend is not None and not isinstance(request.backend, str):
         raise bad_type("backend", repr(request.backend), "backends go by name", "use one of tessera.backend_names(), or None")
     if torch._C._is_any_autocast_enabled():
         request = _autocast(request, device_kind or request.q.device.type)
     if mask is not None or window is not None:
-        whole = _mask(request.right == 0, window, mask)
+        whole = mask_of(request.right == 0, window, mask)
         request = request._replace(
             left=whole.left, right=whole.right, key_start=whole.key_start, key_end=whole.key_end, query_end=whole.query_end,
             document_begin=whole.document_begin, document_end=whole.document_end,
@@ -302,7 +303,8 @@ def _with_gradients(request: Request) -> Request:
     return request._replace(requires_grad=True, bias_requires_grad=bias, sinks_requires_grad=sinks)
 
 
-def _check_tensor(name: str, value: object) -> None:
+def check_tensor(name: str, value: object) -> None:
+    """An argument is a dense tensor."""
     if type(value) is Tensor and value.layout is torch.strided and not value.is_nested:
         return
     if not isinstance(value, Tensor):
@@ -313,7 +315,8 @@ def _check_tensor(name: str, value: object) -> None:
         raise bad_type(name, kind, why, "make it dense, or give a nested tensor's values() to attention_varlen")
 
 
-def _mask(causal: bool, window: Window | None, mask: Mask | None) -> Mask:
+def mask_of(causal: bool, window: Window | None, mask: Mask | None) -> Mask:
+    """The mask of a call, its arguments checked and intersected."""
     whole = Mask() if mask is None else mask
     if not isinstance(whole, Mask):
         raise bad_type("mask", type(mask).__name__, "masks are algebra, not tensors", "use tessera.Mask, or `bias` for any other")

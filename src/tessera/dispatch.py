@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -97,25 +98,42 @@ def load(name: str) -> Backend:
     return import_module(BACKENDS[name]).BACKEND
 
 
+class Judge(Protocol):
+    """What can say why it can't run a problem: a backend of any operation."""
+
+    name: str
+
+    def why_not(self, problem: Any, device: Device) -> tuple[Reason, ...]: ...
+
+
+B = TypeVar("B", bound=Judge)
+
+
+def first_able(candidates: Iterable[B], problem: object, device: Device) -> tuple[B, dict[str, tuple[Reason, ...]]]:
+    """The first candidate with nothing against the problem, and the reasons of those before it.
+
+    Raises Unsupported with everyone's reasons where there is none.
+    """
+    refusals: dict[str, tuple[Reason, ...]] = {}
+    for candidate in candidates:
+        reasons = candidate.why_not(problem, device)
+        if not reasons:
+            return candidate, refusals
+        refusals[candidate.name] = reasons
+    asked = f"backend={next(iter(refusals))!r} cannot" if len(refusals) == 1 else "no backend can"
+    raise Unsupported(f"{asked} run this problem on {device}\n  problem: {problem}", refusals)
+
+
 @lru_cache(maxsize=4096)
 def select(problem: Problem, device: Device, backend: str | None = None) -> Plan:
     """The plan of the first backend that can run the problem, or of the one named.
 
     Raises Unsupported with every backend's reasons where none can.
     """
-    refusals: dict[str, tuple[Reason, ...]] = {}
-    for name in [backend] if backend is not None else BACKENDS:
-        candidate = load(name)
-        reasons = candidate.why_not(problem, device)
-        if not reasons:
-            choices = candidate.plan(problem, device)
-            backward = choices.backward if problem.gradients is Gradients.INPUTS else None
-            return Plan(
-                problem, device, name, choices.forward, backward, choices.workspace_bytes, tuple(refusals.items())
-            )
-        refusals[name] = reasons
-    asked = "no backend can" if backend is None else f"backend={backend!r} cannot"
-    raise Unsupported(f"{asked} run this problem on {device}\n  problem: {problem}", refusals)
+    able, refusals = first_able(map(load, BACKENDS if backend is None else (backend,)), problem, device)
+    choices = able.plan(problem, device)
+    backward = choices.backward if problem.gradients is Gradients.INPUTS else None
+    return Plan(problem, device, able.name, choices.forward, backward, choices.workspace_bytes, tuple(refusals.items()))
 
 
 def why_not(problem: Problem, device: Device) -> dict[str, tuple[Reason, ...]]:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tessera.checking import reads_contents
 from tessera.errors import bad_type, bad_value
 from tessera.mask import Mask
 from tessera.problem import (
@@ -117,7 +118,7 @@ def describe(request: Request, device_kind: str | None = None) -> Problem:
     _check_mask(request.q, mask, shape, layout)
     bias = _check_bias(request, shape, layout)
     alibi = _check_alibi(request, shape)
-    sinks = _check_sinks(request, shape)
+    sinks = check_sinks(request.sinks, request.q, Gradients.INPUTS if request.sinks_requires_grad else Gradients.NONE)
     check_scalars(request)
     score = Score(
         scale=shape.head_dim**-0.5 if request.softmax_scale is None else float(request.softmax_scale),
@@ -200,7 +201,7 @@ def _check_qkv(request: Request, layout: Layout, device_kind: str) -> Shape:
         head_dim_v=v.shape[-1],
     )
     _check_agreement(q, k, v, layout)
-    _check_heads(shape, device_kind)
+    check_heads(shape, device_kind)
     return shape
 
 
@@ -213,7 +214,8 @@ def _check_agreement(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> None:
         raise bad_value("k", f"head_dim {k.shape[-1]}", f"q has head_dim {q.shape[-1]}", "q and k share one head_dim")
 
 
-def _check_heads(shape: Shape, device_kind: str) -> None:
+def check_heads(shape: Shape, device_kind: str, limits: tuple[int, int] = (MAX_HEAD_DIM, MAX_HEAD_DIM)) -> None:
+    """The numbers of heads go into each other; head_dim and head_dim_v keep to `limits`."""
     if shape.heads_kv == 0 or shape.heads_q % shape.heads_kv:
         raise bad_value(
             "heads",
@@ -221,9 +223,9 @@ def _check_heads(shape: Shape, device_kind: str) -> None:
             "each key/value head serves an equal number of query heads",
             f"use {_nearest_divisor(shape.heads_q, shape.heads_kv)} key/value heads",
         )
-    for name, dim in (("head_dim", shape.head_dim), ("head_dim_v", shape.head_dim_v)):
-        if not 1 <= dim <= MAX_HEAD_DIM:
-            raise bad_value(name, dim, f"head dims are 1 to {MAX_HEAD_DIM}", f"use at most {MAX_HEAD_DIM}, split the heads")
+    for name, dim, limit in zip(("head_dim", "head_dim_v"), (shape.head_dim, shape.head_dim_v), limits, strict=True):
+        if not 1 <= dim <= limit:
+            raise bad_value(name, dim, f"head dims are 1 to {limit}", f"use at most {limit}, split the heads")
         if device_kind == "cuda" and dim % 8:
             raise bad_value(name, dim, "rows must be 16-byte aligned on a GPU", f"pad it to {-(-dim // 8) * 8}")
 
@@ -243,7 +245,7 @@ def _check_lengths(request: Request, shape: Shape) -> None:
             continue
         if value.dtype != torch.int32:
             raise bad_type(name, value.dtype, "offsets are read as int32 in the kernels", f"use {name}.to(torch.int32)")
-        _check_device(name, value, request.q)
+        check_device(name, value, request.q)
         entries = shape.batch + 1 if name.startswith("cu_") else shape.batch
         if value.dim() != 1 or value.shape[0] != entries or shape.batch < 0:
             form = "(batch + 1,)" if name.startswith("cu_") else "(batch,)"
@@ -252,27 +254,33 @@ def _check_lengths(request: Request, shape: Shape) -> None:
 
 
 def check_contents(request: Request) -> None:
-    """The lengths' contents, on the CPU: reading them on a GPU would wait for it."""
-    if request.cu_seqlens_q is None or request.q.device.type != "cpu":
+    """The lengths' contents, on the CPU and under `debug()`: reading them on a GPU waits for it."""
+    if request.cu_seqlens_q is None or not reads_contents(request.q):
         return
     for side, tensor in (("q", request.q), ("k", request.k)):
         offsets = getattr(request, f"cu_seqlens_{side}")
-        if offsets.device.type != "cpu":
+        if offsets.device.type == "meta":
             continue
-        ends = offsets.tolist()
-        rising = all(a <= b for a, b in pairwise(ends))
-        if not rising or ends[0] != 0 or ends[-1] > tensor.shape[0]:
-            why = f"offsets must rise from 0 to at most {side}'s total of {tensor.shape[0]}"
-            raise bad_value(f"cu_seqlens_{side}", ends[:8], why, "use lengths.cumsum(0) with a leading 0")
+        check_offsets(f"cu_seqlens_{side}", offsets, tensor.shape[0])
         used = getattr(request, f"seqused_{side}")
-        if used is not None and used.device.type == "cpu":
+        if used is not None and used.device.type != "meta":
             lengths = offsets.diff()
             if ((used < 0) | (used > lengths)).any():
                 why = f"the sequences hold {lengths.tolist()[:8]} tokens"
                 raise bad_value(f"seqused_{side}", used.tolist()[:8], why, "use at most each sequence's length")
 
 
-def _check_device(name: str, value: Tensor, q: Tensor) -> None:
+def check_offsets(name: str, offsets: Tensor, total: int) -> list[int]:
+    """The offsets of packed sequences as numbers: they rise from 0 to at most `total`."""
+    ends: list[int] = offsets.tolist()
+    if ends[0] != 0 or ends[-1] > total or not all(a <= b for a, b in pairwise(ends)):
+        why = f"offsets must rise from 0 to at most {name[-1]}'s total of {total}"
+        raise bad_value(name, ends[:8], why, "use lengths.cumsum(0) with a leading 0")
+    return ends
+
+
+def check_device(name: str, value: Tensor, q: Tensor) -> None:
+    """`value` lies where q does."""
     if value.device != q.device and q.device.type != "meta":
         raise bad_value(f"{name}.device", value.device, f"q is on {q.device}", f"use {name}.to(q.device)")
 
@@ -283,7 +291,7 @@ def _check_mask(q: Tensor, mask: Mask, shape: Shape, layout: Layout) -> None:
         if layout is Layout.VARLEN:
             why = "packed sequences carry their lengths themselves"
             raise bad_value(f"mask.{name}", f"shape {tuple(value.shape)}", why, "use cu_seqlens and seqused instead")
-        _check_device(f"mask.{name}", value, q)
+        check_device(f"mask.{name}", value, q)
         per_row = name.startswith("document_")
         if value.dim() != (2 if per_row else 1) or value.dtype != torch.int32:
             form = f"{value.dtype} of shape {tuple(value.shape)}"
@@ -302,7 +310,7 @@ def _check_bias(request: Request, shape: Shape, layout: Layout) -> Bias | None:
         return None
     if bias.dtype not in (request.q.dtype, torch.float32):
         raise bad_type("bias", bias.dtype, f"q is {request.q.dtype}", "use q's dtype or float32")
-    _check_device("bias", bias, request.q)
+    check_device("bias", bias, request.q)
     if bias.dim() > 4:
         raise bad_value("bias", f"shape {tuple(bias.shape)}", "it has more than 4 dimensions", "use (batch, heads, q, k)")
     batch, heads, rows, keys = _four_dims(bias).shape
@@ -325,7 +333,7 @@ def _check_alibi(request: Request, shape: Shape) -> Alibi | None:
     slopes = request.alibi_slopes
     if slopes is None:
         return None
-    _check_device("alibi_slopes", slopes, request.q)
+    check_device("alibi_slopes", slopes, request.q)
     if slopes.dtype != torch.float32:
         raise bad_type("alibi_slopes", slopes.dtype, "slopes are read as float32", "use alibi_slopes.float()")
     if slopes.requires_grad:
@@ -338,28 +346,24 @@ def _check_alibi(request: Request, shape: Shape) -> Alibi | None:
     raise bad_value("alibi_slopes", f"shape {tuple(slopes.shape)}", "one slope for each query head", f"give {wanted}")
 
 
-def _check_sinks(request: Request, shape: Shape) -> Sinks | None:
-    sinks = request.sinks
+def check_sinks(sinks: Tensor | None, q: Tensor, gradients: Gradients = Gradients.NONE) -> Sinks | None:
+    """Sinks are one logit a query head, in q's dtype or float32."""
     if sinks is None:
         return None
-    _check_device("sinks", sinks, request.q)
-    if sinks.dtype not in (request.q.dtype, torch.float32):
-        raise bad_type("sinks", sinks.dtype, f"q is {request.q.dtype}", "use q's dtype or float32")
-    if sinks.shape != (shape.heads_q,):
-        raise bad_value("sinks", f"shape {tuple(sinks.shape)}", "one logit for each query head", f"give ({shape.heads_q},)")
-    return Sinks(Gradients.INPUTS if request.sinks_requires_grad else Gradients.NONE)
+    check_device("sinks", sinks, q)
+    if sinks.dtype not in (q.dtype, torch.float32):
+        raise bad_type("sinks", sinks.dtype, f"q is {q.dtype}", "use q's dtype or float32")
+    heads = q.shape[-2]
+    if sinks.shape != (heads,):
+        raise bad_value("sinks", f"shape {tuple(sinks.shape)}", "one logit for each query head", f"give ({heads},)")
+    return Sinks(gradients)
 
 
 def check_scalars(request: Request) -> None:
     """The request's numbers: finite scale, softcap >= 0, dropout_p in [0, 1) with a seed."""
-    scale, softcap, dropout_p, seed = request.softmax_scale, request.softcap, request.dropout_p, request.seed
-    for name, value in (("softmax_scale", scale), ("softcap", softcap), ("dropout_p", dropout_p)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise bad_type(name, type(value).__name__, "it is one number for the whole call", "give a Python float")
-    if scale is not None and not math.isfinite(scale):
-        raise bad_value("softmax_scale", scale, "scores would not be finite", "use a finite scale, or None for d**-0.5")
-    if not (softcap >= 0 and math.isfinite(softcap)):
-        raise bad_value("softcap", softcap, "a cap is positive", "use softcap > 0, or 0 for none")
+    dropout_p, seed = request.dropout_p, request.seed
+    check_scale(request.softmax_scale, request.softcap)
+    _check_number("dropout_p", dropout_p)
     if not 0 <= dropout_p < 1:
         raise bad_value("dropout_p", dropout_p, "it is a probability below 1", "use 0 <= dropout_p < 1")
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt))):
@@ -369,3 +373,20 @@ def check_scalars(request: Request) -> None:
     if dropout_p > 0 and seed is None:
         why = "dropout draws from an explicit seed"
         raise bad_value("seed", None, why, "give an int, for example int(torch.randint(2**62, ()))")
+
+
+def check_scale(softmax_scale: float | None, softcap: float) -> None:
+    """A finite scale and a softcap of at least 0."""
+    if softmax_scale is not None:
+        _check_number("softmax_scale", softmax_scale)
+        if not math.isfinite(softmax_scale):
+            instead = "use a finite scale, or None for d**-0.5"
+            raise bad_value("softmax_scale", softmax_scale, "scores would not be finite", instead)
+    _check_number("softcap", softcap)
+    if not (softcap >= 0 and math.isfinite(softcap)):
+        raise bad_value("softcap", softcap, "a cap is positive", "use softcap > 0, or 0 for none")
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise bad_type(name, type(value).__name__, "it is one number for the whole call", "give a Python float")

@@ -17,7 +17,7 @@ from tessera.dispatch import Upstream
 from tessera.errors import bad_value
 from tessera.operands import TENSORS, Request, check_scalars
 
-_SCHEMA_TYPES = {
+SCHEMA_TYPES = {
     "Tensor": "Tensor",
     "Tensor | None": "Tensor?",
     "int | None": "SymInt?",
@@ -27,7 +27,7 @@ _SCHEMA_TYPES = {
     "str | None": "str?",
 }
 _NAMES = Request._fields
-_ARGUMENTS = ", ".join(f"{_SCHEMA_TYPES[Request.__annotations__[name].__forward_arg__]} {name}" for name in _NAMES)
+_ARGUMENTS = ", ".join(f"{SCHEMA_TYPES[Request.__annotations__[name].__forward_arg__]} {name}" for name in _NAMES)
 
 _library = torch.library.Library("tessera", "DEF")
 _library.define(f"forward({_ARGUMENTS}) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))

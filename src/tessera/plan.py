@@ -21,6 +21,10 @@ class Choice:
     def __str__(self) -> str:
         return f"{self.kernel} [{self.config}]: {self.why}" if self.config else f"{self.kernel}: {self.why}"
 
+    def to_json(self) -> dict[str, str | None]:
+        """The choice as plain data."""
+        return {"kernel": self.kernel, "config": None if self.config is None else str(self.config), "why": self.why}
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -59,8 +63,8 @@ class Plan:
             "problem": str(self.problem),
             "device": asdict(self.device),
             "backend": self.backend,
-            "forward": _choice_json(self.forward),
-            "backward": _choice_json(self.backward),
+            "forward": self.forward.to_json(),
+            "backward": None if self.backward is None else self.backward.to_json(),
             "flops": self.problem.flops(),
             "backward_flops": int(2.5 * self.problem.flops()) if self.problem.gradients is Gradients.INPUTS else 0,
             "io_bytes": self.problem.io_bytes(),
@@ -68,8 +72,3 @@ class Plan:
             "refusals": {name: [asdict(reason) for reason in reasons] for name, reasons in self.refusals},
         }
 
-
-def _choice_json(choice: Choice | None) -> dict[str, Any] | None:
-    if choice is None:
-        return None
-    return {"kernel": choice.kernel, "config": None if choice.config is None else str(choice.config), "why": choice.why}

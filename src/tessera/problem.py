@@ -97,10 +97,13 @@ class Score:
 
 
 class Reproducibility(Enum):
-    """Whether two runs must agree bit for bit."""
+    """Which runs must agree bit for bit."""
 
     ANY_ORDER = "any order of sums"
     BITWISE = "bitwise"
+    """two runs of one problem"""
+    BATCH_INVARIANT = "batch-invariant"
+    """a sequence's result, whatever the batch around it (serving from a cache)"""
 
 
 @dataclass(frozen=True)

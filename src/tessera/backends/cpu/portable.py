@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from tessera.backends.cpu import TiledRunner, tiled_workspace, tiles_for
+from tessera.backends.cpu.serving import GatheringRunner, gathered_bytes
 from tessera.device import Device
 from tessera.dispatch import Choices, Runner
 from tessera.errors import Reason
 from tessera.jit import KernelSpec
 from tessera.plan import Choice, Plan
 from tessera.problem import Problem
+from tessera.serving.dispatch import CacheRunner
+from tessera.serving.plan import CachePlan
+from tessera.serving.problem import CacheProblem
 
 
 class PortableBackend:
@@ -30,4 +34,21 @@ class PortableBackend:
         return ()
 
 
+class PortableServing:
+    """Attention over a KV cache in tiles of torch operations on any device. Lengths and pages are read on the host."""
+
+    name = "torch"
+
+    def why_not(self, problem: CacheProblem, device: Device) -> tuple[Reason, ...]:
+        return ()
+
+    def plan(self, problem: CacheProblem, device: Device) -> Choices:
+        why = "torch operations, sequence by sequence: right on any device, not fast; waits for the device, no CUDA graphs"
+        return Choices(Choice("tiled", None, why), None, gathered_bytes(problem))
+
+    def prepare(self, plan: CachePlan) -> CacheRunner:
+        return GatheringRunner(plan.problem)
+
+
 BACKEND = PortableBackend()
+SERVING_BACKEND = PortableServing()
