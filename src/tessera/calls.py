@@ -2,17 +2,32 @@
 
 A call's key is each tensor's shape, strides, dtype and device and every option; two calls with one key have the same Problem
 and the same Plan. So a repeated call costs a look-up instead of the checks, and nothing about it is decided twice.
+
+`recall` is shorter still, for the calls a server makes by the thousand: q, k and v alone, no gradients. Its Request is not even
+built, which is a third of such a call's time on the host (benchmarks/LOG.md).
 """
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from tessera import dispatch
 from tessera.device import Device
-from tessera.operands import NO_OTHERS, TENSORS, Operands, Request, check_contents, check_scalars, describe, gather
+from tessera.mask import Mask
+from tessera.operands import (
+    NO_LENGTHS,
+    NO_OTHERS,
+    TENSORS,
+    Operands,
+    Request,
+    check_contents,
+    check_scalars,
+    describe,
+    gather,
+)
 from tessera.plan import Plan
 
 _CAPACITY = 4096
@@ -27,6 +42,7 @@ class Prepared:
 
 
 _known: dict[tuple[object, ...], Prepared] = {}
+_plain: dict[tuple[Hashable, ...], tuple[Prepared, Mask]] = {}
 
 
 def prepare(request: Request) -> tuple[Prepared, Operands]:
@@ -61,3 +77,26 @@ def _seen(tensor: object) -> tuple[object, ...] | None:
     if not isinstance(tensor, Tensor):
         return None
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
+
+
+def recall(q: Tensor, k: Tensor, v: Tensor, options: tuple[Hashable, ...]) -> tuple[Prepared, Operands] | None:
+    """What `remember` was told of such tensors and options, with these as its operands."""
+    try:
+        found = _plain.get(_plain_key(q, k, v, options))
+    except (TypeError, AttributeError, RuntimeError):  # no hash, no tensor, no strides: `prepare` says so in words
+        return None
+    return None if found is None else (found[0], Operands(q, k, v, NO_LENGTHS, found[1], None, None, None, 0))
+
+
+def remember(request: Request, options: tuple[Hashable, ...], prepared: Prepared, operands: Operands) -> None:
+    """For `recall`: a dense request of q, k and v alone, and the options in the caller's own form, which fix all else of it."""
+    if len(_plain) >= _CAPACITY:
+        _plain.clear()
+    _plain[_plain_key(request.q, request.k, request.v, options)] = prepared, operands.mask
+
+
+def _plain_key(q: Tensor, k: Tensor, v: Tensor, options: tuple[Hashable, ...]) -> tuple[Hashable, ...]:
+    return (
+        q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(),
+        q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, options,
+    )  # fmt: skip

@@ -61,6 +61,10 @@ class Runner(Protocol):
         """(out, lse) as Problem.out_shape and Problem.lse_shape say, contiguous."""
         ...
 
+    def output(self, operands: Operands) -> Tensor:
+        """The forward's out alone."""
+        ...
+
     def backward(self, operands: Operands, upstream: Upstream) -> InputGradients: ...
 
 

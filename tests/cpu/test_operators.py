@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import pickle
 import weakref
 from typing import Any
@@ -287,3 +288,36 @@ def test_bias_of_huge_negative_numbers(lowest: float) -> None:
     torch.testing.assert_close(out[:, 2], v.mean(dim=1).repeat_interleave(2, dim=1))
     assert lse.isfinite().all()
     assert all(grad.isfinite().all() for grad in torch.autograd.grad(out.sum(), (q, k, v)))
+
+
+def test_a_repeated_call_is_recalled_and_does_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """q, k and v alone, without gradients: what a call needs is looked up by shapes and options, and the Request is not built."""
+    q, k, v = (torch.randn(2, 11, 4, 8) for _ in range(3))
+    variations: list[dict[str, Any]] = [{}, {"causal": True}, {"window": (2, 1)}, {"softcap": 3.0}, {"softmax_scale": 0.2}]
+    first = [attention(q, k, v, **options) for options in variations]
+    wide = torch.randn(2, 11, 4, 16)[..., ::2].transpose(0, 1).contiguous().transpose(0, 1)
+    elsewhere = attention(wide, k, v)
+    with monkeypatch.context() as patched:
+        patched.setattr(tessera.api, "Request", None)
+        for options, expected in zip(variations, first, strict=True):
+            assert torch.equal(attention(q, k, v, **options), expected)
+        assert torch.equal(attention(wide, k, v), elsewhere)
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(first, 2))
+
+
+def test_what_is_recalled_never_hides_who_watches() -> None:
+    q, k, v = (torch.randn(1, 9, 2, 8) for _ in range(3))
+    expected = [attention(q, k, v) for _ in range(2)][1]
+    out, lse = attention(q, k, v, return_lse=True)
+    assert torch.equal(out, expected)
+    assert lse.shape == (1, 2, 9)
+    leaf_q = q.clone().requires_grad_()
+    attention(leaf_q, k, v).sum().backward()
+    assert leaf_q.grad is not None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attention(q, k, v).dtype == torch.bfloat16
+    assert torch.compile(attention, backend="eager", fullgraph=True)(q, k, v).equal(expected)
+    with pytest.raises(ValueError, match="k"):
+        attention(q, k[:, :, :, :4], v)
+    with pytest.raises(TypeError, match="q"):
+        attention(q.to_sparse(), k, v)

@@ -145,6 +145,14 @@ def test_repeats_bit_for_bit(case: Case) -> None:
     assert differs.item() == 0
 
 
+@pytest.mark.parametrize("case", MANY_TILES, ids=lambda case: case.name)
+def test_out_without_lse(case: Case) -> None:
+    """A call that wants no lse writes none, and the same out."""
+    _, operands, plan = prepared(case.request("cuda", torch.bfloat16))
+    runner = BACKEND.prepare(plan)
+    assert torch.equal(runner.output(operands), runner.forward(operands)[0])
+
+
 def test_two_streams_at_once() -> None:
     """Launches that overlap have counters of their own."""
     requests = [Case("a", head_dim=128, seqlen_q=900, seqlen_k=900, heads_q=h, heads_kv=h, causal=True) for h in (20, 33)]

@@ -59,6 +59,9 @@ class TiledRunner:
         with _own_dtypes(operands):
             return tiled.forward(self.problem, operands, self.tiles)
 
+    def output(self, operands: Operands) -> Tensor:
+        return self.forward(operands)[0]
+
     def backward(self, operands: Operands, upstream: Upstream) -> InputGradients:
         with _own_dtypes(operands):
             return tiled.backward(self.problem, operands, upstream, self.tiles)
@@ -79,6 +82,9 @@ class AtenRunner:
 
     def forward(self, operands: Operands) -> tuple[Tensor, Tensor]:
         return aten.forward(self.problem, operands, self.whole)
+
+    def output(self, operands: Operands) -> Tensor:
+        return self.forward(operands)[0]
 
     def backward(self, operands: Operands, upstream: Upstream) -> InputGradients:
         if upstream.dlse is not None:

@@ -444,7 +444,8 @@ def _read_tile(shared, turn):
 
 @gluon.jit
 def _finish_rows(me, tile, row, m, l, lse_ptr):
-    """Write the log-sum-exp, (batch, heads, seqlen_q), or (heads, total_q) packed; the factor that makes O out."""
+    """Write the log-sum-exp, (batch, heads, seqlen_q), or (heads, total_q) packed, where it has an address; the factor that
+    makes O out."""
     layout: gl.constexpr = row_layout(columns_of(me.shared.v[0].shape))
     rows = row + gl.arange(0, M, layout)
     sink = m * 0.0
@@ -454,7 +455,8 @@ def _finish_rows(me, tile, row, m, l, lse_ptr):
     l = gl.convert_layout(gl.sum(l, axis=1), layout)
     factor, lse = normaliser(me.config, m, l, gl.convert_layout(sink, layout), rows < tile.seq.q_live)
     line = (tile.seq.batch * me.call.heads + tile.head).to(gl.int64) * me.call.seqlen_q
-    gl.store(lse_ptr + line + tile.seq.q_begin + rows, lse, mask=rows < tile.seq.q_rows)
+    asked_for = lse_ptr.to(gl.int64) != 0
+    gl.store(lse_ptr + line + tile.seq.q_begin + rows, lse, mask=(rows < tile.seq.q_rows) & asked_for)
     return factor
 
 

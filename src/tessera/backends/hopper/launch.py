@@ -6,7 +6,7 @@ Nothing here asks questions of the data or waits for the device.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -66,10 +66,11 @@ _INTEGERS = (
 
 
 class Bound(NamedTuple):
-    """What a runner's one set of shapes and strides decides: the kernel, the tensor maps' places (each with the index of its
-    tensor among q, k, v, out: a head dim in two parts has two), and all the kernel's numbers."""
+    """What a runner's one set of shapes and strides decides: the kernel, how out is made from q, the tensor maps' places (each
+    with the index of its tensor among q, k, v, out: a head dim in two parts has two), and all the kernel's numbers."""
 
     kernel: jit.Kernel
+    allocate: Callable[[Tensor], Tensor]
     places: tuple[tuple[jit.Place, int], ...]
     numbers: tuple[int | float, ...]
 
@@ -139,11 +140,18 @@ class ForwardLaunch:
         return outer * LOG2_E, inner
 
     def __call__(self, operands: Operands) -> tuple[Tensor, Tensor]:
-        problem, q, k, v = self.problem, operands.q, operands.k, operands.v
-        out = torch.empty(problem.out_shape, dtype=q.dtype, device=q.device)
-        lse = torch.empty(problem.lse_shape, dtype=torch.float32, device=q.device)
-        addresses: tuple[int, ...] = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
+        lse = torch.empty(self.problem.lse_shape, dtype=torch.float32, device=operands.q.device)
+        return self._run(operands, lse.data_ptr()), lse
+
+    def output(self, operands: Operands) -> Tensor:
+        """out alone: no lse is allocated or written."""
+        return self._run(operands, 0)
+
+    def _run(self, operands: Operands, lse: int) -> Tensor:
+        q, k, v = operands[:3]
         bound = self.bound[0] if self.bound else None
+        out = q.new_empty(self.problem.out_shape) if bound is None else bound.allocate(q)
+        addresses: tuple[int, ...] = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
         kept: list[Tensor | None] = []  # copies that must live until the kernel is in the stream
         if bound is None or (addresses[0] | addresses[1] | addresses[2]) % 16:
             bound, rows = self._bind(operands, out)
@@ -155,9 +163,9 @@ class ForwardLaunch:
         stream = jit.current_stream(device)
         bound.kernel(
             stream, self.programs, 1, 1, *[place[addresses[index]] for place, index in bound.places],
-            lse.data_ptr(), *self._pointers(operands, kept), counters.address(device, stream), *bound.numbers,
+            lse, *self._pointers(operands, kept), counters.address(device, stream), *bound.numbers,
         )  # fmt: skip
-        return out, lse
+        return out
 
     def _bind(self, operands: Operands, out: Tensor) -> tuple[Bound, tuple[Rows, ...]]:
         """The kernel and its arguments for these strides, and the tensors as their maps see them."""
@@ -170,7 +178,7 @@ class ForwardLaunch:
             for encode, index in zip(kernel.tiles, indices, strict=True)
         )
         numbers = (*self._integers(operands), *(row.pitch for row in rows), *self.scales)
-        return Bound(kernel, places, numbers), rows
+        return Bound(kernel, _allocator(operands.q, self.problem.out_shape), places, numbers), rows
 
     def _pointers(self, operands: Operands, kept: list[Tensor | None]) -> Sequence[int]:
         """Addresses of sinks, lengths, padding and documents; 0 for what there is not (the kernel has no code for it)."""
@@ -194,6 +202,11 @@ class ForwardLaunch:
         stride = 0 if begin is None or begin.shape[0] == 1 else self.problem.shape.seqlen_q
         place = _INTEGERS.index("document_stride")
         return (*self.integers[:place], stride, *self.integers[place + 1 :])
+
+
+def _allocator(q: Tensor, shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+    """Makes out from a q of these strides: empty_like, where it gives the same, takes half of new_empty's host time."""
+    return torch.empty_like if q.is_contiguous() and q.shape == shape else lambda q: q.new_empty(shape)
 
 
 class Rows(NamedTuple):
