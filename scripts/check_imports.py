@@ -37,6 +37,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("api", "serving.api"),
     ("__init__",),
     ("verify", "support", "distributed", "integrations"),
+    ("serving.verify",),
     ("bench",),
     ("commands",),
     ("cli", "__main__"),

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -21,6 +21,12 @@ from tessera.mask import Mask, check_window_side
 from tessera.operands import NO_OTHERS, TENSORS, Request, bind
 from tessera.plan import Plan
 from tessera.problem import Problem
+from tessera.serving import dispatch as serving_dispatch
+from tessera.serving.plan import CachePlan
+from tessera.serving.problem import CacheProblem
+
+if TYPE_CHECKING:
+    from tessera.jit import KernelSpec
 
 Window = tuple[int | None, int | None]
 
@@ -244,11 +250,12 @@ def plan(
     return dispatch.select(problem, described, request.backend)
 
 
-def warmup(problems: Iterable[Problem | Plan], *, device: str | torch.device | Device = "h200") -> int:
+def warmup(problems: Iterable[Problem | Plan | CacheProblem | CachePlan], *, device: str | torch.device | Device = "h200") -> int:
     """Compile ahead of time, into the disk cache, what these problems need at any length; returns how many kernels that took.
 
     Args:
-        problems: plans, as `plan` gives them (with requires_grad the backward's kernels too), or problems for `device`.
+        problems: plans, as `plan` (with requires_grad the backward's kernels too) and `plan_kvcache` give them, or problems
+            for `device`.
         device: for problems; "h100" or "h200" need not be here: no GPU is touched.
 
     Raises: tessera.Unsupported where no backend can run a problem; what a failing compile raises.
@@ -256,8 +263,15 @@ def warmup(problems: Iterable[Problem | Plan], *, device: str | torch.device | D
     from tessera import jit  # what compiles is not needed to import tessera
 
     described = device if isinstance(device, Device) else Device.named(str(device))
-    plans = [x if isinstance(x, Plan) else dispatch.select(x, described) for x in problems]
-    return jit.warmup(dict.fromkeys(spec for each in plans for spec in dispatch.load(each.backend).kernels(each)))
+    return jit.warmup(dict.fromkeys(spec for problem in problems for spec in _kernels(problem, described)))
+
+
+def _kernels(problem: Problem | Plan | CacheProblem | CachePlan, device: Device) -> tuple[KernelSpec, ...]:
+    if isinstance(problem, (CacheProblem, CachePlan)):
+        of_cache = serving_dispatch.select(problem, device) if isinstance(problem, CacheProblem) else problem
+        return serving_dispatch.load(of_cache.backend).kernels(of_cache)
+    planned = dispatch.select(problem, device) if isinstance(problem, Problem) else problem
+    return dispatch.load(planned.backend).kernels(planned)
 
 
 # The dtype of an option that `plan` is given by its shape; None: the dtype of q.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache, lru_cache
 from importlib import import_module
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
@@ -14,6 +14,9 @@ from tessera.errors import Reason, bad_value
 from tessera.serving.operands import CacheOperands
 from tessera.serving.plan import CachePlan
 from tessera.serving.problem import CacheProblem
+
+if TYPE_CHECKING:
+    from tessera.jit import KernelSpec
 
 
 class CacheRunner(Protocol):
@@ -43,6 +46,10 @@ class CacheBackend(Protocol):
         ...
 
     def prepare(self, plan: CachePlan) -> CacheRunner: ...
+
+    def kernels(self, plan: CachePlan) -> tuple[KernelSpec, ...]:
+        """What `prepare` and the runner's calls compile, for problems like this one of any length; empty where nothing is."""
+        ...
 
 
 # In order of preference. A module defines SERVING_BACKEND; it is imported when first asked.

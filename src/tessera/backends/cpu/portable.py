@@ -49,6 +49,9 @@ class PortableServing:
     def prepare(self, plan: CachePlan) -> CacheRunner:
         return GatheringRunner(plan.problem)
 
+    def kernels(self, plan: CachePlan) -> tuple[KernelSpec, ...]:
+        return ()
+
 
 BACKEND = PortableBackend()
 SERVING_BACKEND = PortableServing()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -29,6 +30,9 @@ from tessera.serving.operands import CacheOperands
 from tessera.serving.plan import CachePlan
 from tessera.serving.problem import CacheProblem
 
+if TYPE_CHECKING:
+    from tessera.jit import KernelSpec
+
 
 class CpuServing:
     """Attention over a KV cache on the CPU, every option of the API."""
@@ -45,6 +49,9 @@ class CpuServing:
 
     def prepare(self, plan: CachePlan) -> CacheRunner:
         return GatheringRunner(plan.problem)
+
+    def kernels(self, plan: CachePlan) -> tuple[KernelSpec, ...]:
+        return ()
 
 
 def gathered_bytes(problem: CacheProblem) -> int:
