@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tessera.bench import GRIDS, Cell, Direction, Limits, Outcome, Schedule, Tessera, accuracy, interleaved, machine, measure, run
+from tessera.bench.ceilings import ceilings
 from tessera.bench.cells import flops_by_length
 from tessera.bench.grids import family_of, square
 from tessera.bench.memory import peak_of
@@ -250,6 +251,15 @@ def test_the_json_is_strict_and_complete(tmp_path: Path):
     assert data["cells"][0]["entries"]["tessera"] == data["cells"][0]["entries"]["tessera"] | {"outcome": "wrong", "error": None}
     assert data["summary"]["ok"] is False
     assert data["summary"]["lost"][0]["peer"] == "eager"
+
+
+def test_ceilings_travel_with_the_report(tmp_path: Path):
+    report = replace(_report(), ceilings=ceilings("cpu", torch.float32))
+    assert report.ceilings is not None
+    assert 1e9 < report.ceilings.copy < 1e13
+    assert 1e9 < report.ceilings.matmul < 1e15
+    report.write(tmp_path / "r.json")
+    assert Report.read(tmp_path / "r.json") == report
 
 
 def test_peak_memory_sees_what_a_call_held_for_a_moment():

@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(line(report.cells[-1]), flush=True)
         if asked.json is not None:
             report.write(asked.json)
+    print(f"ceilings of the run: {report.ceilings}")
     for loss in report.lost():
         print(f"behind {loss.peer}: {loss.cell} {loss.speedup}")
     means = " ".join(f"{name} {value:.3f}" for name, value in report.geomeans().items())

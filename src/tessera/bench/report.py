@@ -11,6 +11,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from tessera.bench.ceilings import Ceilings
 from tessera.bench.cells import Direction
 from tessera.bench.grids import Metric
 from tessera.bench.machine import Cpu, Gpu, Machine
@@ -78,7 +79,8 @@ class Lost:
 
 @dataclass(frozen=True)
 class Report:
-    """A finished (or cut short) run of a grid. `ours` is the contender that the others are compared with."""
+    """A finished (or cut short) run of a grid. `ours` is the contender that the others are compared with, `ceilings` what the
+    machine could do at most in the same run."""
 
     grid: str
     direction: Direction
@@ -88,6 +90,7 @@ class Report:
     ours: str
     machine: Machine
     cells: tuple[CellResult, ...]
+    ceilings: Ceilings | None = None
     date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     @property
@@ -150,7 +153,7 @@ class Report:
             cells.append(CellResult(**(cell | {"entries": entries})))
         return Report(
             data["grid"], Direction(data["direction"]), Metric(data["metric"]), data["dtype"], data["device"], data["ours"],
-            system, tuple(cells), data["date"],
+            system, tuple(cells), Ceilings(**data["ceilings"]) if data.get("ceilings") else None, data["date"],
         )  # fmt: skip
 
     def write(self, path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from tessera.bench import flash_peers, machine
+from tessera.bench.ceilings import ceilings
 from tessera.bench.cells import Cell, Direction
 from tessera.bench.grids import GRIDS, Grid
 from tessera.bench.peers import Peer, Tessera
@@ -78,10 +79,11 @@ class Session:
     def reports(self) -> Iterator[Report]:
         """The report after each cell, which grows by one cell: whoever writes each loses one cell to a crash."""
         here, done = machine.describe(), list[CellResult]()
+        at_most = ceilings(self.device, self.cells[0].dtype)
         dtype = str(self.cells[0].dtype).removeprefix("torch.")
         for result in run(self.cells, self.contenders, self.device, None, self.grid.metric, self.limits):
             done.append(result)
             yield Report(
                 self.grid.name, self.cells[0].direction, self.grid.metric, dtype, self.device, self.contenders[0].name, here,
-                tuple(done),
+                tuple(done), at_most,
             )  # fmt: skip

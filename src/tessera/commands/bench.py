@@ -150,6 +150,8 @@ def _show_summary(console: Console, report: Report) -> None:
     means = ", ".join(f"{name} [bold]{value:.3f}[/]" for name, value in report.geomeans().items())
     if means:
         console.print(f"{report.ours} over each peer, geometric mean: {means}")
+    if report.ceilings is not None:
+        console.print(f"[dim]ceilings of the run: {report.ceilings}[/]")
     best = report.against_best()
     if best is not None and len(report.geomeans()) > 1:
         console.print(f"{report.ours} over the best peer of each cell: [bold]{best:.3f}[/]")
