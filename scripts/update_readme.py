@@ -76,12 +76,64 @@ def _paper_grid(record: dict[str, Any], name: str) -> str:
     return "\n".join(lines)
 
 
+def training() -> str:
+    """The newest training record: model FLOP utilisation, step and memory of each contender, and the newest loss curves."""
+    parts = []
+    for path in sorted(RESULTS.glob("training_*.json"))[-1:]:
+        parts.append(_training_table(json.loads(path.read_text()), path.name))
+    for path in sorted(RESULTS.glob("learning_*.json"))[-1:]:
+        parts.append(_learning(json.loads(path.read_text()), path.name))
+    return "\n\n".join(parts) or "Nothing measured yet."
+
+
+def _training_table(record: dict[str, Any], name: str) -> str:
+    shape, here = record["shape"], record["machine"]
+    model = (
+        f"{shape['layers']} layers, hidden {shape['hidden']}, {shape['heads']} heads of {shape['hidden'] // shape['heads']}, "
+        f"{record['parameters'] / 1e9:.2f} billion parameters, {record['dtype']} with float32 masters, AdamW"
+    )
+    head = (
+        f"Whole training steps of a GPT ({model}; {record['tokens']} tokens a step), {here['gpus'][0]['name']}, torch "
+        f"{here['versions']['torch']}, {record['date'][:10]}; all contenders in turns, step by step "
+        f"(`benchmarks/results/{name}`). Milliseconds a step, model FLOP utilisation by Megatron-LM's formula (which counts "
+        "causal attention as full; of 989.4 TFLOP/s), peak memory."
+    )
+    lengths = record["lengths"]
+    titles = [f"{length['batch']} x {_thousands(length['seqlen'])}" for length in lengths]
+    lines = [head, "", "| attention | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
+    for contender in lengths[0]["entries"]:
+        row = [_step(length["entries"][contender]) for length in lengths]
+        lines.append(f"| {contender} | " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def _step(result: dict[str, Any]) -> str:
+    if result["seconds"] is None:
+        return result["outcome"]
+    used = f", {result['utilisation']:.1%}" if result["utilisation"] else ""
+    memory = f", {result['peak_bytes'] / 1e9:.1f} GB" if result["peak_bytes"] else ""
+    return f"{1e3 * result['seconds']['median']:.1f} ms{used}{memory}"
+
+
+def _learning(record: dict[str, Any], name: str) -> str:
+    lesson, dtype = record["lesson"], record["lesson"]["dtype"]
+    held_out = ", ".join(f"{curve['name']} {curve['held_out']:.3f}" for curve in record["curves"])
+    model = f"{lesson['layers']} layers, hidden {lesson['hidden']}, {lesson['batch']} x {lesson['seqlen']} bytes a step"
+    return (
+        f"![Loss curves that lie on each other](docs/images/losses.png)\n\n*{lesson['steps']} steps of a byte-level GPT "
+        f"({model}) on the sources of Python's standard library, the same weights and batches for each. Ours "
+        f"({record['kernel']}) lies {record['distance']:.4f} nats from the float32 curve in the mean over the steps; twice what "
+        f"{dtype} alone does is {record['allowed']:.4f}. Held-out text at the end, nats a byte: {held_out} "
+        f"(`benchmarks/results/{name}`; `tessera learn` on your machine).*"
+    )
+
+
 def _thousands(number: int) -> str:
     return f"{number // 1024}k" if number >= 1024 else str(number)
 
 
 def updated(text: str) -> str:
-    for marker, body in (("support", support()), ("benchmarks", benchmarks())):
+    for marker, body in (("support", support()), ("benchmarks", benchmarks()), ("training", training())):
         pattern = rf"(<!-- {marker}:begin -->\n).*?(<!-- {marker}:end -->)"
         text = re.sub(pattern, lambda found, body=body: f"{found[1]}{body}\n{found[2]}", text, flags=re.DOTALL)
     return text

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from tessera import cli, dispatch, operators
 from tessera.bench.__main__ import main as bench_main
 from tessera.bench.report import Report
+from tessera.bench.training import TrainingReport
 from tessera.commands import app
 from tessera.commands.corpus import passages
 from tessera.errors import Reason
@@ -213,6 +214,55 @@ def test_bench_fails_where_ours_has_no_time():
 )
 def test_bench_refuses_bad_input(flags: tuple[str, ...]):
     assert invoke("bench", *flags).exit_code == 2
+
+
+def test_train_measures_steps_and_shows_what_was_measured(tmp_path: Path, capsys):
+    figures = tmp_path / "t.json"
+    assert bench_main(["--train", "--layers", "1", "--rounds", "2", "--peers", "sdpa,fa3", "--json", str(figures)]) == 0
+    printed = capsys.readouterr().out
+    assert "fa3" in printed
+    assert "refused, flash_attn_interface is not installed" in printed
+    measured = TrainingReport.read(figures)
+    assert (measured.ok, measured.shape.layers) == (True, 1)
+    result = invoke("bench", "--train", "--report", str(figures))
+    assert result.exit_code == 0, result.output
+    assert "tessera checkpointed, attention kept" in result.output
+    assert "flash_attn_interface is not installed" in result.output
+
+
+def test_learn_shows_and_draws_the_curves(tmp_path: Path, capsys):
+    pytest.importorskip("matplotlib")
+    figures, picture = tmp_path / "l.json", tmp_path / "l.png"
+    assert bench_main(["--learn", "--steps", "5", "--json", str(figures)]) == 0
+    assert "math SDPA, float32" in capsys.readouterr().out
+    result = invoke("learn", "--report", str(figures), "--plot", str(picture))
+    assert result.exit_code == 0, result.output
+    assert "the curves lie on each other" in result.output
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert invoke("learn", "--steps", "3", "--dtype", "float32").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("bench", "--train", "--peers", "magic"),
+        ("bench", "--train", "--device", "cuda:99"),
+        ("bench", "--train", "--report", "/nowhere.json"),
+        ("learn", "--report", "/nowhere.json"),
+        ("learn", "--steps", "1"),
+        ("learn", "--backend", "magic"),
+        ("learn", "--dtype", "int8"),
+    ],
+)
+def test_training_refuses_bad_input(flags: tuple[str, ...]):
+    assert invoke(*flags).exit_code == 2
+
+
+@pytest.mark.parametrize("command", [("bench",), ("bench", "--train"), ("learn",)])
+def test_a_report_of_another_kind_is_refused(command: tuple[str, ...], tmp_path: Path):
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({"schema": 1, "kind": "something else"}))
+    assert invoke(*command, "--report", str(other)).exit_code == 2
 
 
 def test_the_corpus_is_real_text_and_the_same_every_time():

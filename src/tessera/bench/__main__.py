@@ -1,6 +1,8 @@
 """`python -m tessera.bench GRID`: the grid without typer, rich and matplotlib, which a GPU machine often lacks.
 
     python -m tessera.bench paper --peers cudnn,fa3 --fa3-dir /peers --deadline 400 --json h200.json
+    python -m tessera.bench --train --peers cudnn,fa3 --fa3-dir /peers --json training.json
+    python -m tessera.bench --learn --json learning.json
 
 Prints a line a cell. `tessera bench --report h200.json --plot h200.png` shows and draws the file elsewhere.
 """
@@ -14,24 +16,30 @@ from pathlib import Path
 
 from tessera.bench.cells import Direction
 from tessera.bench.grids import GRIDS
+from tessera.bench.learning import LearningOrder
 from tessera.bench.report import CellResult
 from tessera.bench.runner import CELL_LIMIT_S, Limits
 from tessera.bench.session import Order
+from tessera.bench.training import StepResult, TrainingOrder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a grid; 0 where every cell of ours has a time, 1 where one has none, 2 for bad input."""
+    """Run what is asked for; 0 where all of ours was right and has a time, 1 where not, 2 for bad input."""
     asked = _parser().parse_args(arguments)
-    direction = Direction.BACKWARD if asked.backward else Direction.FORWARD
-    peers = None if asked.peers is None else tuple(asked.peers.split(","))
-    limits = Limits(asked.cell_limit, asked.deadline)
-    order = Order(asked.grid, direction, None, asked.device, asked.backend, peers, asked.only, asked.fa3_dir, limits)
     try:
-        session = order.session()
+        if asked.train:
+            return _train(asked)
+        return _learn(asked) if asked.learn else _measure(asked)
     except ValueError as mistake:
         print(mistake, file=sys.stderr)
         return 2
-    for report in session.reports():
+
+
+def _measure(asked: argparse.Namespace) -> int:
+    direction = Direction.BACKWARD if asked.backward else Direction.FORWARD
+    limits = Limits(asked.cell_limit, asked.deadline)
+    order = Order(asked.grid, direction, None, asked.device, asked.backend, asked.peers, asked.only, asked.fa3_dir, limits)
+    for report in order.session().reports():
         print(line(report.cells[-1]), flush=True)
         if asked.json is not None:
             report.write(asked.json)
@@ -40,6 +48,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"behind {loss.peer}: {loss.cell} {loss.speedup}")
     means = " ".join(f"{name} {value:.3f}" for name, value in report.geomeans().items())
     print(f"{report.ours} over each peer, geometric mean: {means}; over the best: {report.against_best() or 0:.3f}")
+    return 0 if report.ok else 1
+
+
+def _train(asked: argparse.Namespace) -> int:
+    order = TrainingOrder(asked.device, asked.peers, asked.fa3_dir, asked.layers, asked.rounds)
+    for report in order.course().reports():
+        length = report.lengths[-1]
+        for name, entry in length.entries.items():
+            print(f"{length.batch}x{length.seqlen:<6} {name:<36} {training_line(entry)}", flush=True)
+        if asked.json is not None:
+            report.write(asked.json)
+    return 0 if report.ok else 1
+
+
+def training_line(entry: StepResult) -> str:
+    """One contender's step in one line, or why it has none."""
+    if entry.seconds is None:
+        return f"{entry.outcome.value}, {entry.note}"
+    share = f" {entry.utilisation:.1%}" if entry.utilisation else ""
+    memory = f" {entry.peak_bytes / 1e9:.1f} GB" if entry.peak_bytes else ""
+    return f"{1e3 * entry.seconds.median:.1f} ms{share}{memory} x{entry.speedup or 1}  gradients {entry.difference:.1e} apart"
+
+
+def _learn(asked: argparse.Namespace) -> int:
+    report = LearningOrder(asked.device, asked.backend, asked.steps).course().run()
+    for curve in report.curves:
+        print(f"{curve.name:<24} loss {curve.losses[0]:.4f} -> {curve.losses[-1]:.4f}, held out {curve.held_out:.4f}")
+    print(f"{report.kernel}: {report.distance:.2e} from the float32 curve, {report.allowed:.2e} allowed")
+    if asked.json is not None:
+        report.write(asked.json)
     return 0 if report.ok else 1
 
 
@@ -56,8 +94,14 @@ def line(cell: CellResult) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tessera.bench", description="Time Tessera beside its peers on a named grid.")
-    parser.add_argument("grid", choices=list(GRIDS))
-    parser.add_argument("--peers", help="names with commas between them")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("grid", nargs="?", choices=list(GRIDS))
+    what.add_argument("--train", action="store_true", help="whole training steps of a GPT")
+    what.add_argument("--learn", action="store_true", help="loss curves of a byte-level GPT")
+    parser.add_argument("--layers", type=int, help="of the GPT that --train trains")
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each contender of --train")
+    parser.add_argument("--steps", type=int, help="of --learn")
+    parser.add_argument("--peers", type=lambda names: tuple(names.split(",")), help="names with commas between them")
     parser.add_argument("--backward", action="store_true")
     parser.add_argument("--backend", help="our backend, by default the one that dispatch picks")
     parser.add_argument("--device", help="by default the grid's kind")

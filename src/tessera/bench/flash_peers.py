@@ -17,7 +17,7 @@ from torch import Tensor
 from tessera.bench.peers import BANDS, Backward, Eager, Forward, Peer, Sdpa, TorchFlash, longest, missing, through_autograd
 from tessera.device import Device
 from tessera.operands import Request
-from tessera.problem import Layout, Problem
+from tessera.problem import Gradients, Layout, Problem
 
 _FLASH = BANDS | {"grouped queries", "packed sequences", "head_dim_v"}
 _HALF = (torch.float16, torch.bfloat16)
@@ -81,6 +81,9 @@ class Fa3Operators:
         return _needs_hopper(problem, device) or missing(problem, _FLASH)
 
     def forward(self, request: Request, problem: Problem) -> Forward:
+        if problem.gradients is Gradients.INPUTS and torch.is_grad_enabled():
+            q, k, v = request.q, request.k, request.v
+            return lambda: _Fa3Autograd.apply(q, k, v, self, request, problem)
         run = self._forward(request, problem)
         return lambda: run()[0]
 
@@ -106,10 +109,15 @@ class Fa3Operators:
         return lambda: operators.fwd(q, k, v, num_splits=0, **options)
 
     def backward(self, request: Request, problem: Problem, dout: Tensor) -> Backward:
-        operators = _load_fa3(self.folder)
-        q, k, v = (x.detach() for x in (request.q, request.k, request.v))
         with torch.no_grad():
             out, lse = self._forward(request, problem)()[:2]
+        return self._backward(request, problem, (out, lse, dout))
+
+    def _backward(self, request: Request, problem: Problem, saved: tuple[Tensor, Tensor, Tensor]) -> Backward:
+        """The operator's call from out, lse and dout."""
+        operators = _load_fa3(self.folder)
+        q, k, v = (x.detach() for x in (request.q, request.k, request.v))
+        out, lse, dout = (x.detach() for x in saved)
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
         options: dict[str, Any] = {"is_causal": problem.mask.is_causal, "softmax_scale": problem.score.scale}
         left, right = _window(problem)
@@ -123,6 +131,24 @@ class Fa3Operators:
             return dq, dk, dv
 
         return run
+
+
+class _Fa3Autograd(torch.autograd.Function):
+    """The two operators joined, as the package's own autograd function joins them."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, peer: Fa3Operators, request: Request, problem: Problem) -> Tensor:
+        out, lse = peer._forward(request, problem)()[:2]
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.asked = peer, request[3:], problem
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        peer, options, problem = ctx.asked
+        run = peer._backward(Request(q, k, v, *options), problem, (out, lse, dout.contiguous()))
+        return *run(), None, None, None
 
 
 @dataclass(frozen=True)

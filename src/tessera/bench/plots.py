@@ -1,4 +1,4 @@
-"""The figures: a grid's rates as bars (in the style of the FlashAttention papers), and the demo's growth curves."""
+"""The figures: a grid's rates as bars (in the style of the FlashAttention papers), the demo's growth curves, losses."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from tessera.bench.grids import family_of
+from tessera.bench.learning import LearningReport
 from tessera.bench.report import CellResult, Report
 
 _OURS = "#0b6e4f"
 _OTHERS = ("#9aa5b1", "#f2a65a", "#5b8fd6", "#b07aa1", "#d1495b", "#6c757d")
 _FEWEST_PLACES = 3  # a panel with fewer groups keeps the width of its bars
 _INK = "#22303c"
+_SMOOTHED_SHARE = 30  # a smoothed loss is the mean over this part of the run
 
 
 def _pyplot() -> Any:
@@ -159,6 +161,37 @@ def _extend(axis: Any, naive: Curve, tokens: Sequence[int]) -> None:
     axis.plot(beyond, needed, color=_OTHERS[1], ls=":", lw=2)
     axis.annotate(f"would need {needed[-1] / 1e3:,.1f} GB", (beyond[-1], needed[-1]), ha="right", va="bottom", fontsize=8.5,
                   xytext=(-4, 4), textcoords="offset points")  # fmt: skip
+
+
+def losses(report: LearningReport, path: Path) -> Path:
+    """Every learner's loss by step, the same smoothed, and below how far each lies from the last (float32) one; as PNG."""
+    pyplot = _pyplot()
+    figure, (above, below) = pyplot.subplots(2, 1, figsize=(8.2, 5.6), sharex=True, height_ratios=(3, 1.3))
+    reference, width = report.curves[-1], max(1, len(report.curves[-1].losses) // _SMOOTHED_SHARE)
+    styles = ((_OURS, 2.4, "-"), (_OTHERS[1], 1.4, "--"), (_INK, 1.2, ":"))
+    for curve, (colour, line, dashes) in zip(report.curves, (*styles[: len(report.curves) - 1], styles[-1]), strict=True):
+        steps, smooth = range(width, len(curve.losses) + 1), _smoothed(curve.losses, width)
+        above.plot(range(1, len(curve.losses) + 1), curve.losses, color=colour, lw=0.6, alpha=0.25)
+        above.plot(steps, smooth, color=colour, lw=line, ls=dashes, label=f"{curve.name} (held out: {curve.held_out:.3f})")
+        if curve is not reference:
+            apart = [a - b for a, b in zip(smooth, _smoothed(reference.losses, width), strict=True)]
+            below.plot(steps, apart, color=colour, lw=line, ls=dashes)
+    below.axhline(0, color=_INK, lw=1.2, ls=":")
+    above.set_ylabel("loss, nats a byte")
+    below.set_ylabel("less float32's")
+    below.set_xlabel(f"step (lines: means over {width})")
+    above.legend(loc="upper right")
+    for axis in (above, below):
+        axis.grid(color="#e3e8ed", zorder=0)
+    device = report.machine.gpus[0].name if report.machine.gpus and report.device != "cpu" else report.machine.cpu.name
+    above.set_title(f"A byte-level GPT learns Python's standard library ({report.kernel}, {device})", loc="left")
+    figure.tight_layout()
+    return _save(pyplot, figure, path)
+
+
+def _smoothed(values: Sequence[float], width: int) -> list[float]:
+    """Running means over `width` values."""
+    return [sum(values[i : i + width]) / width for i in range(len(values) - width + 1)]
 
 
 def _save(pyplot: Any, figure: Any, path: Path) -> Path:

@@ -137,23 +137,22 @@ class Report:
             "lost": [asdict(loss) for loss in self.lost()],
             "ok": self.ok,
         }
-        return _plain(data)
+        return plain(data)
 
     @staticmethod
     def read(path: Path) -> Report:
         """The report that `write` wrote. Raises ValueError where the file holds none of this schema."""
         data = json.loads(path.read_text())
-        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        if not isinstance(data, dict) or data.get("schema") != SCHEMA or "cells" not in data:
             raise ValueError(f"{path}: not a benchmark's report of schema {SCHEMA}; write one with --json")
-        here = data["machine"]
-        system = Machine(here["system"], Cpu(**here["cpu"]), tuple(Gpu(**gpu) for gpu in here["gpus"]), here["versions"])
         cells = []
         for cell in data["cells"]:
             entries = {name: _entry(entry) for name, entry in cell["entries"].items()}
             cells.append(CellResult(**(cell | {"entries": entries})))
+        limits = Ceilings(**data["ceilings"]) if data.get("ceilings") else None
         return Report(
             data["grid"], Direction(data["direction"]), Metric(data["metric"]), data["dtype"], data["device"], data["ours"],
-            system, tuple(cells), Ceilings(**data["ceilings"]) if data.get("ceilings") else None, data["date"],
+            machine_of(data["machine"]), tuple(cells), limits, data["date"],
         )  # fmt: skip
 
     def write(self, path: Path) -> None:
@@ -178,14 +177,19 @@ def _entry(data: dict[str, Any]) -> Entry:
     return Entry(**(data | ratios | {"outcome": Outcome(data["outcome"])}))
 
 
-def _plain(value: Any) -> Any:
+def machine_of(data: dict[str, Any]) -> Machine:
+    """A machine from its JSON form."""
+    return Machine(data["system"], Cpu(**data["cpu"]), tuple(Gpu(**gpu) for gpu in data["gpus"]), data["versions"])
+
+
+def plain(value: Any) -> Any:
     """Enums by their values, numbers that are no numbers as None: what strict JSON holds."""
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
+        return {key: plain(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(inner) for inner in value]
+        return [plain(inner) for inner in value]
     return value

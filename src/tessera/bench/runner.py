@@ -79,7 +79,7 @@ def _prepare(
             call, results = _first_run(peer, request, problem, standard)
             error = standard.error(results)
         except Exception as failure:  # a peer may raise anything; it costs the peer this cell
-            entries[peer.name] = Entry(Outcome.FAILED, note=_in_words(failure))
+            entries[peer.name] = Entry(Outcome.FAILED, note=in_words(failure))
             continue
         right = error <= allowed
         note = "" if right else f"wrong by {error:.1e}, {allowed:.1e} is allowed"
@@ -113,7 +113,8 @@ def _without_result(cell: Cell, note: str) -> CellResult:
     return CellResult(cell.name, case.head_dim, case.seqlen_q, case.seqlen_k, "causal" if case.causal else "full", note=note)
 
 
-def _in_words(failure: BaseException) -> str:
+def in_words(failure: BaseException) -> str:
+    """The kind of a failure and the first line of its message."""
     text = str(failure).strip().splitlines()
     return f"{type(failure).__name__}: {text[0] if text else ''}"[:300]
 
@@ -229,5 +230,5 @@ def _serve(pipe: Connection, job: _Job) -> None:
         try:
             answer: CellResult | str = measure(cell, job.contenders, job.device, job.schedule, job.metric)
         except Exception as failure:
-            answer = _in_words(failure)
+            answer = in_words(failure)
         pipe.send(answer)

@@ -44,10 +44,7 @@ class Order:
             raise bad_value("backend", repr(self.backend), "there is no such backend", f"use one of {', '.join(BACKENDS)}")
         grid = GRIDS[self.grid]
         device = self.device or grid.device
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise bad_value("device", repr(device), str(error).splitlines()[0], "use a device of this machine") from error
+        usable(device)
         cells = tuple(cell for cell in grid.cells(self.direction, self.dtype) if self.only in cell.name)
         if not cells:
             raise bad_value("k", repr(self.only), f"no cell of {grid.name} has this in its name", "use for example causal")
@@ -59,6 +56,14 @@ class Order:
             if name not in everyone:
                 raise bad_value("peers", repr(name), "there is no such peer", f"use some of {', '.join(everyone)}")
             yield everyone[name]
+
+
+def usable(device: str) -> None:
+    """Raises ValueError, in words, where there is no such device."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise bad_value("device", repr(device), str(error).splitlines()[0], "use a device of this machine") from error
 
 
 def quick_grid() -> str:

@@ -12,6 +12,7 @@ from tessera.commands.check import check
 from tessera.commands.demo import demo
 from tessera.commands.doctor import doctor
 from tessera.commands.explain import explain
+from tessera.commands.learn import learn
 
 app = typer.Typer(
     name="tessera",
@@ -20,5 +21,5 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_show_locals=False,
 )
-for _command in (demo, doctor, explain, check, bench):
+for _command in (demo, doctor, explain, check, bench, learn):
     app.command()(_command)

@@ -15,7 +15,8 @@ from tessera.bench.grids import Metric
 from tessera.bench.report import Entry, Outcome, Report
 from tessera.bench.runner import CELL_LIMIT_S, Limits
 from tessera.bench.session import Order, quick_grid
-from tessera.commands import screen
+from tessera.bench.training import TrainingOrder
+from tessera.commands import screen, train
 from tessera.commands.options import DTYPES, DtypeOption
 
 _DRAW = {Outcome.REFUSED: "[dim]-[/]", Outcome.WRONG: "[bad]wrong[/]", Outcome.FAILED: "[bad]failed[/]"}
@@ -35,6 +36,8 @@ def bench(
     saved: Annotated[Path | None, typer.Option("--report", help="Measure nothing: show (and draw) what --json wrote.")] = None,
     deadline: Annotated[float | None, typer.Option(help="Seconds after which no cell is begun.")] = None,
     cell_limit: Annotated[float, typer.Option(help="Seconds after which a cell is given up.")] = CELL_LIMIT_S,
+    training: Annotated[bool, typer.Option("--train", help="Time whole training steps of a GPT, no grid.")] = False,
+    layers: Annotated[int | None, typer.Option(min=1, help="Of the GPT; by default 12 on a GPU, 2 on a CPU.")] = None,
 ) -> None:
     """Time Tessera beside its peers on a named grid.
 
@@ -44,13 +47,20 @@ def bench(
 
     Grids:  cpu-quick, cpu;  on a GPU: paper, paper-quick, gqa, window, varlen, decode
 
+    With --train every contender's attention trains the same GPT, step by step in turns, and must find our gradients first.
+
     Example:  tessera bench --grid paper --backward --peers cudnn,fa3 --json out/h200.json --plot out/h200.png
     """
     console = screen.console()
+    names = None if peers is None else tuple(peers.split(","))
+    if training:
+        trained = train.measured(TrainingOrder(device, names, fa3_dir, layers), json_file) if saved is None else train.read(saved)
+        train.show(console, trained)
+        raise typer.Exit(0 if trained.ok else 1)
     if saved is None:
         order = Order(
             grid or quick_grid(), Direction.BACKWARD if backward else Direction.FORWARD, None if dtype is None else DTYPES[dtype],
-            device, backend, None if peers is None else tuple(peers.split(",")), only, fa3_dir, Limits(cell_limit, deadline),
+            device, backend, names, only, fa3_dir, Limits(cell_limit, deadline),
         )  # fmt: skip
         report = _measure(console, order, json_file)
     else:
