@@ -120,12 +120,10 @@ def attention(
 
     Source: FlashAttention (arXiv 2205.14135), FlashAttention-2 (2307.08691), FlashAttention-3 (2407.08608).
     """
-    options = None
-    if not return_lse and alibi_slopes is bias is sinks is mask is seed is None and not dropout_p:
-        options = (causal, window, softmax_scale, softcap, deterministic, backend)
-        recalled = operators.recall(q, k, v, options)
-        if recalled is not None:
-            return recalled
+    plain = not return_lse and alibi_slopes is bias is sinks is mask is seed is None and not dropout_p
+    options = (causal, window, softmax_scale, softcap, deterministic, backend) if plain else None
+    if options is not None and (recalled := operators.recall(q, k, v, options)) is not None:
+        return recalled
     request = Request(
         q, k, v, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks, right=0 if causal else None, softmax_scale=softmax_scale,
         softcap=softcap, dropout_p=dropout_p, deterministic=deterministic, backend=backend, seed=seed,
