@@ -29,20 +29,22 @@ def _needs_hopper(problem: Problem, device: Device) -> str | None:
     return None if problem.dtype in _HALF else f"no {str(problem.dtype).removeprefix('torch.')}"
 
 
-def _window(problem: Problem) -> tuple[int, int]:
-    """(left, right) in FlashAttention's convention: -1 for no limit; a causal mask is given apart."""
+def _window(problem: Problem, unlimited: int | None = -1) -> tuple[int | None, int | None]:
+    """(left, right) in FlashAttention's convention, `unlimited` (FA3: -1) for no limit; causal is given apart."""
     mask = problem.mask
     if mask.is_causal:
-        return -1, -1
-    return (-1 if mask.left is None else mask.left), (-1 if mask.right is None else mask.right)
+        return unlimited, unlimited
+    return (unlimited if mask.left is None else mask.left), (unlimited if mask.right is None else mask.right)
 
 
 @dataclass(frozen=True)
 class FlashPackage:
-    """A package with flash_attn_func and flash_attn_varlen_func: flash_attn_interface (FA3), flash_attn.cute (FA4)."""
+    """A package with flash_attn_func and flash_attn_varlen_func: flash_attn_interface (FA3), flash_attn.cute (FA4). `unlimited`
+    is how it spells a window's open side."""
 
     name: str
     module: str
+    unlimited: int | None = -1
 
     def why_not(self, problem: Problem, device: Device) -> str | None:
         if not _importable(self.module):
@@ -54,7 +56,7 @@ class FlashPackage:
         options: dict[str, Any] = {
             "softmax_scale": problem.score.scale,
             "causal": problem.mask.is_causal,
-            "window_size": _window(problem),
+            "window_size": _window(problem, self.unlimited),
             "softcap": problem.score.softcap,
         }
         q, k, v = request.q, request.k, request.v
@@ -233,7 +235,7 @@ def peers(fa3_folder: Path | None = None) -> dict[str, Peer]:
         Sdpa("cudnn", "CUDNN_ATTENTION"),
         TorchFlash(),
         fa3,
-        FlashPackage("fa4", "flash_attn.cute"),
+        FlashPackage("fa4", "flash_attn.cute", None),
         Flex(),
     )
     return {peer.name: peer for peer in everyone}
