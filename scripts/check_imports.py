@@ -35,6 +35,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("calls", "serving.calls"),
     ("operators", "serving.operators"),
     ("api", "serving.api"),
+    ("serving.cascade",),
     ("__init__",),
     ("verify", "support", "distributed", "integrations"),
     ("serving.verify",),

@@ -16,13 +16,16 @@ def _seeded() -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """How many random problems were tried, summed over the workers."""
-    tried: Counter[str] = Counter()
+    """How many random problems were tried and what the random server did, summed over the workers."""
+    sums: dict[str, Counter[str]] = {"random problems": Counter(), "random server": Counter()}
     for report in terminalreporter.getreports("passed"):
         for name, counts in report.user_properties:
-            if name == "random problems":
-                tried.update(counts)
+            if name in sums:
+                sums[name].update(counts)
+    tried, server = sums.values()
     if tried:
         total = tried["dense"] + tried["varlen"]
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(tried.items()))
         terminalreporter.write_line(f"{total} random problems agree with the oracle: {kinds}")
+    if server:
+        terminalreporter.write_line("random server: " + ", ".join(f"{n} {what}" for what, n in sorted(server.items())))

@@ -17,6 +17,7 @@ from tessera.partial import merge
 from tessera.plan import Plan
 from tessera.problem import Problem
 from tessera.serving.api import attention_with_kvcache, plan_kvcache
+from tessera.serving.cascade import attention_cascade
 from tessera.serving.plan import CachePlan
 from tessera.serving.problem import CacheProblem
 
@@ -31,6 +32,7 @@ __all__ = [
     "Reason",
     "Unsupported",
     "attention",
+    "attention_cascade",
     "attention_varlen",
     "attention_with_kvcache",
     "backend_names",

@@ -100,7 +100,8 @@ def check():
     for name in tessera.__all__:
         assert hasattr(tessera, name), name
     assert tessera.backend_names()
-    for function in (tessera.attention, tessera.attention_varlen, tessera.plan, tessera.merge, tessera.dropout_mask):
+    for function in (tessera.attention, tessera.attention_varlen, tessera.plan, tessera.merge, tessera.dropout_mask,
+                 tessera.attention_with_kvcache, tessera.attention_cascade, tessera.plan_kvcache, tessera.debug):
         assert callable(function) and function.__doc__, function
 check()
 q = torch.randn(1, 8, 2, 16)

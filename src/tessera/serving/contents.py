@@ -19,9 +19,8 @@ def check_contents(request: CacheRequest) -> None:
     """Raises ValueError that names the argument, the first offending sequence, its value and the limit."""
     if not reads_contents(request.q):
         return
-    lengths = request.cache_seqlens.long()
-    new = _new_rows(request)
-    totals = lengths + new
+    lengths, new = request.cache_seqlens, _new_rows(request)
+    totals = lengths.long() + new
     table = request.page_table
     rows = request.k_cache.shape[1]
     capacity = rows if table is None else rows * table.shape[1]
@@ -37,19 +36,19 @@ def check_contents(request: CacheRequest) -> None:
     if request.rotary_cos is not None:
         _first_outside("cache_seqlens + new rows", totals, 0, request.rotary_cos.shape[0], "positions in the tables")
     if request.cache_batch_idx is not None:
-        _check_entries(request.cache_batch_idx, request)
+        _check_entries(request.cache_batch_idx, new, request)
     if table is not None:
         _check_pages(table, totals, request)
 
 
-def _new_rows(request: CacheRequest) -> Tensor | int:
-    """How many rows each sequence appends."""
+def _new_rows(request: CacheRequest) -> Tensor:
+    """How many rows each sequence appends, (batch,)."""
     starts = request.cu_seqlens_q
     if starts is not None:
         check_offsets("cu_seqlens_q", starts, request.q.shape[0])
     if request.k is None:
-        return 0
-    return request.k.shape[1] if starts is None else starts.diff().long()
+        return torch.zeros_like(request.cache_seqlens)
+    return torch.full_like(request.cache_seqlens, request.k.shape[1]) if starts is None else starts.diff()
 
 
 def _first_outside(name: str, values: Tensor, least: int, most: int, why: str) -> None:
@@ -59,9 +58,10 @@ def _first_outside(name: str, values: Tensor, least: int, most: int, why: str) -
         raise bad_value(name, int(values[b]), f"sequence {b} has {most} {why}", f"use {least} to {most}")
 
 
-def _check_entries(entries: Tensor, request: CacheRequest) -> None:
+def _check_entries(entries: Tensor, new: Tensor, request: CacheRequest) -> None:
     _first_outside("cache_batch_idx", entries, 0, request.k_cache.shape[0] - 1, "as the cache's last entry")
-    if request.k is not None and entries.unique().numel() != entries.numel():
+    written = entries[new > 0]
+    if written.unique().numel() != written.numel():
         why = "two sequences would write into one entry"
         raise bad_value("cache_batch_idx", entries.tolist()[:8], why, "append to each entry once a call")
 
