@@ -39,13 +39,15 @@ _library.define(
 
 
 def forward(request: Request, options: tuple[Hashable, ...] | None = None) -> tuple[Tensor, Tensor]:
-    """(out, lse): through the operator where anything watches (autograd, tracing, a mode), else straight to the backend.
+    """(out, lse): through the operator where anything watches (a trace, a mode, a transform), else straight to the backend.
 
     `options`: the caller's own words for all of a request but q, k and v, to be recalled by (see `recall`).
     """
     if torch.compiler.is_compiling():
         return torch.ops.tessera.forward(*request)
-    if not request.requires_grad and _is_unwatched(request.q, request.k, request.v):
+    if _is_unwatched(request.q, request.k, request.v):
+        if request.requires_grad:
+            return _Attention.apply(request[TENSORS:], *request[:TENSORS])
         prepared, operands = calls.prepare(request)
         if options is not None:
             calls.remember(request, options, prepared, operands)
@@ -69,7 +71,8 @@ def recall(q: Tensor, k: Tensor, v: Tensor, options: tuple[Hashable, ...]) -> Te
 
 
 def _is_unwatched(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether no trace, mode or subclass wants to see the call: the operator's own way costs some 20 microseconds more."""
+    """Whether no trace, mode or subclass wants to see the call: the operator's own way costs 20 microseconds of host time more,
+    with gradients several hundred (benchmarks/LOG.md)."""
     return (
         type(q) is type(k) is type(v) is Tensor
         and not q.is_meta
@@ -160,13 +163,30 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[
     tensors: list[Any] = [next(saved) if is_present else None for is_present in ctx.is_present]
     request = Request._make((*tensors, *ctx.options))
     dout = torch.zeros_like(out) if dout is None else dout
-    dq, dk, dv, dbias, dsinks = torch.ops.tessera.backward(dout, dlse, out, lse, *request)
+    watched = torch.is_grad_enabled() or torch.compiler.is_compiling() or not _is_unwatched(dout, out, request.q)
+    backward = torch.ops.tessera.backward if watched else _backward
+    dq, dk, dv, dbias, dsinks = backward(dout, dlse, out, lse, *request)
     gradients: dict[str, Tensor] = {"q": dq, "k": dk, "v": dv}
     if request.bias_requires_grad:
         gradients["bias"] = dbias
     if request.sinks_requires_grad:
         gradients["sinks"] = dsinks
     return tuple(gradients.get(name) for name in _NAMES)
+
+
+class _Attention(torch.autograd.Function):
+    """The operator's autograd for plain eager calls: the same functions without torch.library's wrappers around each call."""
+
+    @staticmethod
+    def forward(ctx: Any, options: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        arguments = (*tensors, *options)
+        output = _forward(*arguments)
+        _setup_context(ctx, arguments, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        return (None, *_differentiate(ctx, dout, dlse)[:TENSORS])
 
 
 def _refuse_double_backward(ctx: Any, *gradients: Any) -> Any:
