@@ -12,13 +12,29 @@ import pytest
 import torch
 from torch import Tensor
 
-from tessera.bench import GRIDS, Cell, Direction, Limits, Outcome, Schedule, Tessera, accuracy, interleaved, machine, measure, run
+from tessera import reference
+from tessera.bench import (
+    GRIDS,
+    Cell,
+    Direction,
+    Limits,
+    Outcome,
+    Schedule,
+    Tessera,
+    accuracy,
+    cache_peers,
+    interleaved,
+    machine,
+    measure,
+    run,
+)
 from tessera.bench.ceilings import ceilings
 from tessera.bench.cells import flops_by_length
-from tessera.bench.grids import family_of, square
+from tessera.bench.grids import Metric, family_of, square
 from tessera.bench.memory import peak_of
 from tessera.bench.peers import Eager, Sdpa, features
 from tessera.bench.report import CellResult, Entry, Report, geomean
+from tessera.bench.session import Order
 from tessera.bench.timing import Ratio, speedup
 from tessera.cases import CASES, Case
 from tessera.device import Device
@@ -292,3 +308,47 @@ def test_the_plot_is_a_picture(tmp_path: Path):
     nothing = replace(_report(), cells=())
     with pytest.raises(ValueError, match="no cell was timed"):
         plots.rates(nothing, tmp_path / "n.png")
+
+
+CACHE_CASES = (
+    Case("small, b3 1x100", 3, 1, 100, 4, 2, 16),
+    Case("small, b2 4x70", 2, 4, 70, 4, 2, 16, causal=True),
+    Case("small, packed", 3, 1, 1, 4, 2, 16, lengths_q=(1, 1, 1), lengths_k=(5, 100, 33)),
+    Case("small, packed rows", 3, 1, 1, 4, 2, 16, lengths_q=(3, 0, 2), lengths_k=(5, 100, 33), causal=True),
+)
+
+
+@pytest.mark.parametrize("case", CACHE_CASES, ids=lambda case: case.name)
+def test_a_cache_holds_the_cells_keys(case: Case):
+    """Ours over a cache, contiguous and in pages, is right, and so timed; SDPA's refusal of packed cells stands beside it."""
+    contenders = (cache_peers.TesseraCache(), *(cache_peers.peers()[name] for name in ("pages16", "pages1", "splits1", "sdpa")))
+    result = measure(Cell(case, torch.float32), contenders, "cpu", BRIEF, Metric.BANDWIDTH)
+    for name, entry in result.entries.items():
+        refused = name == "sdpa" and (case.is_varlen or case.causal)
+        assert entry.outcome is (Outcome.REFUSED if refused else Outcome.TIMED), (name, entry)
+
+
+def test_fa3_is_missed_by_name():
+    problem, _ = bind(CACHE_CASES[0].request("meta", torch.bfloat16))
+    assert "fa3.so" in cache_peers.peers()["fa3"].why_not(problem, Device.named("h200"))
+
+
+def test_large_caches_are_checked_at_both_ends(monkeypatch):
+    case = CACHE_CASES[0]
+    monkeypatch.setitem(accuracy.MOST_SCORES, "cpu", 100)
+    request = case.request()
+    problem, operands = bind(request)
+    standard = accuracy.standard_for(request, problem)
+    assert "first and last" in standard.how
+    out = reference.attention(problem, operands)[0]
+    assert standard.error((out,)) == 0
+    out[2, 0, 1] *= 1.01
+    assert standard.error((out,)) > 1e-3
+
+
+def test_grids_over_a_cache_have_their_own_contenders():
+    session = Order("decode", device="cpu", peers=("sdpa", "pages64"), only="b64 1x32k").session()
+    assert [c.name for c in session.contenders] == ["tessera", "sdpa", "tessera-pages64"]
+    assert len(session.cells) == 1
+    with pytest.raises(ValueError, match="flex"):
+        Order("decode", device="cpu", peers=("flex",)).session()

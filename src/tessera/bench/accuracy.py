@@ -21,6 +21,8 @@ from tessera.bench.peers import Sdpa, features, missing
 from tessera.operands import Request, bind
 from tessera.problem import Gradients, Layout, Problem
 
+MOST_QUERIES = 64
+"""Up to so many queries beside a large cache its first and last entries are checked alone."""
 MOST_SCORES = {"cpu": 1 << 24, "cuda": 1 << 28}
 """The most scores that the oracle is given: 128 MB a matrix on a CPU, 2 GB on a GPU, and it holds several."""
 
@@ -34,7 +36,8 @@ def allowed_error(problem: Problem) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Standard:
-    """The right results: (out,) of a forward problem or (dq, dk, dv), the first of them on the last `rows` rows of queries.
+    """The right results: (out,) of a forward problem or (dq, dk, dv), the first of them on the last `rows` rows of queries,
+    of a batch's `entries` alone where they are given.
 
     `dout` is what the backward is to start from, None for a forward problem; `how` says in words how this was computed.
     """
@@ -43,9 +46,12 @@ class Standard:
     results: tuple[Tensor, ...]
     dout: Tensor | None
     rows: int
+    entries: tuple[int, ...] | None = None
 
     def error(self, results: Sequence[Tensor]) -> float:
         """The largest relative error of any row of any result; NaN where one holds NaN."""
+        if self.entries is not None:
+            results = [x[list(self.entries)] for x in results]
         rows = (slice(None), slice(-self.rows, None)) if results[0].dim() == 4 else slice(-self.rows, None)
         shown = (results[0].detach()[rows], *results[1:])
         return max((worst_row(x.detach(), ref) for x, ref in zip(shown, self.results, strict=True)), key=_nan_first)
@@ -65,7 +71,12 @@ def standard_for(request: Request, problem: Problem) -> Standard:
     limit = MOST_SCORES.get(request.q.device.type, MOST_SCORES["cpu"])
     shape = problem.shape
     fits = max(1, limit // max(1, shape.batch * shape.heads_q * shape.seqlen_k))
-    if problem.layout is Layout.VARLEN or fits >= shape.seqlen_q:
+    if problem.layout is Layout.VARLEN:
+        return by_oracle(request, problem, shape.seqlen_q)
+    copies = shape.batch * shape.seqlen_k * shape.heads_q * (shape.head_dim + shape.head_dim_v)
+    if copies > 16 * limit and shape.batch > 2 and problem.gradients is Gradients.NONE and shape.seqlen_q <= MOST_QUERIES:
+        return _of_two_entries(request, problem)
+    if fits >= shape.seqlen_q:
         return by_oracle(request, problem, shape.seqlen_q)
     if missing(problem, Sdpa.SERVED) is None:
         with suppress(RuntimeError):  # no float32 kernel for this shape on this GPU: then as for a mask SDPA lacks
@@ -95,6 +106,16 @@ def by_oracle(request: Request, problem: Problem, rows: int) -> Standard:
     out = reference.attention(part, operands)[0]
     dq, dk, dv = torch.autograd.grad(out, leaves, last.double())
     return Standard(how, (dq if whole else dq[:, -rows:], dk, dv), dout, rows)
+
+
+def _of_two_entries(request: Request, problem: Problem) -> Standard:
+    """The oracle on the first and the last entry of a batch: its copies of a large cache's keys and values would not fit."""
+    entries = (0, problem.shape.batch - 1)
+    refs = []
+    for b in entries:
+        part, operands = bind(request._replace(q=request.q[b : b + 1], k=request.k[b : b + 1], v=request.v[b : b + 1]))
+        refs.append(reference.attention(part, operands)[0])
+    return Standard("oracle, float64, first and last entry", (torch.cat(refs),), None, problem.shape.seqlen_q, entries)
 
 
 def _by_sdpa(request: Request, problem: Problem) -> Standard:

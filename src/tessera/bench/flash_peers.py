@@ -90,7 +90,7 @@ class Fa3Operators:
         return lambda: run()[0]
 
     def _forward(self, request: Request, problem: Problem) -> Any:
-        operators = _load_fa3(self.folder)
+        operators = load_fa3(self.folder)
         options: dict[str, Any] = {"is_causal": problem.mask.is_causal, "softmax_scale": problem.score.scale}
         left, right = _window(problem)
         if (left, right) != (-1, -1):
@@ -117,7 +117,7 @@ class Fa3Operators:
 
     def _backward(self, request: Request, problem: Problem, saved: tuple[Tensor, Tensor, Tensor]) -> Backward:
         """The operator's call from out, lse and dout."""
-        operators = _load_fa3(self.folder)
+        operators = load_fa3(self.folder)
         q, k, v = (x.detach() for x in (request.q, request.k, request.v))
         out, lse, dout = (x.detach() for x in saved)
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
@@ -198,7 +198,8 @@ def _compiled_flex() -> Any:
 
 
 @cache
-def _load_fa3(folder: Path) -> Any:
+def load_fa3(folder: Path) -> Any:
+    """The torch operators of the fa3.so in a folder."""
     runtime = folder / "libcudart.so.12"
     if runtime.is_file():
         ctypes.CDLL(str(runtime))

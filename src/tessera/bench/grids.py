@@ -27,6 +27,13 @@ class Metric(Enum):
         }[self] / seconds
 
 
+class Kind(Enum):
+    """What is called, hence who can take part (session.py)."""
+
+    PLAIN = "attention"
+    CACHE = "attention over a KV cache"
+
+
 @dataclass(frozen=True)
 class Grid:
     """A named list of cases. `device` is the kind ("cpu", "cuda") and `dtype` the dtype that it is meant for."""
@@ -37,6 +44,7 @@ class Grid:
     dtype: torch.dtype
     device: str
     metric: Metric = Metric.TFLOPS
+    kind: Kind = Kind.PLAIN
 
     def cells(self, direction: Direction = Direction.FORWARD, dtype: torch.dtype | None = None) -> tuple[Cell, ...]:
         """The grid's cells in one direction, in its own dtype or another."""
@@ -47,6 +55,10 @@ def _length(tokens: int) -> str:
     return f"{tokens // 1024}k" if tokens >= 1024 and tokens % 1024 == 0 else str(tokens)
 
 
+MOST_QUERIES = 64
+"""Up to so many queries a cell is named by its batch too."""
+
+
 def _named(case: Case) -> Case:
     """The case under a name that says what it is: "family, size"."""
     heads = "" if case.heads_q == case.heads_kv else f" h{case.heads_q}/{case.heads_kv}"
@@ -55,7 +67,7 @@ def _named(case: Case) -> Case:
         mask = f"window {case.window[0]}"
     score = f" softcap {case.softcap:g}" if case.softcap else ""
     length = _length(case.seqlen_k) if case.seqlen_q == case.seqlen_k else f"{case.seqlen_q}x{_length(case.seqlen_k)}"
-    batch = f"b{case.batch} " if case.seqlen_q == 1 else ""
+    batch = f"b{case.batch} " if case.seqlen_q <= MOST_QUERIES else ""
     if case.lengths_k is not None:
         length, batch = f"{len(case.lengths_k)}x{_length(max(case.lengths_k))}", "packed "
     return replace(case, name=f"d{case.head_dim}{heads} {mask}{score}, {batch}{length}")
@@ -88,10 +100,13 @@ def _paper(lengths: tuple[int, ...]) -> tuple[Case, ...]:
     )
 
 
-def _decode() -> tuple[Case, ...]:
-    """One query token beside a cache: batch and cached tokens as an inference server meets them, 32 heads over 8."""
-    sizes = ((1, 8192), (1, 131072), (16, 8192), (16, 32768), (64, 8192))
-    return tuple(_named(Case("", batch, 1, cached, 32, 8, 128)) for batch, cached in sizes)
+def _decode(*sizes: tuple[int, int], heads: tuple[int, int] = (32, 8), rows: int = 1, causal: bool = False) -> tuple[Case, ...]:
+    """`rows` queries beside a cache: batch and cached tokens as an inference server meets them."""
+    return tuple(_named(Case("", batch, rows, cached, *heads, 128, causal=causal)) for batch, cached in sizes)
+
+
+_RAGGED = tuple(round(100 * (32768 / 100) ** (i / 63)) for i in range(64))
+"""A batch of cached lengths from 100 to 32768, evenly spread by their logarithms."""
 
 
 _MIXED = (64, 4096, 128, 512, 2048, 256, 1024, 3072, 192, 640, 1536, 2816)
@@ -145,11 +160,42 @@ _GRIDS = (
     ),
     Grid(
         "decode",
-        "one query token over a cache, 32 heads over 8, d 128, bf16",
-        _decode(),
+        "one query token over a KV cache, 32 heads over 8, d 128, bf16; the last batch ragged",
+        (
+            *_decode(*((batch, cached) for batch in (1, 4, 16, 64) for cached in (8192, 32768, 131072))),
+            _named(Case("", 64, 1, 1, 32, 8, 128, lengths_q=(1,) * 64, lengths_k=_RAGGED)),
+        ),
         torch.bfloat16,
         "cuda",
         Metric.BANDWIDTH,
+        Kind.CACHE,
+    ),
+    Grid(
+        "decode-table",
+        "Flash-Decoding's own table: 16 heads over 2, d 128, bf16, from 256 x 512 to 1 x 131072",
+        _decode(*((131072 // cached, cached) for cached in (2**n for n in range(9, 18))), heads=(16, 2)),
+        torch.bfloat16,
+        "cuda",
+        Metric.BANDWIDTH,
+        Kind.CACHE,
+    ),
+    Grid(
+        "decode-tiny",
+        "small batches at 512 tokens, 32 heads over 8, d 128, bf16",
+        _decode(*((batch, 512) for batch in (1, 2, 4, 8))),
+        torch.bfloat16,
+        "cuda",
+        Metric.BANDWIDTH,
+        Kind.CACHE,
+    ),
+    Grid(
+        "chunk",
+        "2 to 64 queries over a KV cache of 16k (drafts, chunks of a prompt), causal, 32 heads over 8, d 128, bf16",
+        tuple(case for rows in (2, 4, 8, 16, 64) for case in _decode((1, 16384), (8, 16384), rows=rows, causal=True)),
+        torch.bfloat16,
+        "cuda",
+        Metric.BANDWIDTH,
+        Kind.CACHE,
     ),
 )  # fmt: skip
 

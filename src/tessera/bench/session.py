@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from tessera.bench import flash_peers, machine
+from tessera.bench import cache_peers, flash_peers, machine
 from tessera.bench.ceilings import ceilings
 from tessera.bench.cells import Cell, Direction
-from tessera.bench.grids import GRIDS, Grid
+from tessera.bench.grids import GRIDS, Grid, Kind
 from tessera.bench.peers import Peer, Tessera
 from tessera.bench.report import CellResult, Report
 from tessera.bench.runner import Limits, run
@@ -48,11 +48,17 @@ class Order:
         cells = tuple(cell for cell in grid.cells(self.direction, self.dtype) if self.only in cell.name)
         if not cells:
             raise bad_value("k", repr(self.only), f"no cell of {grid.name} has this in its name", "use for example causal")
-        return Session(grid, cells, (Tessera(self.backend), *self._peers(device)), device, self.limits)
+        return Session(grid, cells, tuple(self._contenders(grid.kind, device)), device, self.limits)
 
-    def _peers(self, device: str) -> Iterator[Peer]:
-        everyone = flash_peers.peers(self.fa3_folder)
-        for name in flash_peers.DEFAULT_PEERS[torch.device(device).type] if self.peers is None else self.peers:
+    def _contenders(self, kind: Kind, device: str) -> Iterator[Peer]:
+        """Ours, then the peers asked for."""
+        if kind is Kind.CACHE:
+            yield cache_peers.TesseraCache(self.backend)
+            everyone, usual = cache_peers.peers(self.fa3_folder, self.backend), cache_peers.DEFAULT_PEERS
+        else:
+            yield Tessera(self.backend)
+            everyone, usual = flash_peers.peers(self.fa3_folder), flash_peers.DEFAULT_PEERS
+        for name in usual[torch.device(device).type] if self.peers is None else self.peers:
             if name not in everyone:
                 raise bad_value("peers", repr(name), "there is no such peer", f"use some of {', '.join(everyone)}")
             yield everyone[name]
