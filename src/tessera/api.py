@@ -297,7 +297,8 @@ def _complete(request: Request, window: Window | None, mask: Mask | None, device
     check_tensor("q", request.q)
     check_tensor("k", request.k)
     check_tensor("v", request.v)
-    if request[3:TENSORS] != NO_OTHERS:
+    # (torch 2.11's tracer cannot compare a tensor with None)
+    if torch.compiler.is_compiling() or request[3:TENSORS] != NO_OTHERS:
         for name, value in zip(Request._fields[3:TENSORS], request[3:TENSORS], strict=True):
             if value is not None:
                 check_tensor(name, value)

@@ -167,7 +167,7 @@ class StandIn:
 
 def test_flash_attention_3s_operators_are_joined_into_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """The peer's forward is differentiable where gradients are wanted, and the bare operator where not."""
-    monkeypatch.setattr(flash_peers, "_load_fa3", lambda _: StandIn())
+    monkeypatch.setattr(flash_peers, "load_fa3", lambda _: StandIn())
     case = square(16, 24, 2, 4, causal=True)
     request = Cell(case, torch.float32, Direction.BACKWARD).request("cpu")
     problem, _ = bind(request)

@@ -21,7 +21,7 @@ if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
     pytest.skip("needs a Hopper GPU", allow_module_level=True)
 
 BATCH, SEQLEN, HEADS, DIM, LAYERS = 2, 300, 4, 128, 3
-OFFSETS = (0, 100, 100, 437, BATCH * SEQLEN)
+OFFSETS = torch.tensor([0, 100, 100, 437, BATCH * SEQLEN], dtype=torch.int32, device="cuda")
 OURS = partial(attention, causal=True, backend="hopper")
 Block = Callable[[Tensor, Tensor], Tensor]
 
@@ -49,9 +49,8 @@ def with_lse(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def packed(x: Tensor, weight: Tensor) -> Tensor:
-    offsets = torch.tensor(OFFSETS, dtype=torch.int32, device="cuda")
     q, k, v = (y.flatten(0, 1) for y in heads_of(x, weight))
-    return attention_varlen(q, k, v, offsets, offsets, causal=True, backend="hopper").view_as(x).tanh()
+    return attention_varlen(q, k, v, OFFSETS, OFFSETS, causal=True, backend="hopper").view_as(x).tanh()
 
 
 FORMS: dict[str, Block] = {

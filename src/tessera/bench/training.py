@@ -1,7 +1,7 @@
 """Whole training steps: one GPT whose attention is ours or a peer's in turn, step by step, in one process.
 
-All contenders train the same weights (random tokens teach nothing worth keeping apart), so they differ in attention alone, and in
-time by as much of it as a step holds. Before the clock starts each must find our gradients of the deepest block.
+All contenders take their steps with the same weights, on the same random tokens, so they differ in attention alone, and in time
+by as much of it as a step holds. Before the clock starts each must find our gradients of the deepest block.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ _ALLOWED = {torch.bfloat16: 0.05, torch.float32: 1e-4}
 """The largest relative distance between two contenders' gradients of a weight."""
 _PEAK_FLOPS = {"NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H200": 989.4e12}
 """Dense 16-bit tensor FLOP/s of the SXM cards (NVIDIA's data sheets): what utilisation is a share of."""
-_RATE = 1e-5
+_RATE = 0.0
+"""The learning rate: a step does all of its work, and leaves the weights as every contender is to find them."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ class Course:
 class TrainingOrder:
     """Training as a person asks for it. None: the GPU where there is one, the device's usual peers and number of layers.
 
-    On a GPU: blocks of the GPT-3 paper's 1.3B model, in bfloat16; on a CPU a model of seconds, in float32.
+    On a GPU: the GPT-3 paper's 1.3B model with 16 heads of 128, in bfloat16; on a CPU a model of seconds, in float32.
     """
 
     device: str | None = None
@@ -205,7 +206,7 @@ class TrainingOrder:
         again = (Contender(ours, Recompute.BLOCKS), Contender(ours, Recompute.ALL_BUT_ATTENTION))
         contenders = (Contender(ours), *(Contender(everyone[name]) for name in names), *again)
         if on_gpu:
-            shape = GptShape(self.layers or 12, 2048, 16, 50304, 16384)
+            shape = GptShape(self.layers or 24, 2048, 16, 50304, 16384)
             return Course(shape, torch.bfloat16, 16384, (2048, 8192, 16384), contenders, device, self.rounds)
         shape = GptShape(self.layers or 2, 128, 4, 512, 1024)
         return Course(shape, torch.float32, 1024, (256, 1024), contenders, device, self.rounds)

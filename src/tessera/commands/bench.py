@@ -37,7 +37,7 @@ def bench(
     deadline: Annotated[float | None, typer.Option(help="Seconds after which no cell is begun.")] = None,
     cell_limit: Annotated[float, typer.Option(help="Seconds after which a cell is given up.")] = CELL_LIMIT_S,
     training: Annotated[bool, typer.Option("--train", help="Time whole training steps of a GPT, no grid.")] = False,
-    layers: Annotated[int | None, typer.Option(min=1, help="Of the GPT; by default 12 on a GPU, 2 on a CPU.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Of the GPT; by default 24 on a GPU, 2 on a CPU.")] = None,
 ) -> None:
     """Time Tessera beside its peers on a named grid.
 
