@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import itertools
+import math
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +41,11 @@ class Integer(int):
     def to(self, dtype: object) -> Integer:
         return self
 
+    @property
+    def value(self) -> int:
+        """As of a constexpr."""
+        return int(self)
+
 
 def _closed(name: str) -> Callable[[Integer, object], Any]:
     plain = getattr(int, name)
@@ -52,6 +59,10 @@ def _closed(name: str) -> Callable[[Integer, object], Any]:
 for _name in ("add", "sub", "mul", "floordiv", "mod", "and", "or"):
     for _form in (f"__{_name}__", f"__r{_name}__"):
         setattr(Integer, _form, _closed(_form))
+
+
+def _constexpr(value: Any) -> Any:
+    return Integer(value) if type(value) is int else value
 
 
 class Layout:
@@ -159,12 +170,34 @@ class Shared:
     def slice(self, start: int, length: int, dim: int) -> Shared:
         return Shared(self.data.narrow(dim, start, length))
 
+    def _reinterpret(self, dtype: torch.dtype, shape: Sequence[int], layout: Layout) -> Boxes:
+        return Boxes(self, shape)
+
     def load(self, layout: Layout) -> Tensor:
         return self.data.clone()
 
     def store(self, value: Tensor) -> None:
         assert (value.shape, value.dtype) == (self.data.shape, self.dtype)
         self.data.copy_(value)
+
+
+class Boxes:
+    """Tiles (slots, rows, columns) with the 128-byte swizzle seen as the boxes (.., box rows, 64) that fill them in turn: the
+    blocks of 64 columns one after the other, and each one's rows."""
+
+    def __init__(self, tiles: Shared, shape: Sequence[int]) -> None:
+        slots, rows, columns = tiles.shape
+        self._box = list(shape[1:])
+        width = shape[-1]
+        height = math.prod(shape[1:-1])
+        blocks = tiles.data.view(slots, rows // height, height, columns // width, width).permute(0, 3, 1, 2, 4)
+        self._all = [box for slot in blocks for block in slot for box in block]
+        assert len(self._all) == shape[0]
+        self.shape = list(shape)
+
+    def index(self, i: int) -> Shared:
+        assert 0 <= i < len(self._all)
+        return Shared(self._all[i].view(self._box))
 
 
 def _at(address: int, dtype: torch.dtype) -> Tensor:
@@ -293,8 +326,12 @@ def _assembly(text: str, constraints: str, arguments: list[Any], dtype: Any, is_
         return Integer(0)
     if text == "mov.u32 $0, 0;":
         return Integer(0)
+    if text.startswith("{ .reg .pred same;"):  # softmax.rescale
+        return arguments[0] * arguments[1]
+    if text.startswith("{ .reg .pred never;"):  # softmax.finish_before
+        return Integer(0)
     functions: dict[str, Callable[[Tensor], Tensor]] = {
-        "ex2.": torch.exp2, "tanh.": torch.tanh,
+        "ex2.": torch.exp2, "tanh.": torch.tanh, "lg2.": torch.log2,
         "cvt.rn.bf16x2": lambda x: x.to(torch.bfloat16), "cvt.rn.f16x2": lambda x: x.to(torch.float16),
     }  # fmt: skip
     return next(run for name, run in functions.items() if text.startswith(name))(arguments[0])
@@ -360,15 +397,17 @@ def _language() -> ModuleType:
     gl = ModuleType("gl")
     vars(gl).update(
         {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "int32", "int64")},
-        tensor=object, tuple=object, shared_memory_descriptor=object, constexpr=lambda value: value, static_range=range,
+        tensor=object, tuple=object, shared_memory_descriptor=object, constexpr=_constexpr, static_range=range,
         **dict.fromkeys(("BlockedLayout", "NVMMADistributedLayout", "DotOperandLayout", "SliceLayout"), Layout),
         **dict.fromkeys(("NVMMASharedLayout", "SwizzledSharedLayout"), Layout),
         program_id=lambda axis: Integer(_here.program[axis]), num_programs=lambda axis: Integer(_here.grid[axis]),
         minimum=_either(min, torch.minimum), maximum=_either(max, torch.maximum), where=_where,
         zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
+        full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
         arange=lambda begin, end, layout: torch.arange(begin, end),
         reshape=lambda x, shape: x.reshape(shape), expand_dims=lambda x, axis: x.unsqueeze(axis),
         convert_layout=lambda x, layout, assert_trivial=False: x, sum=lambda x, axis: x.sum(dim=axis),
+        max=lambda x, axis: x.amax(dim=axis),
         load=_load, store=_store, allocate_shared_memory=_allocate, inline_asm_elementwise=_assembly,
         warp_specialize=_warp_specialize,
     )  # fmt: skip
@@ -389,22 +428,41 @@ def _compat() -> ModuleType:
     return compat
 
 
+class Encoder:
+    """What makes a kernel's tensor maps: at once, or bound to sizes and strides first."""
+
+    def __init__(self, tiles: jit.Tiles) -> None:
+        self._tiles = tiles
+
+    def __call__(self, *place: Any) -> TensorMap:
+        return TensorMap(self._tiles, *place)
+
+    def bind(self, shape: Sequence[int], strides: Sequence[int]) -> Any:
+        tiles = self._tiles
+
+        class Place:
+            def __getitem__(self, address: int) -> TensorMap:
+                return TensorMap(tiles, address, shape, strides)
+
+        return Place()
+
+
 class Kernel:
     """What jit.load gives, for CPU tensors: program after program."""
 
     def __init__(self, spec: jit.KernelSpec) -> None:
         self._spec = spec
         self._function = getattr(importlib.import_module(spec.module), spec.function)
-        self.tiles = [lambda *place, tiles=tiles: TensorMap(tiles, *place) for tiles in spec.tiles]
+        self.tiles = [Encoder(tiles) for tiles in spec.tiles]
+        self.device = None
 
     def __call__(self, stream: int, grid_x: int, grid_y: int, grid_z: int, *arguments: Any) -> None:
         named = zip(self._spec.arguments, arguments, strict=True)
         values = {name: self._received(kind, value) for (name, kind), value in named} | dict(self._spec.constants)
         _here.grid = (grid_x, grid_y, grid_z)
-        for y in range(grid_y):
-            for x in range(grid_x):
-                _here.program, _here.named, _here.threads = (x, y, 0), [NamedBarrier() for _ in range(16)], 128
-                self._function(**values)
+        for z, y, x in itertools.product(range(grid_z), range(grid_y), range(grid_x)):
+            _here.program, _here.named, _here.threads = (x, y, z), [NamedBarrier() for _ in range(16)], 128
+            self._function(**values)
 
     @staticmethod
     def _received(kind: object, value: Any) -> Any:

@@ -26,7 +26,11 @@ from tessera.jit.sass import TENSOR_CORE, disassemble, parse
 from tessera.jit.spec import Variant
 from tessera.jit.toolchain import toolchain_key, triton_version
 
-PROVIDERS = ("tessera.backends.hopper.variants:variants", "tessera.backends.hopper.backward_variants:variants")
+PROVIDERS = (
+    "tessera.backends.hopper.variants:variants",
+    "tessera.backends.hopper.backward_variants:variants",
+    "tessera.backends.hopper.chunk_variants:variants",
+)
 """Functions that together return all the variants that plans can choose."""
 
 SHARED_LIMIT = 227 * 1024

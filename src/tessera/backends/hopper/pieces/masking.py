@@ -79,8 +79,9 @@ def full_block_range(config: gl.constexpr, band, seq, first, last):
 
 
 @gluon.jit
-def row_bounds(config: gl.constexpr, band, seq, first):
-    """The bounds of 64 rows as (hi,) or (hi, lo), each (64, 8): the bound minus the key's place in its group of 8.
+def row_bounds(config: gl.constexpr, band, seq, first, HEADS: gl.constexpr = 1):
+    """The bounds of 64 rows as (hi,) or (hi, lo), each (64, 8): the bound minus the key's place in its group of 8. `HEADS` rows
+    that follow one another are one position's, the first of them position `first`'s.
 
     A block then compares constants with it, two instructions a score; comparing two ramps takes four times as many.
     """
@@ -89,7 +90,7 @@ def row_bounds(config: gl.constexpr, band, seq, first):
     grouped: gl.constexpr = gl.reshape(s, [M, keys // 8, 8]).type.layout
     layout: gl.constexpr = gl.SliceLayout(1, grouped)
     place = gl.arange(0, 8, gl.SliceLayout(0, layout))[None, :]
-    rows = first + gl.arange(0, M, gl.SliceLayout(1, layout))
+    rows = first + gl.arange(0, M, gl.SliceLayout(1, layout)) // HEADS
     inside = gl.minimum(rows, seq.q_rows - 1)
     bounds = (highest_key(config, band, seq, inside)[:, None] - place,)
     if has_lower_bound(config):

@@ -1,0 +1,243 @@
+"""Attention of many query rows over a KV cache, contiguous or in pages: chunks of a prompt, speculative decoding, large groups.
+
+The loop is forward.py's own: a producer warp, and consumer warpgroups of 64 rows with the online softmax of one block under the
+products of another. What differs is what it runs over. Rows are packed, all query heads of a key/value head times a few
+positions (pieces/packed_rows.py), so that a tile of keys is loaded once for the whole group; keys come from the cache, box by
+box where it has pages (pieces/cache_rows.py); and a tile's keys may be split over several programs, whose float32 parts
+combine.py puts together (Flash-Decoding).
+
+One program does one tile: the grid is fixed by shapes, lengths are read on the device.
+"""
+
+from tessera.backends.hopper.forward import Score, _blocks, _issue_values, _start, _wait_for_values
+from tessera.backends.hopper.pieces.cache_rows import (
+    Cache,
+    Pages,
+    allocate_parts,
+    cache_source,
+    load_keys,
+    load_queries,
+)
+from tessera.backends.hopper.pieces.channel import (
+    NAMED_BARRIER_K,
+    NAMED_BARRIER_V,
+    Ring,
+    Stream,
+    make_ring,
+    make_stream,
+    pass_turn,
+)
+from tessera.backends.hopper.pieces.epilogue import LOG2_E, normaliser
+from tessera.backends.hopper.pieces.masking import full_block_range, has_lower_bound, row_bounds
+from tessera.backends.hopper.pieces.packed_rows import (
+    CacheCall,
+    Outcome,
+    Reach,
+    is_part,
+    locate_cache_tile,
+    row_places,
+    store_lse,
+    store_out,
+    unit_of,
+)
+from tessera.backends.hopper.pieces.tiles import M, has, overlaps, row_layout
+from tessera.jit.compat import aggregate, fence_async_shared, gl, gluon
+
+
+@aggregate
+class Shared:
+    """Shared memory: tiles as one buffer a part of the head dim, the same as boxes, and the rings that guard them."""
+
+    q: gl.tuple
+    k: gl.tuple
+    v: gl.tuple
+    boxes: gl.tuple
+    q_ring: Ring
+    k_stream: Stream
+    v_stream: Stream
+
+    @gluon.constexpr_function
+    def __init__(self, q, k, v, boxes, q_ring, k_stream, v_stream):
+        self.q = q
+        self.k = k
+        self.v = v
+        self.boxes = boxes
+        self.q_ring = q_ring
+        self.k_stream = k_stream
+        self.v_stream = v_stream
+
+
+# ----------------------------------------------------------------------------------------------------------- producer
+
+
+@gluon.jit
+def _load_block(config: gl.constexpr, stream, tiles, source, boxes, turn, parts: gl.constexpr):
+    """One tile of keys or values; `turn` = (use of the stream, the tile's first row)."""
+    n, row = turn
+    count: gl.constexpr = parts.row_bytes * config.keys
+    stream.acquire(n)
+    load_keys(config, tiles, source, boxes, (stream.slot(n), stream.expect(n, count), row), parts)
+
+
+@gluon.jit
+def _load_q(config: gl.constexpr, tiles, shared, call, tile):
+    parts: gl.constexpr = config.parts
+    consumers: gl.constexpr = config.consumers
+    first = tile.head * call.group
+    for consumer in gl.static_range(consumers):
+        position, head = unit_of(config, tile, consumer)
+        bar = shared.q_ring.expect(consumer, parts.row_bytes * M)
+        where = (tile.seq.batch, position, first + head)
+        if has(config, "varlen"):
+            where = (tile.seq.batch * 0, tile.seq.q_begin + position, first + head)
+        load_queries(tiles, shared.boxes[0], consumer, bar, where, parts)
+
+
+@gluon.jit
+def producer(config: gl.constexpr, maps, shared, call, pages, k_pitch, v_pitch):
+    q_map, k_map, v_map = maps
+    parts: gl.constexpr = config.parts
+    parts_v: gl.constexpr = config.parts_v
+    q_boxes, k_boxes, v_boxes = shared.boxes
+    tile = locate_cache_tile(config, call)
+    if tile.begin < tile.end:
+        keys = cache_source(config, call.cache, pages, tile.seq, tile.head, k_pitch)
+        values = cache_source(config, call.cache, pages, tile.seq, tile.head, v_pitch)
+        row = (tile.end - 1) * config.keys
+        _load_block(config, shared.k_stream, k_map, keys, k_boxes, (tile.end * 0, row), parts)
+        _load_q(config, q_map, shared, call, tile)
+        for n in range(tile.end - 1 - tile.begin):
+            _load_block(config, shared.k_stream, k_map, keys, k_boxes, (n + 1, row - config.keys), parts)
+            _load_block(config, shared.v_stream, v_map, values, v_boxes, (n, row), parts_v)
+            row -= config.keys
+        _load_block(config, shared.v_stream, v_map, values, v_boxes, (tile.end - 1 - tile.begin, row), parts_v)
+
+
+# ----------------------------------------------------------------------------------------------------------- consumer
+
+
+@aggregate
+class Consumer:
+    """One consumer warpgroup: rows 64 `index` and on of the tile."""
+
+    config: gl.constexpr
+    index: gl.constexpr
+    shared: Shared
+    score: Score
+    call: CacheCall
+
+    @gluon.constexpr_function
+    def __init__(self, config, index, shared, score, call):
+        self.config = gl.constexpr(config)
+        self.index = gl.constexpr(index)
+        self.shared = shared
+        self.score = score
+        self.call = call
+
+
+@gluon.jit
+def _main_loop(me, tile, position):
+    """All blocks of the tile's keys, last to first, but for the last P V where that overlaps; the state, and how many."""
+    config: gl.constexpr = me.config
+    seq = tile.seq
+    first = gl.minimum(position, seq.q_rows - 1)
+    last = gl.minimum(position + (config.packing.positions - 1), seq.q_rows - 1)
+    full_begin, full_end = full_block_range(config, me.call.reach, seq, first, last)
+    bounds = row_bounds(config, me.call.reach, seq, position, config.packing.heads)
+    state, n = _start(me, tile.end * 0, bounds, (tile.end - 1) * config.keys)
+    block = tile.end - 1 - n
+    n += tile.end * 0
+    upper = gl.maximum(block + 1 - gl.maximum(full_end, tile.begin), 0)  # blocks that upper bounds cut
+    state, n = _blocks(me, n, bounds, block, state, upper, "upper")
+    block -= upper
+    full = block + 1 - tile.begin
+    if has_lower_bound(config):
+        full = gl.maximum(block + 1 - gl.maximum(full_begin, tile.begin), 0)
+    state, n = _blocks(me, n, bounds, block, state, full, None)
+    if has_lower_bound(config):
+        block -= full
+        state, n = _blocks(me, n, bounds, block, state, block + 1 - tile.begin, "lower")
+    return state, n
+
+
+@gluon.jit
+def finish_rows(me, tile, unit, m, l, outcome):
+    """Write the log-sum-exp; the factor that makes O out. A part leaves the sinks to combine.py."""
+    config: gl.constexpr = me.config
+    layout: gl.constexpr = row_layout(64)
+    position, head, exists = row_places(config, me.call, tile, unit, layout)
+    m = gl.convert_layout(m, layout)
+    l = gl.convert_layout(gl.sum(l, axis=1), layout)
+    sink = m * 0.0
+    if has(config, "sinks"):
+        sink = gl.load(me.score.sinks + head, mask=exists, other=0.0) * LOG2_E
+    factor, lse = normaliser(config, m, l, sink, position < tile.seq.q_live)
+    store_lse(config, me.call, tile, unit, outcome, lse)
+    return factor
+
+
+@gluon.jit
+def consumer(me, outcome):
+    config: gl.constexpr = me.config
+    shared = me.shared
+    tile = locate_cache_tile(config, me.call)
+    unit = unit_of(config, tile, me.index)
+    if tile.begin < tile.end:
+        if overlaps(config) and me.index == config.consumers - 1:
+            pass_turn(me.index, config.consumers)  # the first turn is consumer 0's
+        shared.q_ring.wait(me.index)
+        state, n = _main_loop(me, tile, unit[0])
+        if overlaps(config):
+            o, p, m, l = state
+            shared.v_stream.wait(n - 1)
+            o = _issue_values(me, n - 1, p, o)
+        else:
+            o, m, l = state
+        factor = finish_rows(me, tile, unit, m, l, outcome)
+        if overlaps(config):
+            o = _wait_for_values(o)
+        for part in gl.static_range(len(o)):
+            out = o[part] * gl.convert_layout(factor, row_layout(o[part].shape[1]))[:, None]
+            store_out(config, me.call, tile, unit, outcome, out, config.parts_v.columns[part])
+    elif is_part(config):
+        store_lse(config, me.call, tile, unit, outcome, gl.full([M], float("-inf"), gl.float32, row_layout(64)))
+
+
+# ------------------------------------------------------------------------------------------------------------- kernel
+
+
+@gluon.jit
+def _allocate(config: gl.constexpr, maps):
+    parts: gl.constexpr = config.parts
+    parts_v: gl.constexpr = config.parts_v
+    q, q_boxes = allocate_parts(maps[0], config.consumers, M, parts)
+    k, k_boxes = allocate_parts(maps[1], config.stages, config.keys, parts)
+    v, v_boxes = allocate_parts(maps[2], config.stages, config.keys, parts_v)
+    q_ring = make_ring(config.consumers, 1)
+    k_stream = make_stream(config.stages, config.consumers, NAMED_BARRIER_K)
+    v_stream = make_stream(config.stages, config.consumers, NAMED_BARRIER_V)
+    fence_async_shared()
+    return Shared(q, k, v, (q_boxes, k_boxes, v_boxes), q_ring, k_stream, v_stream)
+
+
+@gluon.jit
+def attention_chunk(
+    q_map, k_map, v_map,
+    out_ptr, lse_ptr, sinks_ptr, cu_q, cache_seqlens, cache_leftpad, cache_batch_idx, page_table,
+    batch, heads, group, seqlen_q, splits, lines, left_reach, right_reach, capacity, appended,
+    table_stride, pages_per_sequence, page_count, page_size, k_pitch, v_pitch, scale, inner,
+    CONFIG: gl.constexpr,
+):  # fmt: skip
+    """Pointers that no feature needs are never read. In packed calls seqlen_q is the total."""
+    config: gl.constexpr = CONFIG
+    cache = Cache(cache_seqlens, cache_leftpad, cache_batch_idx, capacity, appended)
+    pages = Pages(page_table, table_stride, pages_per_sequence, page_count, page_size)
+    call = CacheCall(batch, heads, group, seqlen_q, cu_q, splits, Reach(left_reach, right_reach), cache)
+    score = Score(scale, inner, sinks_ptr)
+    outcome = Outcome(out_ptr, lse_ptr, lines)
+    shared = _allocate(config, (q_map, k_map, v_map))
+    gl.warp_specialize([
+        (consumer, (Consumer(config, 0, shared, score, call), outcome)),
+        (consumer, (Consumer(config, 1, shared, score, call), outcome)),
+        (producer, (config, (q_map, k_map, v_map), shared, call, pages, k_pitch, v_pitch)),
+    ], [4, 1], [config.consumer_registers, config.producer_registers])  # fmt: skip

@@ -1,0 +1,221 @@
+"""From a plan of many rows over a KV cache to its launches: the kernels' descriptions, their arguments, the parts' workspace.
+
+Nothing here asks questions of the data or waits for the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tessera import jit
+from tessera.backends.hopper.chunk_config import COLUMNS, ChunkConfig, LatentConfig, Result
+from tessera.backends.hopper.chunk_plan import ChunkPlan, programs_of
+from tessera.backends.hopper.launch import ELEMENTS, LOG2_E
+from tessera.errors import Reason, Unsupported
+from tessera.problem import Layout
+from tessera.serving.operands import CacheOperands
+from tessera.serving.problem import CacheProblem
+
+_FAR = 1 << 30
+_WRAP_STRIDE = 1 << 34
+_POINTERS = ("cu_q", "cache_seqlens", "cache_leftpad", "cache_batch_idx", "page_table")
+_INTEGERS = (
+    "batch", "heads", "group", "seqlen_q", "splits", "lines", "left_reach", "right_reach", "capacity", "appended",
+    "table_stride", "pages_per_sequence", "page_count", "page_size",
+)  # fmt: skip
+COMBINE_ROWS, COMBINE_PARTS = 8, 8
+"""Rows of a program of combine.py, and parts that it reads at once."""
+
+
+def kernel_spec(config: ChunkConfig | LatentConfig, dtype: torch.dtype) -> jit.KernelSpec:
+    """The kernel for a configuration: a function of it and of the dtype, and of nothing else."""
+    element, packing = ELEMENTS[dtype], config.packing
+    arguments: dict[str, jit.Tiles | jit.Pointer | jit.Scalar] = {}
+    arguments["q_map"] = jit.Tiles(element, (1, packing.positions, packing.heads, COLUMNS))
+    tensors = ("k", "v") if isinstance(config, ChunkConfig) else ("k",)
+    for name in tensors:
+        arguments[f"{name}_map"] = jit.Tiles(element, (1, 1, 1, config.box, COLUMNS))
+    arguments["out_ptr"] = jit.Pointer(element if config.result is Result.WHOLE else "fp32")
+    arguments["lse_ptr"] = jit.Pointer("fp32", align=4)
+    arguments["sinks_ptr"] = jit.Pointer("fp32", align=4)
+    for name in _POINTERS:
+        arguments[name] = jit.Pointer("i32", align=4)
+    for name in (*_INTEGERS, *(f"{name}_pitch" for name in tensors)):
+        arguments[name] = jit.Scalar("i32")
+    arguments["scale"] = arguments["inner"] = jit.Scalar("fp32")
+    kernel = "chunk:attention_chunk" if isinstance(config, ChunkConfig) else "latent:attention_latent"
+    return jit.KernelSpec.of(f"tessera.backends.hopper.{kernel}", arguments, {"CONFIG": config})
+
+
+def combine_spec(width: int, dtype: torch.dtype, sinks: str) -> jit.KernelSpec:
+    """combine.py's kernel for rows of that many columns; `sinks` as its SINKS."""
+    arguments: dict[str, jit.Tiles | jit.Pointer | jit.Scalar] = {
+        "parts": jit.Pointer("fp32"), "lses": jit.Pointer("fp32"), "sinks": jit.Pointer("fp32", align=4),
+        "total_q": jit.Pointer("i32", align=4),
+        "out": jit.Pointer(ELEMENTS[dtype]), "lse": jit.Pointer("fp32", align=4),
+        **{name: jit.Scalar("i32") for name in ("lines", "splits", "heads", "seqlen_q")},
+    }  # fmt: skip
+    constants = {
+        "ROWS": COMBINE_ROWS, "AT_ONCE": COMBINE_PARTS, "WIDTH": width, "COLUMNS": max(128, 1 << (width - 1).bit_length()),
+        "SINKS": sinks,
+    }  # fmt: skip
+    return jit.KernelSpec.of("tessera.backends.hopper.combine:combine", arguments, constants)
+
+
+class Bound(NamedTuple):
+    """What a runner's one set of shapes and strides decides."""
+
+    kernel: jit.Kernel
+    combine: jit.Kernel | None
+    places: tuple[jit.Place, ...]
+    numbers: tuple[int | float, ...]
+
+
+@dataclass(frozen=True)
+class ChunkLaunch:
+    """One problem's launches: everything that does not depend on the tensors, worked out once."""
+
+    problem: CacheProblem
+    plan: ChunkPlan
+    bound: list[Bound] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    @property
+    def config(self) -> ChunkConfig | LatentConfig:
+        return self.plan.config
+
+    @cached_property
+    def specs(self) -> tuple[jit.KernelSpec, ...]:
+        """The kernels that a call launches, in order."""
+        first = kernel_spec(self.config, self.problem.dtype)
+        if self.plan.splits == 1:
+            return (first,)
+        sinks = "none" if self.problem.score.sinks is None else "rows"
+        if sinks == "rows" and self.problem.layout is Layout.VARLEN:
+            sinks = "packed rows"
+        return first, combine_spec(self.problem.shape.head_dim_v, self.problem.dtype, sinks)
+
+    @cached_property
+    def grid(self) -> tuple[int, int, int]:
+        x, y, z = programs_of(self.problem, self.config)
+        return x, y * self.plan.splits, z
+
+    @cached_property
+    def lines(self) -> int:
+        """Rows of out, heads last."""
+        shape = self.problem.shape
+        return shape.heads_q * shape.seqlen_q * (1 if self.problem.layout is Layout.VARLEN else shape.batch)
+
+    def __call__(self, operands: CacheOperands) -> tuple[Tensor, Tensor]:
+        problem, device = self.problem, operands.q.device
+        out = torch.empty(problem.out_shape, dtype=problem.dtype, device=device)
+        lse = torch.empty(problem.lse_shape, dtype=torch.float32, device=device)
+        parts, lses = out, lse
+        if self.plan.splits > 1:
+            parts = torch.empty((self.plan.splits, self.lines, problem.shape.head_dim_v), dtype=torch.float32, device=device)
+            lses = torch.empty((self.plan.splits, self.lines), dtype=torch.float32, device=device)
+        q = operands.q
+        if q.data_ptr() % 16 or jit.why_not_tma(0, tuple(q.shape), q.stride(), q.element_size()):
+            q = q.clone(memory_format=torch.contiguous_format)
+        if not self.bound:
+            self.bound.append(self._bind(operands._replace(q=q)))
+        bound = self.bound[0]
+        sinks = None if operands.sinks is None else operands.sinks.float().contiguous()
+        addresses = [q.data_ptr(), operands.k_cache.data_ptr()]
+        if isinstance(self.config, ChunkConfig):
+            addresses.append(self._values(operands).data_ptr())
+        stream = jit.current_stream(bound.kernel.device)
+        bound.kernel(
+            stream, *self.grid, *[place[address] for place, address in zip(bound.places, addresses, strict=True)],
+            parts.data_ptr(), lses.data_ptr(), _address(sinks), *self._pointers(operands), *bound.numbers,
+        )  # fmt: skip
+        if bound.combine is not None:
+            shape, starts = problem.shape, operands.cu_seqlens_q
+            total_q = 0 if starts is None else starts.data_ptr() + shape.batch * starts.element_size()
+            bound.combine(
+                stream, -(-self.lines // COMBINE_ROWS), 1, 1, parts.data_ptr(), lses.data_ptr(), _address(sinks), total_q,
+                out.data_ptr(), lse.data_ptr(), self.lines, self.plan.splits, shape.heads_q, shape.seqlen_q,
+            )  # fmt: skip
+        return out, lse
+
+    def _values(self, operands: CacheOperands) -> Tensor:
+        """The values' tensor: the keys' own, where they are its first columns."""
+        return operands.k_cache if operands.v_cache is None else operands.v_cache
+
+    def _pointers(self, operands: CacheOperands) -> tuple[int, ...]:
+        tensors = (
+            operands.cu_seqlens_q, operands.cache_seqlens, operands.cache_leftpad, operands.cache_batch_idx, operands.page_table,
+        )  # fmt: skip
+        return tuple(map(_address, tensors))
+
+    def _bind(self, operands: CacheOperands) -> Bound:
+        """The kernels and their arguments for these strides. Raises Unsupported where TMA can't reach a cache."""
+        index = operands.q.device.index
+        kernel, *combine = [jit.load(spec, index) for spec in self.specs]
+        q = operands.q if operands.q.dim() == 4 else operands.q[None]
+        caches = [("k_cache", operands.k_cache)]
+        if isinstance(self.config, ChunkConfig):
+            caches.append(("v_cache", self._values(operands)))
+        rows = [CacheRows.of(name, tensor, self.problem.shape.head_dim_v) for name, tensor in caches]
+        places = [kernel.tiles[0].bind(tuple(q.shape), q.stride())]
+        places += [encode.bind(row.shape, row.strides) for encode, row in zip(kernel.tiles[1:], rows, strict=True)]
+        numbers = (*self._integers(operands), *(row.pitch for row in rows), *self._scales())
+        return Bound(kernel, combine[0] if combine else None, tuple(places), numbers)
+
+    def _integers(self, operands: CacheOperands) -> tuple[int, ...]:
+        problem, shape, table = self.problem, self.problem.shape, operands.page_table
+        mask, pages = problem.mask, problem.cache.pages
+        left = _FAR if mask.left is None else min(mask.left, _FAR)
+        right = _FAR if mask.right is None else min(mask.right, _FAR)
+        appended = 0 if problem.append is None else problem.append.seqlen
+        stride = 0 if table is None or table.shape[0] == 1 else table.stride(0)
+        paging = (stride, 0, problem.cache.entries, 1) if pages is None else (stride, pages.per_sequence, pages.count, pages.size)
+        return (
+            shape.batch, shape.heads_q, shape.group, shape.seqlen_q, self.plan.splits, self.lines, left, right,
+            shape.seqlen_k, appended, *paging,
+        )  # fmt: skip
+
+    def _scales(self) -> tuple[float, float]:
+        """What turns a score into log2 units; with a cap c it multiplies tanh(inner q.k), inner = scale / c."""
+        score = self.problem.score
+        outer, inner = (score.softcap, score.scale / score.softcap) if score.softcap else (score.scale, 0.0)
+        return outer * LOG2_E, inner
+
+
+class CacheRows(NamedTuple):
+    """A cache as pieces/kv_source.py describes rows to TMA; `pitch` is the distance of pages (or entries) in rows."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    pitch: int
+
+    @classmethod
+    def of(cls, name: str, cache: Tensor, columns: int) -> CacheRows:
+        """Raises Unsupported with the reason where TMA can't reach it: a cache is never copied."""
+        entries, rows, heads, dim = cache.shape
+        entry_stride, row_stride, head_stride, _ = cache.stride()
+        entry_stride = entry_stride if entries > 1 else 0
+        if rows == 1:
+            row_stride = entry_stride or 8  # a lone row's stride means nothing, and may be odd
+        if heads == 1:
+            head_stride = 8
+        if (entry_stride | row_stride | head_stride) % 8 or cache.data_ptr() % 16:
+            why, instead = "TMA reads rows and heads that lie 16 bytes apart", "pad the last dimension to a multiple of 8"
+        elif row_stride <= 0 or entry_stride % row_stride or entry_stride // row_stride * entries > _FAR:
+            why, instead = "pages must lie a whole number of rows apart, 2^30 rows in all", "allocate the pool as one tensor"
+        else:
+            width = columns if name == "v_cache" else dim
+            shape = (_FAR + 1, _FAR, max(heads, 2), _FAR, width)  # a size of 1 would be given a stride past TMA's limit
+            strides = (_WRAP_STRIDE - row_stride, row_stride, head_stride, row_stride, 1)
+            return cls(shape, strides, entry_stride // row_stride)
+        form = f"strides {tuple(cache.stride())}, address {cache.data_ptr():#x}"
+        raise Unsupported("the kernel can't read this cache", {"hopper": (Reason(name, form, why, instead),)})
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+

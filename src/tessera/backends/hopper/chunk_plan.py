@@ -1,0 +1,155 @@
+"""Which configuration for many query rows over a KV cache, and in how many parts their keys are cut."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tessera.backends.hopper.chunk_config import CacheFeature, ChunkConfig, Features, LatentConfig, Packing, Parts, Result
+from tessera.backends.hopper.config import ROWS, Feature, Overlap
+from tessera.backends.hopper.launch import ELEMENTS
+from tessera.backends.hopper.plan import SHARED_LIMIT
+from tessera.errors import Reason
+from tessera.problem import Layout, Reproducibility
+from tessera.serving.problem import CacheProblem, Values
+
+LATENT_PARTS = (256, 256, 64)
+"""MLA's absorbed form: the latent's two halves, each the values of one warpgroup, and the columns that carry positions."""
+KEYS_A_PART = 4096
+"""batch_invariant: a part has about this many keys of the longest sequence that the cache can hold, whatever else is asked."""
+MAX_PARTS = 64
+
+
+@dataclass(frozen=True)
+class ChunkPlan:
+    """The kernel's configuration, and the number of parts (1: it writes out itself)."""
+
+    config: ChunkConfig | LatentConfig
+    splits: int
+
+    def __str__(self) -> str:
+        return f"{self.config}" + (f", {self.splits} splits and a combine" if self.splits > 1 else "")
+
+
+def why_not(problem: CacheProblem) -> tuple[Reason, ...]:
+    """The reasons why neither chunk.py nor latent.py can run a problem; empty where one can. New rows must have been appended."""
+    shape, cache, reasons = problem.shape, problem.cache, []
+    if problem.dtype not in ELEMENTS:
+        reasons.append(Reason("q.dtype", str(problem.dtype), "the tensor cores take 16-bit operands here", "use bfloat16"))
+    if cache.is_quantised:
+        reasons.append(Reason("k_cache.dtype", str(cache.dtype), "many rows are multiplied in 16 bits here", "store bfloat16"))
+    if problem.score.scale <= 0 and not problem.score.softcap:
+        why = "the row maximum is taken before the scale is applied"
+        reasons.append(Reason("softmax_scale", str(problem.score.scale), why, "scale q by it and pass 1.0"))
+    if is_latent(problem) and shape.head_dim_v > sum(LATENT_PARTS[:2]):
+        reasons.append(Reason("head_dim_v", str(shape.head_dim_v), "two warpgroups hold 256 columns of out each", "at most 512"))
+    if cache.pages is not None and cache.pages.size % _BOX_LEAST:
+        why = f"TMA's 128-byte swizzle takes boxes of {_BOX_LEAST} rows or more"
+        reasons.append(Reason("k_cache", f"page_size {cache.pages.size}", why, f"use pages of a multiple of {_BOX_LEAST} rows"))
+    if cache.pages is not None and "cache_leftpad" in problem.lengths:
+        why = "a TMA box can't leave out a page's first rows"
+        reasons.append(Reason("cache_leftpad", "tensor", why, "leave whole pages out of page_table instead"))
+    return tuple(reasons)
+
+
+_BOX_LEAST = 8
+
+
+def is_latent(problem: CacheProblem) -> bool:
+    """Whether it is MLA's absorbed form: rows too wide for chunk.py, which are keys and values at once."""
+    return problem.cache.values is Values.IN_KEYS and problem.shape.head_dim > 256
+
+
+def chunk_plan(problem: CacheProblem, multiprocessors: int) -> ChunkPlan:
+    """The configuration and the splits for a problem on a GPU with that many multiprocessors."""
+    config = config_for(problem, Result.WHOLE)
+    splits = splits_for(problem, config, multiprocessors)
+    return ChunkPlan(config if splits == 1 else config_for(problem, Result.PART), splits)
+
+
+def features_of(problem: CacheProblem, result: Result) -> Features:
+    """What must be compiled in, always in the same order. The sinks of parts are combine.py's."""
+    wanted: dict[Feature | CacheFeature, bool] = {
+        Feature.VARLEN: problem.layout is Layout.VARLEN,
+        Feature.LEFT: problem.mask.left is not None,
+        Feature.RIGHT: problem.mask.right is not None,
+        Feature.SOFTCAP: problem.score.softcap > 0,
+        Feature.SINKS: problem.score.sinks is not None and result is Result.WHOLE,
+        CacheFeature.PAGES: problem.cache.pages is not None,
+        CacheFeature.BATCH_INDEX: "cache_batch_idx" in problem.lengths,
+        CacheFeature.LEFTPAD: "cache_leftpad" in problem.lengths,
+        CacheFeature.APPEND: problem.append is not None,
+    }
+    return tuple(feature for feature, needed in wanted.items() if needed)
+
+
+def split_columns(dim: int) -> tuple[int, ...]:
+    """A head dim in parts that are powers of two and multiples of 64; columns past it read as zeros."""
+    for parts in ((64,), (128,), (128, 64), (256,)):
+        if sum(parts) >= dim:
+            return parts
+    raise ValueError(f"head_dim={dim}: at most 256")
+
+
+def box_rows(problem: CacheProblem, keys: int) -> int:
+    """Cache rows of one TMA box: the largest power of two that divides a page, a tile of keys at most."""
+    pages = problem.cache.pages
+    return keys if pages is None else min(keys, pages.size & -pages.size)
+
+
+def config_for(problem: CacheProblem, result: Result) -> ChunkConfig | LatentConfig:
+    """The configuration that leaves this kind of result."""
+    features, packing = features_of(problem, result), Packing.of(problem.shape.group)
+    width = problem.shape.head_dim_v
+    consumer, producer = (232, 40) if problem.cache.pages else (240, 24)  # the numbers of pages to come stand in registers
+    if is_latent(problem):
+        return LatentConfig(
+            keys=64, stages=2, box=box_rows(problem, 64), parts=Parts.of(LATENT_PARTS), width_v=width,
+            packing=packing, result=result, consumer_registers=consumer, producer_registers=producer, features=features,
+        )  # fmt: skip
+    dims, dims_v = split_columns(problem.shape.head_dim), split_columns(width)
+    widest = max(sum(dims), sum(dims_v))
+    keys = 128 if widest <= 128 else 64
+    room = SHARED_LIMIT // 2 - sum(dims) * 2 * ROWS
+    return ChunkConfig(
+        consumers=2, keys=keys, stages=min(3, room // (keys * (sum(dims) + sum(dims_v)))), box=box_rows(problem, keys),
+        parts=Parts.of(dims), parts_v=Parts.of(dims_v), width_v=width, packing=packing, result=result,
+        overlap=Overlap.WHOLE if widest <= 192 else Overlap.MAXIMA,
+        consumer_registers=consumer, producer_registers=producer, features=features,
+    )  # fmt: skip
+
+
+def programs_of(problem: CacheProblem, config: ChunkConfig | LatentConfig) -> tuple[int, int, int]:
+    """The grid of one split: tiles of positions, key/value heads x tiles of heads, sequences."""
+    shape = problem.shape
+    heads = shape.heads_kv * config.head_tiles
+    if problem.layout is Layout.VARLEN:  # each sequence's tiles rounded up, and what lies after the last one
+        return shape.seqlen_q // config.positions + shape.batch + 1, heads, 1
+    return -(-shape.seqlen_q // config.positions), heads, shape.batch
+
+
+def splits_for(problem: CacheProblem, config: ChunkConfig | LatentConfig, multiprocessors: int) -> int:
+    """In how many parts to cut the keys: what was asked for; else, as if every sequence were as long as the cache can hold, the
+    fewest turns of the longest-working multiprocessor."""
+    blocks = max(1, -(-problem.shape.seqlen_k // config.keys))
+    if problem.splits is not None:
+        return problem.splits
+    if problem.reproducibility is Reproducibility.BATCH_INVARIANT:
+        return min(MAX_PARTS, max(1, problem.shape.seqlen_k // KEYS_A_PART))
+    x, y, z = programs_of(problem, config)
+    if problem.layout is Layout.VARLEN:
+        x = max(1, x - 1 - problem.shape.batch // 2)  # half of the sequences' last tiles, on average, are not there
+
+    def turns(splits: int) -> float:
+        waves = -(-x * y * z * splits // multiprocessors)
+        each = -(-blocks // splits) + _FIXED_BLOCKS
+        return waves * each + (0.0 if splits == 1 else _COMBINE_BLOCKS + splits * _PART_BLOCKS)
+
+    return min(range(1, min(blocks, MAX_PARTS) + 1), key=turns)
+
+
+_FIXED_BLOCKS = 2.5
+"""What a program costs before its first block and after its last, in blocks."""
+_COMBINE_BLOCKS = 2.5
+"""What a second launch costs, in blocks."""
+_PART_BLOCKS = 0.06
+"""What reading one more part of every row costs, in blocks."""

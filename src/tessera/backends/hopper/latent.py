@@ -1,0 +1,294 @@
+"""MLA's absorbed form (DeepSeek-V2, arXiv 2405.04434): all query heads over one latent row a key, the values its first columns.
+
+One program does 64 query rows (packed_rows.py). A tile of 64 keys x 576 columns is loaded once and read three times:
+
+    producer   Q, then the tiles of keys, last to first, in two rings: the latent's right half in one of its own
+    left       S = Q K^T over all columns; m, l and P from S; P and the rows' factors into shared memory;
+               O_left += P V_left, with P from registers
+    right      O_right += P V_right, with P from shared memory
+
+An accumulator of 64 x 512 is too wide for one warpgroup: each holds half. While `left` takes the exponentials of one tile,
+`right` still multiplies with the last one's.
+"""
+
+from tessera.backends.hopper.chunk import finish_rows
+from tessera.backends.hopper.forward import Score
+from tessera.backends.hopper.pieces.cache_rows import (
+    Cache,
+    Pages,
+    allocate_parts,
+    cache_source,
+    load_keys,
+    load_queries,
+)
+from tessera.backends.hopper.pieces.channel import Ring, make_ring
+from tessera.backends.hopper.pieces.gradients import fresh_zero
+from tessera.backends.hopper.pieces.masking import full_block_range, has_lower_bound, mask_scores, row_bounds
+from tessera.backends.hopper.pieces.packed_rows import (
+    CacheCall,
+    Outcome,
+    Reach,
+    is_part,
+    locate_cache_tile,
+    store_lse,
+    store_out,
+    unit_of,
+)
+from tessera.backends.hopper.pieces.softmax import (
+    add_to_sums,
+    exponentials,
+    move_reference,
+    partial_sums,
+    rescale,
+    tanh,
+    to_16_bit,
+)
+from tessera.backends.hopper.pieces.tiles import M, accumulator_layout, has, operand_layout, row_layout
+from tessera.jit.compat import aggregate, fence_async_shared, gl, gluon, warpgroup_mma, warpgroup_mma_wait
+
+
+@aggregate
+class Shared:
+    """Shared memory: Q and the keys in three parts each, the same as boxes; P and one factor a row; the rings.
+
+    `outer_ring` guards the keys' parts 0 and 2, `right_ring` part 1: each is given back by the one warpgroup that reads it last.
+    """
+
+    q: gl.tuple
+    k: gl.tuple
+    boxes: gl.tuple
+    p: gl.shared_memory_descriptor
+    factors: gl.shared_memory_descriptor
+    q_ring: Ring
+    rings: gl.tuple
+    p_ring: Ring
+
+    @gluon.constexpr_function
+    def __init__(self, q, k, boxes, p, factors, q_ring, rings, p_ring):
+        self.q = q
+        self.k = k
+        self.boxes = boxes
+        self.p = p
+        self.factors = factors
+        self.q_ring = q_ring
+        self.rings = rings
+        self.p_ring = p_ring
+
+
+@aggregate
+class Role:
+    """What both consumers know."""
+
+    config: gl.constexpr
+    shared: Shared
+    score: Score
+    call: CacheCall
+
+    @gluon.constexpr_function
+    def __init__(self, config, shared, score, call):
+        self.config = gl.constexpr(config)
+        self.shared = shared
+        self.score = score
+        self.call = call
+
+
+# ----------------------------------------------------------------------------------------------------------- producer
+
+
+@gluon.jit
+def producer(config: gl.constexpr, maps, shared, call, pages, k_pitch):
+    parts: gl.constexpr = config.parts
+    outer_parts: gl.constexpr = config.outer
+    right_parts: gl.constexpr = config.right
+    q_boxes, k_boxes = shared.boxes
+    outer_ring, right_ring = shared.rings
+    tile = locate_cache_tile(config, call)
+    if tile.begin < tile.end:
+        position, head = unit_of(config, tile, 0)
+        head += tile.head * call.group
+        where = (tile.seq.batch, position, head)
+        if has(config, "varlen"):
+            where = (tile.seq.batch * 0, tile.seq.q_begin + position, head)
+        load_queries(maps[0], q_boxes, 0, shared.q_ring.expect(0, parts.row_bytes * M), where, parts)
+        source = cache_source(config, call.cache, pages, tile.seq, tile.head, k_pitch)
+        row = (tile.end - 1) * config.keys
+        for n in range(tile.end - tile.begin):
+            slot = outer_ring.slot(n)
+            outer_ring.acquire(n)
+            bar = outer_ring.expect(n, outer_parts.row_bytes * config.keys)
+            load_keys(config, maps[1], source, (k_boxes[0], k_boxes[2]), (slot, bar, row), outer_parts)
+            right_ring.acquire(n)
+            bar = right_ring.expect(n, right_parts.row_bytes * config.keys)
+            load_keys(config, maps[1], source, (k_boxes[1],), (slot, bar, row), right_parts)
+            row -= config.keys
+
+
+# --------------------------------------------------------------------------------------------------------------- left
+
+
+@gluon.jit
+def _scores(me, n):
+    """S = Q K^T of the n-th tile, (64, keys) float32; the right half last, because it comes last."""
+    keys: gl.constexpr = me.config.keys
+    shared = me.shared
+    outer_ring, right_ring = shared.rings
+    slot = outer_ring.slot(n)
+    outer_ring.wait(n)
+    only = fresh_zero()
+    s = gl.zeros([M, keys], gl.float32, accumulator_layout(keys))
+    s = warpgroup_mma(shared.q[0].index(only), shared.k[0].index(slot).permute((1, 0)), s, use_acc=False, is_async=True)
+    s = warpgroup_mma(shared.q[2].index(only), shared.k[2].index(slot).permute((1, 0)), s, is_async=True)
+    right_ring.wait(n)
+    s = warpgroup_mma(shared.q[1].index(only), shared.k[1].index(slot).permute((1, 0)), s, is_async=True)
+    return warpgroup_mma_wait(0, deps=(s,))
+
+
+@gluon.jit
+def _pass_on(shared, n, p, factor):
+    """Give the right warpgroup P and what its sums are multiplied by first."""
+    shared.p_ring.acquire(n)
+    if p is not None:
+        shared.p.index(0).store(p)
+    shared.factors.index(0).store(factor)
+    fence_async_shared()
+    shared.p_ring.publish(n)
+
+
+@gluon.jit
+def _left_block(me, n, bounds, first_key, state, CUT: gl.constexpr):
+    o, m, l = state
+    shared = me.shared
+    s = _scores(me, n)
+    if has(me.config, "softcap"):
+        s = tanh(s * me.score.inner)
+    if CUT is not None:
+        s = mask_scores(s, bounds, first_key, CUT)
+    m, alpha = move_reference(s, m, me.score.scale)
+    p = exponentials(s, m, me.score.scale, CUT is not None)
+    l = add_to_sums(l, alpha, partial_sums(p))
+    p = to_16_bit(p, shared.p.dtype)
+    _pass_on(shared, n, p, alpha)
+    o = rescale(o, alpha)
+    columns: gl.constexpr = o.shape[1]
+    outer_ring = shared.rings[0]
+    values = shared.k[0].index(outer_ring.slot(n))
+    o = warpgroup_mma(gl.convert_layout(p, operand_layout(columns)), values, o, is_async=True)
+    o = warpgroup_mma_wait(0, deps=(o,))
+    outer_ring.release(n)
+    return o, m, l
+
+
+@gluon.jit
+def _left_blocks(me, n, bounds, block, state, count, CUT: gl.constexpr):
+    for i in range(count):
+        state = _left_block(me, n, bounds, (block - i) * me.config.keys, state, CUT)
+        n += 1
+    return state, n
+
+
+@gluon.jit
+def left(me, outcome):
+    config: gl.constexpr = me.config
+    keys: gl.constexpr = config.keys
+    half: gl.constexpr = config.parts.dims[0]
+    tile = locate_cache_tile(config, me.call)
+    seq = tile.seq
+    unit = unit_of(config, tile, 0)
+    if tile.begin < tile.end:
+        last = gl.minimum(unit[0] + (config.positions - 1), seq.q_rows - 1)
+        full_begin, full_end = full_block_range(config, me.call.reach, seq, unit[0], last)
+        bounds = row_bounds(config, me.call.reach, seq, unit[0], config.packing.heads)
+        s = gl.zeros([M, keys], gl.float32, accumulator_layout(keys))
+        o = gl.zeros([M, half], gl.float32, accumulator_layout(half))
+        state = (o, gl.max(s, axis=1) + float("-inf"), partial_sums(s))
+        me.shared.q_ring.wait(0)
+        n = tile.end * 0
+        block = tile.end - 1
+        upper = gl.maximum(block + 1 - gl.maximum(full_end, tile.begin), 0)  # blocks that upper bounds cut
+        state, n = _left_blocks(me, n, bounds, block, state, upper, "upper")
+        block -= upper
+        full = block + 1 - tile.begin
+        if has_lower_bound(config):
+            full = gl.maximum(block + 1 - gl.maximum(full_begin, tile.begin), 0)
+        state, n = _left_blocks(me, n, bounds, block, state, full, None)
+        if has_lower_bound(config):
+            block -= full
+            state, n = _left_blocks(me, n, bounds, block, state, block + 1 - tile.begin, "lower")
+        o, m, l = state
+        factor = finish_rows(me, tile, unit, m, l, outcome)
+        _pass_on(me.shared, n, None, factor)
+        store_out(config, me.call, tile, unit, outcome, o * gl.convert_layout(factor, row_layout(half))[:, None], 0)
+    elif is_part(config):
+        store_lse(config, me.call, tile, unit, outcome, gl.full([M], float("-inf"), gl.float32, row_layout(64)))
+
+
+# -------------------------------------------------------------------------------------------------------------- right
+
+
+@gluon.jit
+def right(me, outcome):
+    config: gl.constexpr = me.config
+    half: gl.constexpr = config.parts.dims[1]
+    shared = me.shared
+    ring = shared.rings[1]
+    tile = locate_cache_tile(config, me.call)
+    blocks = tile.end - tile.begin
+    if tile.begin < tile.end:
+        o = gl.zeros([M, half], gl.float32, accumulator_layout(half))
+        for n in range(blocks):
+            shared.p_ring.wait(n)
+            o = rescale(o, shared.factors.index(0).load(row_layout(half)))
+            ring.wait(n)
+            o = warpgroup_mma(shared.p.index(fresh_zero()), shared.k[1].index(ring.slot(n)), o, is_async=True)
+            o = warpgroup_mma_wait(0, deps=(o,))
+            shared.p_ring.release(n)
+            ring.release(n)
+        shared.p_ring.wait(blocks)
+        out = o * shared.factors.index(0).load(row_layout(half))[:, None]
+        store_out(config, me.call, tile, unit_of(config, tile, 0), outcome, out, config.parts.columns[1])
+
+
+# ------------------------------------------------------------------------------------------------------------- kernel
+
+
+@gluon.constexpr_function
+def _p_layout(dtype, keys):
+    return gl.NVMMASharedLayout.get_default_for([M.value, keys], dtype)
+
+
+@gluon.jit
+def _allocate(config: gl.constexpr, maps):
+    parts: gl.constexpr = config.parts
+    q, q_boxes = allocate_parts(maps[0], 1, M, parts)
+    k, k_boxes = allocate_parts(maps[1], config.stages, config.keys, parts)
+    p = gl.allocate_shared_memory(maps[0].dtype, [1, M, config.keys], _p_layout(maps[0].dtype, config.keys))
+    factors = gl.allocate_shared_memory(gl.float32, [1, M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    q_ring = make_ring(1, 1)
+    rings = (make_ring(config.stages, 1), make_ring(config.stages, 1))
+    p_ring = make_ring(1, 1)
+    fence_async_shared()
+    return Shared(q, k, (q_boxes, k_boxes), p, factors, q_ring, rings, p_ring)
+
+
+@gluon.jit
+def attention_latent(
+    q_map, k_map,
+    out_ptr, lse_ptr, sinks_ptr, cu_q, cache_seqlens, cache_leftpad, cache_batch_idx, page_table,
+    batch, heads, group, seqlen_q, splits, lines, left_reach, right_reach, capacity, appended,
+    table_stride, pages_per_sequence, page_count, page_size, k_pitch, scale, inner,
+    CONFIG: gl.constexpr,
+):  # fmt: skip
+    """As attention_chunk, without a tensor of values."""
+    config: gl.constexpr = CONFIG
+    cache = Cache(cache_seqlens, cache_leftpad, cache_batch_idx, capacity, appended)
+    pages = Pages(page_table, table_stride, pages_per_sequence, page_count, page_size)
+    call = CacheCall(batch, heads, group, seqlen_q, cu_q, splits, Reach(left_reach, right_reach), cache)
+    score = Score(scale, inner, sinks_ptr)
+    outcome = Outcome(out_ptr, lse_ptr, lines)
+    shared = _allocate(config, (q_map, k_map))
+    role = Role(config, shared, score, call)
+    gl.warp_specialize([
+        (left, (role, outcome)),
+        (right, (role, outcome)),
+        (producer, (config, (q_map, k_map), shared, call, pages, k_pitch)),
+    ], [4, 1], [config.consumer_registers, config.producer_registers])  # fmt: skip

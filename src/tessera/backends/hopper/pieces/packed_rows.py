@@ -1,0 +1,205 @@
+"""Tiles over a KV cache: which query rows and which of their keys one program does, and where its results go.
+
+The grid is fixed by shapes alone: (tiles of positions, key/value heads x tiles of heads x splits, batch). Lengths are read on
+the device, so a captured graph serves them as they grow; a program whose rows or keys are none ends at once.
+"""
+
+from tessera.backends.hopper.chunk_config import Result
+from tessera.backends.hopper.pieces.cache_rows import Cache, CacheSequence, cache_sequence
+from tessera.backends.hopper.pieces.masking import block_range
+from tessera.backends.hopper.pieces.tiles import M, has
+from tessera.jit.compat import aggregate, gl, gluon
+
+
+@aggregate
+class Reach:
+    """How far from its diagonal a row sees."""
+
+    left: gl.tensor
+    right: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, left, right):
+        self.left = left
+        self.right = right
+
+
+@aggregate
+class CacheCall:
+    """What one launch is asked. `seqlen_q`: of each sequence, or the total where they are packed by cu_q."""
+
+    batch: gl.tensor
+    heads: gl.tensor
+    group: gl.tensor
+    seqlen_q: gl.tensor
+    cu_q: gl.tensor
+    splits: gl.tensor
+    reach: Reach
+    cache: Cache
+
+    @gluon.constexpr_function
+    def __init__(self, batch, heads, group, seqlen_q, cu_q, splits, reach, cache):
+        self.batch = batch
+        self.heads = heads
+        self.group = group
+        self.seqlen_q = seqlen_q
+        self.cu_q = cu_q
+        self.splits = splits
+        self.reach = reach
+        self.cache = cache
+
+
+@aggregate
+class CacheTile:
+    """Positions from `position` on, heads from `first_head` of the group of key/value head `head`, blocks begin .. end."""
+
+    seq: CacheSequence
+    position: gl.tensor
+    head: gl.tensor
+    first_head: gl.tensor
+    split: gl.tensor
+    begin: gl.tensor
+    end: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, seq, position, head, first_head, split, begin, end):
+        self.seq = seq
+        self.position = position
+        self.head = head
+        self.first_head = first_head
+        self.split = split
+        self.begin = begin
+        self.end = end
+
+
+@aggregate
+class Outcome:
+    """Where results go. The `lines` of out are its rows, heads last; a part's (splits, lines, width_v) and lse (splits, lines)
+    are float32. Whole: out in the queries' dtype, lse (batch, heads, seqlen_q) or (heads, total)."""
+
+    out: gl.tensor
+    lse: gl.tensor
+    lines: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, out, lse, lines):
+        self.out = out
+        self.lse = lse
+        self.lines = lines
+
+
+@gluon.constexpr_function
+def is_part(config):
+    return config.result is Result.PART
+
+
+@gluon.jit
+def _first_tile(config: gl.constexpr, call, index):
+    """Packed sequence `index`'s first tile of positions (see scheduler._first_block)."""
+    return gl.load(call.cu_q + index) // config.positions + index
+
+
+@gluon.jit
+def _packed(config: gl.constexpr, call, wanted):
+    """The packed sequence that tile `wanted` of positions is in, and its first position there. After the last sequence come
+    rows that attend to nothing."""
+    low = wanted * 0
+    high = low + call.batch
+    while low < high:  # the last sequence whose first tile is not past `wanted`
+        middle = (low + high + 1) // 2
+        if _first_tile(config, call, middle) <= wanted:
+            low = middle
+        else:
+            high = middle - 1
+    index = gl.minimum(low, call.batch - 1)
+    past = low == call.batch
+    seq = cache_sequence(config, call.cache, call.cu_q, index, call.seqlen_q)
+    begin = seq.q_begin + gl.where(past, seq.q_rows, 0)
+    rows = gl.where(past, call.seqlen_q - begin, seq.q_rows)
+    live = gl.where(past, 0, seq.q_live)
+    keys = gl.where(past, 0, seq.k_rows)
+    position = (wanted - _first_tile(config, call, low)) * config.positions
+    return CacheSequence(index, begin, rows, live, seq.k_begin, keys, seq.diagonal), position
+
+
+@gluon.jit
+def locate_cache_tile(config: gl.constexpr, call):
+    """This program's tile; begin == end where it has no rows or, as a part, no keys."""
+    number = gl.program_id(0)
+    if has(config, "right"):
+        number = gl.num_programs(0) - 1 - number  # the longest first
+    if has(config, "varlen"):
+        seq, position = _packed(config, call, number)
+    else:
+        seq = cache_sequence(config, call.cache, call.cu_q, gl.program_id(2), call.seqlen_q)
+        position = number * config.positions
+    split = gl.program_id(1) % call.splits
+    place = gl.program_id(1) // call.splits
+    head = place // config.head_tiles
+    first_head = (place - head * config.head_tiles) * config.rows
+    first = gl.minimum(position, gl.maximum(seq.q_rows - 1, 0))
+    last = gl.maximum(gl.minimum(position + config.positions, seq.q_rows) - 1, first)
+    begin, end = block_range(config, call.reach, seq, first, last)
+    if is_part(config):
+        share = (end - begin + call.splits - 1) // call.splits
+        end = gl.minimum(begin + (split + 1) * share, end)
+        begin = gl.minimum(begin + split * share, end)
+    end = gl.where(position < seq.q_rows, end, begin)
+    return CacheTile(seq, position, head, first_head, split, begin, end)
+
+
+@gluon.jit
+def unit_of(config: gl.constexpr, tile, index: gl.constexpr):
+    """The first position and the first head (in the group) of the tile's 64 rows `index`."""
+    if config.packing.blocks > 1:
+        return tile.position, tile.first_head + index * config.packing.heads
+    else:
+        return tile.position + index * config.packing.positions, tile.first_head
+
+
+@gluon.jit
+def row_places(config: gl.constexpr, call, tile, unit, layout: gl.constexpr):
+    """Each of 64 rows' (position, query head), and whether there is such a row."""
+    rows = gl.arange(0, M, layout)
+    position = unit[0] + rows // config.packing.heads
+    head = unit[1] + rows % config.packing.heads
+    return position, tile.head * call.group + head, (position < tile.seq.q_rows) & (head < call.group)
+
+
+@gluon.jit
+def _line(config: gl.constexpr, call, tile, position, head):
+    """A row's place in out: position major, head minor."""
+    row = tile.seq.q_begin + position
+    if not has(config, "varlen"):
+        row += tile.seq.batch * call.seqlen_q
+    return row.to(gl.int64) * call.heads + head
+
+
+@gluon.jit
+def store_lse(config: gl.constexpr, call, tile, unit, outcome, lse):
+    layout: gl.constexpr = lse.type.layout
+    position, head, exists = row_places(config, call, tile, unit, layout)
+    if is_part(config):
+        place = _line(config, call, tile, position, head) + tile.split.to(gl.int64) * outcome.lines
+    elif has(config, "varlen"):
+        place = head.to(gl.int64) * call.seqlen_q + tile.seq.q_begin + position
+    else:
+        place = (tile.seq.batch * call.heads + head).to(gl.int64) * call.seqlen_q + position
+    gl.store(outcome.lse + place, lse, mask=exists)
+
+
+@gluon.jit
+def store_out(config: gl.constexpr, call, tile, unit, outcome, out, column: gl.constexpr):
+    """out (64, columns) float32, the columns from `column` on, straight from the accumulators: four threads write 32 bytes of a
+    row side by side (16 where out is 16-bit)."""
+    layout: gl.constexpr = out.type.layout
+    by_row: gl.constexpr = gl.SliceLayout(1, layout)
+    position, head, exists = row_places(config, call, tile, unit, by_row)
+    line = _line(config, call, tile, position, head)
+    if is_part(config):
+        line += tile.split.to(gl.int64) * outcome.lines
+    columns = column + gl.arange(0, out.shape[1], gl.SliceLayout(0, layout))
+    mask = exists[:, None]
+    if column + out.shape[1] > config.width_v:
+        mask = mask & (columns < config.width_v)[None, :]
+    gl.store(outcome.out + (line * config.width_v)[:, None] + columns[None, :], out.to(outcome.out.dtype.element_ty), mask=mask)
