@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from tessera.backends.cpu import ATEN
+from tessera.serving import dispatch as serving_dispatch
+from tessera.serving.support import FEATURES as CACHE_FEATURES
 from tessera.support import FEATURES, Column, Feature, columns
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +31,18 @@ def support() -> str:
     for group, members in groupby(FEATURES, key=lambda feature: feature.group):
         features = list(members)
         lines.append(f"| {group} | " + " | ".join(_cell(column, features) for column in asked) + " |")
+    lines.append("| KV cache | " + " | ".join(_cache_cell(column.backend) for column in asked) + " |")
     return "\n".join(lines)
+
+
+def _cache_cell(backend: str) -> str:
+    """Of attention_with_kvcache's features, by their numbers: the names fill docs/support_matrix.md."""
+    if backend not in serving_dispatch.BACKENDS:
+        return "none"
+    refused = [feature for feature in CACHE_FEATURES if feature.refusal(backend)]
+    if not refused:
+        return "all"
+    return "all but " + ", ".join(f.name if f.group == "Dtypes" else f"{f.group.lower()}: {f.name}" for f in refused)
 
 
 def _device(column: Column) -> str:

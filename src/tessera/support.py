@@ -20,6 +20,7 @@ from tessera.cases import Case
 from tessera.device import KNOWN_DEVICES, Device
 from tessera.operands import Request, describe
 from tessera.problem import Gradients, Problem, Reproducibility
+from tessera.serving import support as serving_support
 
 PLAIN = Case("plain", seqlen_q=40, seqlen_k=40, heads_q=4, heads_kv=4, head_dim=64)
 
@@ -174,6 +175,7 @@ def matrix() -> Iterator[str]:
         for feature in features:
             cells = ("; ".join(column.refusal(feature)) or "yes" for column in asked)
             yield f"| {feature.name} | " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    yield from serving_support.matrix()
 
 
 def _summary(column: Column) -> str:

@@ -21,6 +21,15 @@ def test_code_runs(block: str) -> None:
     exec(compile(imports + block, "README.md", "exec"), {})
 
 
+def test_the_serving_pages_code_runs() -> None:
+    """From the first block to the last, each going on from the one before."""
+    names: dict[str, object] = {}
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "serving.md").read_text(), flags=re.DOTALL)
+    assert len(blocks) >= 7
+    for block in blocks:
+        exec(compile(block, "docs/serving.md", "exec"), names)
+
+
 def test_there_is_code() -> None:
     assert len(BLOCKS) >= 3
 

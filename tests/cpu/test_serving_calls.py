@@ -13,7 +13,7 @@ from torch import Tensor
 import tessera
 from tessera import attention_cascade, attention_with_kvcache, checking, plan_kvcache
 from tessera.errors import Unsupported
-from tessera.serving import dispatch, operators
+from tessera.serving import dispatch, operators, support, verify
 from tessera.serving.cases import CACHE_CASES, CacheCase
 from tessera.serving.operands import FP8
 
@@ -255,3 +255,29 @@ def test_plan_refuses_as_the_call_would() -> None:
     with pytest.raises(Unsupported, match="backend='cpu' cannot"):
         plan_kvcache((2, 1, 16, 64), (2, 64, 2, 64), (2, 64, 2, 64), device="h200", backend="cpu")
     assert tessera.warmup([plan_kvcache((2, 1, 16, 64), (2, 64, 2, 64), (2, 64, 2, 64))]) == 0
+
+
+# The support matrix
+
+FEATURES = {f"{feature.group}: {feature.name}": feature for feature in support.FEATURES}
+
+
+@pytest.mark.parametrize("backend", dispatch.BACKENDS)
+@pytest.mark.parametrize("name", FEATURES)
+def test_features_are_planned_or_refused_with_every_reason(name: str, backend: str) -> None:
+    feature, device = FEATURES[name], support.home(backend)
+    reasons = feature.refusal(backend)
+    if not reasons:
+        assert dispatch.select(feature.problem(device), device, backend).backend == backend
+        return
+    with pytest.raises(Unsupported) as caught:
+        dispatch.select(feature.problem(device), device, backend)
+    assert all(reason in str(caught.value) for reason in reasons)
+    assert all(all(vars(reason).values()) for reason in caught.value.refusals[backend])
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_features_of_the_cpu_run(name: str) -> None:
+    assert not FEATURES[name].refusal("cpu")
+    failed = [str(c) for c in verify.run(FEATURES[name].request("cpu")) if not c.ok]
+    assert not failed, "; ".join(failed)
