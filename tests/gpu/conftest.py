@@ -1,45 +1,62 @@
-"""Compiles what the collected cases will run before the first of them, one process a core: one by one it is most of the time."""
+"""Compiles what the collected cases will run before the first of them, one process a core: one by one it is most of the time.
+
+With pytest-xdist, collect once before (`pytest tests/gpu --collect-only -q`): workers find the kernels on disk.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 
 import pytest
 import torch
 
-import tessera
-from tessera import dispatch
+from tessera import dispatch, jit
 from tessera.cases import Case
 from tessera.device import Device
 from tessera.errors import Unsupported
 from tessera.operands import describe
-from tessera.plan import Plan
+from tessera.serving import dispatch as serving
+from tessera.serving.cases import CACHE_CASES
+from tessera.serving.operands import describe as describe_cache
 
 FEW = 20
-"""Cases that are not worth a pool of processes."""
+"""Kernels that are not worth a pool of processes."""
+DTYPES = (torch.bfloat16, torch.float16)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    found = {_planned(case, dtype) for case, dtype in product(_cases(session), (torch.bfloat16, torch.float16))} - {None}
-    if len(found) <= FEW or not torch.cuda.is_available():
+    if hasattr(session.config, "workerinput") or not torch.cuda.is_available():
         return
-    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-        compiled = sum(pool.map(tessera.warmup, ([plan] for plan in found)))
-    print(f"compiled {compiled} kernels for {len(found)} plans")
+    specs = dict.fromkeys(spec for value, dtype in product(_parameters(session), DTYPES) for spec in _kernels(value, dtype))
+    if len(specs) > FEW:
+        with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+            print(f"compiled {sum(pool.map(_compile, specs))} of {len(specs)} kernels")
 
 
-def _cases(session: pytest.Session) -> dict[Case, None]:
-    values = (value for item in session.items if isinstance(item, pytest.Function) and hasattr(item, "callspec")
-              for value in item.callspec.params.values())  # fmt: skip
-    return dict.fromkeys(value for value in values if isinstance(value, Case))
+def _compile(spec: jit.KernelSpec) -> int:
+    return jit.warmup([spec])
 
 
-def _planned(case: Case, dtype: torch.dtype) -> Plan | None:
-    """The plan with gradients: its forward is the one without."""
-    request = case.request("meta", dtype, requires_grad=True)
+def _parameters(session: pytest.Session) -> dict[object, None]:
+    """The cases, and the names of cases of serving, that the collected tests are parametrised by."""
+    tests = (item for item in session.items if isinstance(item, pytest.Function) and hasattr(item, "callspec"))
+    values = (value for test in tests for value in test.callspec.params.values())
+    return dict.fromkeys(value for value in values if isinstance(value, Case) or value in list(CACHE_CASES))
+
+
+def _kernels(value: object, dtype: torch.dtype) -> Iterator[jit.KernelSpec]:
+    """What the case runs, with gradients: the forward's kernels are among them."""
+    device = Device.of(torch.device("cuda", 0))
     try:
-        return dispatch.select(describe(request, "cuda"), Device.of(torch.device("cuda", 0)), "hopper")
+        if isinstance(value, Case):
+            request = value.request("meta", dtype, requires_grad=True)
+            yield from dispatch.load("hopper").kernels(dispatch.select(describe(request, "cuda"), device, "hopper"))
+        else:
+            cached = CACHE_CASES[str(value)].request("meta", dtype)
+            plan = serving.select(describe_cache(cached, "cuda"), device)
+            yield from serving.load(plan.backend).kernels(plan)
     except Unsupported:
-        return None
+        return
