@@ -31,7 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("jit",),
     ("cases", "dispatch", "reference"),
     ("serving.cases", "serving.dispatch"),
-    ("serving.support",),
+    ("serving.grid", "serving.support"),
     ("backends",),
     ("calls", "serving.calls"),
     ("operators", "serving.operators"),

@@ -19,6 +19,7 @@ from tessera.bench.training import TrainingReport
 from tessera.commands import app
 from tessera.commands.corpus import passages
 from tessera.errors import Reason
+from tessera.serving import operators as serving_operators
 
 RUNNER = CliRunner()
 
@@ -127,7 +128,7 @@ def test_explain_says_when_nobody_can():
 def test_check_passes_and_counts():
     result = invoke("check", "-k", "softcap", "--gradients", "--dtype", "float32", "--dtype", "bfloat16")
     assert result.exit_code == 0
-    assert "4 passed, 0 failed, 0 refused" in result.output
+    assert "8 passed, 0 failed, 0 refused" in result.output  # two plain cases and two over a cache
     assert "bf16" in result.output
 
 
@@ -140,7 +141,7 @@ def test_check_lists_refusals_with_their_reason(monkeypatch):
     dispatch.select.cache_clear()
     assert result.exit_code == 0
     assert "refused: torch: softcap=15.0: there is none here; use softcap=0" in " ".join(result.output.split())
-    assert "0 passed, 0 failed, 2 refused" in result.output
+    assert "2 passed, 0 failed, 2 refused" in result.output  # the cases over a cache have a backend of their own
 
 
 def test_check_fails_where_a_result_is_wrong(monkeypatch):
@@ -149,6 +150,21 @@ def test_check_fails_where_a_result_is_wrong(monkeypatch):
     result = invoke("check", "-k", "one key")
     assert result.exit_code == 1
     assert "FAILED" in result.output
+    assert "1 failed" in result.output
+
+
+def test_check_fails_where_a_cache_is_wrong(monkeypatch):
+    """A row written where none belongs: out and lse are right, the cache is not."""
+
+    def stray(request):
+        results = right(request)
+        request.k_cache[-1, 0] = 1.0
+        return results
+
+    right = serving_operators.forward
+    monkeypatch.setattr(serving_operators, "forward", stray)
+    result = invoke("check", "-k", "cache: append to pages")
+    assert result.exit_code == 1
     assert "1 failed" in result.output
 
 

@@ -11,7 +11,8 @@ from serving_simulation import Server, Setting
 
 from tessera.device import Device
 from tessera.serving import dispatch, verify
-from tessera.serving.cases import CACHE_CASES
+from tessera.serving.cases import CACHE_CASES, CacheCase
+from tessera.serving.grid import kvcache_grid
 from tessera.serving.operands import describe
 
 if not torch.cuda.is_available():
@@ -38,6 +39,13 @@ def test_case(name: str, backend: str, dtype: torch.dtype) -> None:
     if reasons:
         pytest.skip("; ".join(map(str, reasons)))
     failed = [str(c) for c in verify.run(request) if not c.ok]
+    assert not failed, "; ".join(failed)
+
+
+@pytest.mark.parametrize("case", kvcache_grid(), ids=lambda case: case.name)
+def test_grid(case: CacheCase) -> None:
+    """FlashAttention-3's own grid, every pair of its values, on the backend that dispatch picks."""
+    failed = [str(c) for c in verify.run(case.request("cuda", torch.bfloat16)) if not c.ok]
     assert not failed, "; ".join(failed)
 
 

@@ -84,22 +84,26 @@ def _place(request: CacheRequest, b: int, position: int) -> tuple[int, int]:
     return b if request.cache_batch_idx is None else int(request.cache_batch_idx[b]), position
 
 
-def _scale(descale: Tensor | None, cache: Tensor, b: int, place: tuple[int, int]) -> Tensor | float:
-    """The scales of one row, (heads_kv, 1)."""
+def _scale(descale: Tensor | None, cache: Tensor, b: int, page: int, row: int | slice) -> Tensor | float:
+    """The scales of one row, (heads_kv, 1), or of some rows of one page, (rows, heads_kv, 1)."""
     if descale is None:
         return 1.0
-    own = descale if descale.dim() == 1 else descale[b] if descale.dim() == 2 else None
-    if own is None:
-        own = descale[place[0], place[1] // (cache.shape[1] // descale.shape[1])]
-    return own[:, None]
+    if descale.dim() == 3:
+        of_rows = descale[page].repeat_interleave(cache.shape[1] // descale.shape[1], dim=0)
+        return of_rows[row, :, None]
+    return (descale if descale.dim() == 1 else descale[b])[:, None]
 
 
 def _read(request: CacheRequest, which: str, b: int, positions: range, dtype: torch.dtype) -> Tensor:
-    """(positions, heads_kv, dim), scaled."""
+    """(positions, heads_kv, dim), scaled: page by page."""
     cache, descale = getattr(request, f"{which}_cache"), getattr(request, f"{which}_descale")
-    rows = [(cache[place].to(dtype) * _scale(descale, cache, b, place)).to(dtype) for place in
-            (_place(request, b, position) for position in positions)]  # fmt: skip
-    return torch.stack(rows) if rows else cache.new_zeros(0, *cache.shape[2:], dtype=dtype)
+    size, parts, at = cache.shape[1], [cache.new_zeros(0, *cache.shape[2:], dtype=dtype)], positions.start
+    while at < positions.stop:
+        page, row = _place(request, b, at)
+        rows = slice(row, min(size, row + positions.stop - at))
+        parts.append((cache[page, rows].to(dtype) * _scale(descale, cache, b, page, rows)).to(dtype))
+        at += rows.stop - rows.start
+    return torch.cat(parts)
 
 
 def _rotated(rows: Tensor, first: int, request: CacheRequest) -> Tensor:
@@ -132,7 +136,7 @@ def _compare_cache(which: str, before: CacheRequest, after: CacheRequest) -> lis
         in_dtype = _rotated(own, cached, after) if turns else own
         for i in range(appended):
             place = _place(after, b, cached + i)
-            scale = _scale(getattr(after, f"{which}_descale"), cache, b, place)
+            scale = _scale(getattr(after, f"{which}_descale"), cache, b, *place)
             if turns:
                 written.append((cache[place].float() * scale).to(own.dtype))
                 exact.append(in_float64[i])
