@@ -16,7 +16,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tessera.bench import machine, plots
 from tessera.commands import corpus, screen
+from tessera.commands.generate import QUICK, generate, scene_for
 from tessera.commands.growth import HEAD_DIM, HEADS, LENGTHS, Step, plain_cases, special_cases, steps
+from tessera.commands.options import DeviceOption
 from tessera.commands.search import EAGER, QUESTIONS, Search, search
 
 _SNIPPET_CHARACTERS = 230
@@ -27,15 +29,25 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="A few passages and short lengths: seconds, for a first look.")] = False,
     plot: Annotated[Path, typer.Option(help="Where the figure goes.")] = Path("out/demo.png"),
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything that was measured here.")] = None,
+    generates: Annotated[bool, typer.Option("--generate", help="Instead: a Llama serves requests from a paged cache.")] = False,
+    device: Annotated[str, DeviceOption] = "cpu",
 ) -> None:
     """Run a real encoder on real text through Tessera, prove it equal to eager attention, and see what tiles save.
 
     The text is what every Python carries: its licence, its reference and its library's docstrings. The exit code is 1 where a
     score differs from eager's, or an output from the plain formula's, by more than 1e-5.
 
+    With --generate (and --device, for a GPU) a Llama-shaped model of random weights serves requests of many lengths, in
+    continuous batches over a paged cache, then reads longer and longer contexts. The exit code is 1 where a token is not
+    eager attention's.
+
     Example:  tessera demo --json out/demo.json
     """
     console, began = screen.console(), time.perf_counter()
+    if generates:
+        right = generate(console, scene_for(device, QUICK if quick else None), device, json_file)
+        console.print(f"[dim]{time.perf_counter() - began:.0f} s in all[/]")
+        raise typer.Exit(0 if right else 1)
     console.rule("[bold]Semantic search[/] with MiniLM, attention by Tessera", align="left")
     found = _search(min(passages, 48) if quick else passages)
     _show_search(console, found)
