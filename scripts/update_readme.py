@@ -141,12 +141,56 @@ def _learning(record: dict[str, Any], name: str) -> str:
     )
 
 
+def generation() -> str:
+    """The newest record of `tessera demo --generate`: what was served, and what each context cost."""
+    parts = []
+    for path in sorted(RESULTS.glob("generation_*.json"))[-1:]:
+        parts.append(_contexts(json.loads(path.read_text()), path.name))
+    return "\n\n".join(parts) or "Nothing measured yet."
+
+
+def _contexts(record: dict[str, Any], name: str) -> str:
+    served, judged, here = record["served"], record["judged"], record["machine"]
+    place = here["gpus"][0]["name"] if record["device"] != "cpu" else here["cpu"]["name"]
+    decoded = served["new_tokens"] - served["answers"]  # the first token of each comes with its prompt
+    prefill, decode = served["prompt_tokens"] / served["prefill_s"], decoded / served["decode_s"]
+    near = f", the other {judged['near']} as good within {record['dtype']}'s rounding" if judged["near"] else ""
+    head = (
+        f"{place}, {record['dtype']}, random weights (`benchmarks/results/{name}`). A Llama of {_model(record, 'serving')} "
+        f"serves {served['answers']} requests of many lengths, in continuous batches over a paged cache: "
+        f"{served['prompt_tokens']} tokens of prompts at {prefill:,.0f} a second, {served['new_tokens']} new ones at "
+        f"{decode:,.0f} a second; {judged['equal']} of {judged['tokens']} are eager attention's own{near}. Then one prompt "
+        f"through {_model(record, 'reading')}, in pages and in chunks, and a step behind it:"
+    )
+    titles = ("context", "prefill", "tokens/s", "a decode step", "cache", "peak memory", "one layer's scores, eager")
+    lines = [head, "", "| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    for context in record["contexts"]:
+        cells = (
+            _thousands(context["tokens"]), f"{context['prefill_s']:.2f} s", f"{context['tokens'] / context['prefill_s']:,.0f}",
+            f"{1e3 * context['decode_s']:.2f} ms", _gigabytes(context["cache_bytes"]), _gigabytes(context["peak_bytes"]),
+            _gigabytes(context["scores_bytes"]),
+        )  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _gigabytes(size: int | None) -> str:
+    return "" if size is None else f"{size / 1e9:,.2f} GB" if size < 1e11 else f"{size / 1e9:,.0f} GB"
+
+
+def _model(record: dict[str, Any], part: str) -> str:
+    shape = record["shapes"][part]
+    heads = f"{shape['heads_q']}/{shape['heads_kv']} heads of {shape['head_dim']}"
+    return f"{shape['layers']} layers (hidden {shape['hidden']}, {heads})"
+
+
 def _thousands(number: int) -> str:
     return f"{number // 1024}k" if number >= 1024 else str(number)
 
 
 def updated(text: str) -> str:
-    for marker, body in (("support", support()), ("benchmarks", benchmarks()), ("training", training())):
+    parts = {"support": support, "benchmarks": benchmarks, "training": training, "generation": generation}
+    for marker, body in ((name, part()) for name, part in parts.items()):
         pattern = rf"(<!-- {marker}:begin -->\n).*?(<!-- {marker}:end -->)"
         text = re.sub(pattern, lambda found, body=body: f"{found[1]}{body}\n{found[2]}", text, flags=re.DOTALL)
     return text
