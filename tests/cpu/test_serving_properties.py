@@ -38,7 +38,7 @@ def cache_cases(draw: st.DrawFn) -> CacheCase:
         heads_q=group * heads_kv, heads_kv=heads_kv, head_dim=head_dim,
         head_dim_v=draw(st.integers(1, head_dim if latent else 24)), latent=latent,
         page_size=draw(st.sampled_from([1, 2, 3, 8, 16, 64])) if paged else None,
-        capacity=draw(st.sampled_from([0, 0, 128])), memory=draw(st.sampled_from(["apart", "beside", "head_major"])),
+        capacity=draw(st.sampled_from([0, 0, 128])), memory=draw(st.sampled_from(["apart", "beside", "head_major", "vllm"])),
         indexed=draw(st.booleans()), leftpad=tuple(draw(st.integers(0, n)) for n in cached) if draw(st.booleans()) else None,
         rotary_dim=draw(st.sampled_from([0, 2, 4])) if appends and not latent else 0, interleaved=draw(st.booleans()),
         causal=draw(st.booleans()), window=draw(st.none() | st.tuples(*[st.none() | st.integers(0, 40)] * 2)),

@@ -8,12 +8,15 @@ import os
 import pytest
 import torch
 from serving_simulation import Server, Setting
+from torch import Tensor
 
+import tessera
 from tessera.device import Device
-from tessera.serving import dispatch, verify
+from tessera.serving import dispatch, operators, verify
 from tessera.serving.cases import CACHE_CASES, CacheCase
 from tessera.serving.grid import kvcache_grid
-from tessera.serving.operands import describe
+from tessera.serving.operands import CacheRequest, describe
+from tessera.verify import compare
 
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
@@ -54,3 +57,96 @@ def test_server(name: str) -> None:
     counts = Server(SERVERS[name], seed=len(name)).run(STEPS)
     assert counts["comparisons"] > STEPS, counts
     print(f"{name}: {dict(counts)}")
+
+
+GRAPHED = {
+    "pages": CacheCase("", cached=(3, 15, 40), page_size=16, capacity=128, new=1, rotary_dim=64, heads_q=8),
+    "contiguous": CacheCase("", cached=(3, 15, 40), capacity=128, new=1, heads_q=8, window=(30, 0), sinks=True),
+    "drafts": CacheCase("", cached=(3, 15, 40), page_size=16, capacity=160, new=4, seqlen_q=4, heads_q=8, num_splits=3),
+    "latent": CacheCase("", cached=(3, 15), page_size=64, capacity=128, latent=True, head_dim=576, head_dim_v=512, heads_q=16,
+                        heads_kv=1, new=1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GRAPHED)
+def test_a_captured_graph_serves_while_sequences_grow(name: str) -> None:
+    """One capture; then each replay appends behind what the one before left, from page to page, against the oracle."""
+    case = GRAPHED[name]
+    request = _graphable(case)
+    backend = dispatch.select(describe(request), GPU).backend
+    if backend == "torch":
+        pytest.skip("no backend that can be captured takes this")
+    before = [x.clone() for x in (request.k_cache, request.v_cache) if x is not None]
+    operators.forward(request)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = operators.forward(request)
+    for cache, kept in zip((x for x in (request.k_cache, request.v_cache) if x is not None), before, strict=True):
+        cache.copy_(kept)
+    for _ in range(25):
+        for x in (request.q, request.k, request.v):
+            if x is not None:
+                x.normal_()
+        graph.replay()
+        after = verify.on_host(request)
+        refs, eagers = (verify.attention(after, dtype) for dtype in (torch.float64, request.q.dtype))
+        for row in zip(("out", "lse"), (out.cpu(), lse.cpu()), refs, eagers, strict=True):
+            assert compare(*row).ok, (request.cache_seqlens.tolist(), str(compare(*row)))
+        request.cache_seqlens.add_(case.new)
+
+
+def _graphable(case: CacheCase) -> CacheRequest:
+    """The case with every page and position that it will grow into."""
+    request = case.request("cuda", torch.bfloat16)
+    if request.page_table is not None:
+        used = torch.randperm(request.k_cache.shape[0], device="cuda")[: request.page_table.numel()]
+        request = request._replace(page_table=used.int().view(request.page_table.shape))
+        request.k_cache.nan_to_num_()  # the rows that were cached stand in other pages now: any finite ones will do
+        if request.v_cache is not None:
+            request.v_cache.nan_to_num_()
+    if request.rotary_cos is not None:
+        angles = torch.arange(case.capacity, device="cuda")[:, None] / 10000 ** torch.linspace(0, 1, 32, device="cuda")
+        request = request._replace(rotary_cos=angles.cos().bfloat16(), rotary_sin=angles.sin().bfloat16())
+    return request
+
+
+def test_cascade() -> None:
+    request = CacheCase("", cached=(200, 150, 129), page_size=64, new=1, heads_q=8, sinks=True).request("cuda", torch.bfloat16)
+    request.page_table[:, :2] = request.page_table[:1, :2].clone()
+    options = {"k": request.k, "v": request.v, "cache_seqlens": request.cache_seqlens, "page_table": request.page_table}
+    first = (request.q, request.k_cache, request.v_cache)
+    plain = tessera.attention_with_kvcache(*first, causal=True, sinks=request.sinks, return_lse=True, **options)
+    shared = tessera.attention_cascade(*first, shared_pages=2, causal=True, sinks=request.sinks, return_lse=True, **options)
+    torch.testing.assert_close(shared[0], plain[0], rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(shared[1], plain[1], rtol=1e-4, atol=1e-4)
+
+
+def test_debug_finds_a_page_outside_of_the_pool() -> None:
+    """Under `debug` it is an error; without, nothing past the pool is read and the other sequences' answers stand."""
+    request = CacheCase("", cached=(100, 37), page_size=16, heads_q=8).request("cuda", torch.bfloat16)
+    right, _ = operators.forward(request)
+    request.page_table[0, 2] = 1 << 20
+    with tessera.debug(), pytest.raises(ValueError, match="page_table=1048576: sequence 0"):
+        operators.forward(request)
+    if dispatch.select(describe(request), GPU).backend == "torch":
+        pytest.skip("torch operations check their indices themselves, by ending the process")
+    wrong, _ = operators.forward(request)
+    assert torch.equal(wrong[1], right[1])
+
+
+@pytest.mark.parametrize("paged", [False, True], ids=["contiguous", "paged"])
+def test_compiled_by_inductor(paged: bool) -> None:
+    case = CacheCase("", cached=(20, 5), new=2, seqlen_q=2, heads_q=8, page_size=16 if paged else None, capacity=64)
+
+    def step(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, k: Tensor, v: Tensor, table: Tensor | None) -> Tensor:
+        return tessera.attention_with_kvcache(
+            2 * q, k_cache, v_cache, cache_seqlens=lengths, k=k + 1, v=v * 0.5, page_table=table, causal=True
+        )
+
+    requests = [case.request("cuda", torch.bfloat16) for _ in range(2)]
+    outs = [function(r.q, r.k_cache, r.v_cache, r.cache_seqlens, r.k, r.v, r.page_table)
+            for function, r in zip((step, torch.compile(step, fullgraph=True)), requests, strict=True)]  # fmt: skip
+    torch.testing.assert_close(*outs)
+    for name in ("k_cache", "v_cache"):
+        torch.testing.assert_close(*(getattr(r, name) for r in requests), equal_nan=True, rtol=0, atol=0)

@@ -24,8 +24,8 @@ class CacheCase:
     """One step: `cached` rows stand in the cache of each sequence, `new` are appended, `seqlen_q` queries ask.
 
     `lengths_q` packs the queries, and with `new` the new rows with them. `page_size` None is a contiguous cache. `memory`: how
-    K and V lie, "apart", "beside" (one buffer, row by row: vLLM's form, whose singleton dimensions have odd strides) or
-    "head_major". `scales`: of an FP8 cache, "head", "sequence", "block" or "none"; "" is a cache in q's dtype.
+    K and V lie, "apart", "beside" (one buffer, row by row; singleton dimensions with odd strides), "head_major", or "vllm" (both:
+    a page's heads, rows, K and V). `scales`: of an FP8 cache, "head", "sequence", "block" or "none"; "" is a cache in q's dtype.
     """
 
     name: str
@@ -188,11 +188,13 @@ def _lay_out(keys: Tensor, values: Tensor, memory: str) -> tuple[Tensor, Tensor]
     if memory == "head_major":
         keys, values = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (keys, values))
         return keys, values
-    if memory == "beside":
+    if memory in ("beside", "vllm"):
         both = torch.cat((keys, values), dim=-1).contiguous()
+        if memory == "vllm":
+            both = both.transpose(1, 2).contiguous().transpose(1, 2)
         keys, values = both.split((keys.shape[-1], values.shape[-1]), dim=-1)
         return _odd_strides(keys), _odd_strides(values)
-    raise ValueError(f"memory={memory!r}: use apart, beside or head_major")
+    raise ValueError(f"memory={memory!r}: use apart, beside, head_major or vllm")
 
 
 def _odd_strides(x: Tensor) -> Tensor:
@@ -242,8 +244,9 @@ _DIMS = tuple(CacheCase(f"d{d}", head_dim=d, seqlen_q=2) for d in (8, 32, 80, 96
 _PAGES = tuple(CacheCase(f"pages of {n}", page_size=n, cached=(300, 37, 0, n)) for n in (1, 2, 4, 16, 64, 128, 256)) + (
     CacheCase("pages, packed, window", page_size=16, lengths_q=(4, 1, 9), window=(30, 0)),
     CacheCase("pages, 64 queries", page_size=32, seqlen_q=64, cached=(100, 64, 300)),
-    CacheCase("pages, vLLM's form", page_size=16, memory="beside"),
-    CacheCase("pages, vLLM's form, one head", page_size=16, memory="beside", heads_q=8, heads_kv=1),
+    CacheCase("pages, vLLM's form", page_size=16, memory="vllm"),
+    CacheCase("pages, vLLM's form, one head", page_size=16, memory="vllm", heads_q=8, heads_kv=1),
+    CacheCase("pages, beside, d128", page_size=16, memory="beside", head_dim=128),
     CacheCase("pages, left padding", page_size=16, leftpad=(33, 16, 0)),
     CacheCase("pages, room to spare", page_size=16, capacity=1000),
     CacheCase("pages, long", page_size=64, cached=(1500, 1000, 1)),

@@ -22,15 +22,15 @@ from tessera.verify import Comparison, compare
 
 def run(request: CacheRequest) -> list[Comparison]:
     """Run a request and compare out, lse and the caches, which it may have written, with the oracle's (on the CPU)."""
-    before = _on_host(request)
+    before = on_host(request)
     results = [result.cpu() for result in operators.forward(request)]
-    after = _on_host(request)
+    after = on_host(request)
     refs, eagers = (attention(after, dtype) for dtype in (torch.float64, request.q.dtype))
     comparisons = [compare(*row) for row in zip(("out", "lse"), results, refs, eagers, strict=True)]
     return comparisons + [c for name in ("k", "v") for c in _compare_cache(name, before, after)]
 
 
-def _on_host(request: CacheRequest) -> CacheRequest:
+def on_host(request: CacheRequest) -> CacheRequest:
     """A copy, on the CPU: the oracle reads row by row."""
     return CacheRequest._make(x.detach().cpu().clone() if isinstance(x, Tensor) else x for x in request)
 
