@@ -13,6 +13,7 @@ import ctypes
 import importlib
 import itertools
 import math
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -293,6 +294,17 @@ def _tma_store_wait(left: int) -> None:
         _here.stores.pop(0)()
 
 
+def _copy_to_shared(shared: Shared, pointer: Pointer, mask: Tensor) -> None:
+    assert pointer.offset.shape == shared.data.shape
+    shared.store(_load(pointer, mask).to(shared.dtype))
+
+
+def _arrive_after_copies(bar: Mbarrier, increment_count: bool) -> None:
+    assert not increment_count
+    for _ in range(_here.threads):
+        bar.arrive()
+
+
 def _allocate(dtype: torch.dtype, shape: list[int], layout: Layout) -> Shared | Mbarriers:
     if isinstance(layout, BarrierLayout):
         return Mbarriers(shape[0])
@@ -326,6 +338,14 @@ def _assembly(text: str, constraints: str, arguments: list[Any], dtype: Any, is_
         return Integer(0)
     if text == "mov.u32 $0, 0;":
         return Integer(0)
+    if text.startswith("{ .reg .u32 key, place, page;"):  # cache_rows.pool_rows: one value a lane
+        table, row, size, last, last_page, pitch = arguments
+        box = int(re.search(r"mad.lo.u32 key, key, (\d+)", text)[1])
+        keys = torch.arange(32) * box + row
+        pages = _load(table + (keys // size).clamp(max=last)).clamp(0, last_page)
+        return pages * pitch + keys % size
+    if text.startswith("shfl.") and len(arguments) == 2:
+        return Integer(arguments[0][arguments[1]])
     if text.startswith("{ .reg .pred same;"):  # softmax.rescale
         return arguments[0] * arguments[1]
     if text.startswith("{ .reg .pred never;"):  # softmax.finish_before
@@ -423,6 +443,7 @@ def _compat() -> ModuleType:
             arrive=lambda bar: bar.arrive(), wait=lambda bar, parity: bar.wait(parity),
         ),
         tma_load=_tma_load, tma_store=_tma_store, tma_reduce_add=_tma_reduce_add, tma_store_wait=_tma_store_wait,
+        copy_to_shared=_copy_to_shared, arrive_after_copies=_arrive_after_copies,
         fence_async_shared=lambda: None, warpgroup_mma=_issue, warpgroup_mma_wait=_wait_for_products,
     )  # fmt: skip
     return compat

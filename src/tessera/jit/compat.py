@@ -26,6 +26,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -40,16 +41,18 @@ from tessera.jit.binary import Descriptor
 from tessera.jit.spec import Dtype, KernelSpec, Pointer, Scalar, Tiles
 
 __all__ = [
-    "aggregate", "barrier", "fence_async_shared", "gl", "gluon", "mbarrier", "tma_load", "tma_reduce_add", "tma_store",
-    "tma_store_wait", "warpgroup_mma", "warpgroup_mma_wait",
+    "aggregate", "arrive_after_copies", "barrier", "copy_to_shared", "fence_async_shared", "gl", "gluon", "mbarrier", "tma_load",
+    "tma_reduce_add", "tma_store", "tma_store_wait", "warpgroup_mma", "warpgroup_mma_wait",
 ]  # fmt: skip
 
 VERSION = tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:2])
 
-# Names that moved: thread_barrier -> barrier in 3.7, _aggregate -> aggregate in 3.8, tma.async_copy_* -> async_load and
+# Names that moved: thread_barrier -> barrier in 3.7, _aggregate -> aggregate in 3.8, async_copy_* -> async_load and
 # async_store in 3.8, where the old names remain, and raise from 3.9 on. So the new name is looked for first.
 aggregate = gluon.aggregate if hasattr(gluon, "aggregate") else core._aggregate
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+copy_to_shared = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
+arrive_after_copies = async_copy.mbarrier_arrive
 tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 tma_store_wait = tma.store_wait

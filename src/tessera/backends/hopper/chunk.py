@@ -13,20 +13,17 @@ from tessera.backends.hopper.forward import Score, _blocks, _issue_values, _star
 from tessera.backends.hopper.pieces.cache_rows import (
     Cache,
     Pages,
+    Rows,
     allocate_parts,
     cache_source,
+    key_box,
     load_keys,
     load_queries,
+    pool_rows,
+    query_box,
 )
-from tessera.backends.hopper.pieces.channel import (
-    NAMED_BARRIER_K,
-    NAMED_BARRIER_V,
-    Ring,
-    Stream,
-    make_ring,
-    make_stream,
-    pass_turn,
-)
+from tessera.backends.hopper.pieces.cache_stream import CacheStream, make_cache_stream, producer_warps
+from tessera.backends.hopper.pieces.channel import NAMED_BARRIER_K, NAMED_BARRIER_V, Ring, make_ring, pass_turn
 from tessera.backends.hopper.pieces.epilogue import LOG2_E, normaliser
 from tessera.backends.hopper.pieces.masking import full_block_range, has_lower_bound, row_bounds
 from tessera.backends.hopper.pieces.packed_rows import (
@@ -53,8 +50,8 @@ class Shared:
     v: gl.tuple
     boxes: gl.tuple
     q_ring: Ring
-    k_stream: Stream
-    v_stream: Stream
+    k_stream: CacheStream
+    v_stream: CacheStream
 
     @gluon.constexpr_function
     def __init__(self, q, k, v, boxes, q_ring, k_stream, v_stream):
@@ -68,15 +65,6 @@ class Shared:
 
 
 # ----------------------------------------------------------------------------------------------------------- producer
-
-
-@gluon.jit
-def _load_block(config: gl.constexpr, stream, tiles, source, boxes, turn, parts: gl.constexpr):
-    """One tile of keys or values; `turn` = (use of the stream, the tile's first row)."""
-    n, row = turn
-    count: gl.constexpr = parts.row_bytes * config.keys
-    stream.acquire(n)
-    load_keys(config, tiles, source, boxes, (stream.slot(n), stream.expect(n, count), row), parts)
 
 
 @gluon.jit
@@ -94,23 +82,32 @@ def _load_q(config: gl.constexpr, tiles, shared, call, tile):
 
 
 @gluon.jit
-def producer(config: gl.constexpr, maps, shared, call, pages, k_pitch, v_pitch):
-    q_map, k_map, v_map = maps
+def producer(config: gl.constexpr, maps, shared, call, pages, k_rows, v_rows):
     parts: gl.constexpr = config.parts
     parts_v: gl.constexpr = config.parts_v
-    q_boxes, k_boxes, v_boxes = shared.boxes
+    width: gl.constexpr = config.widths[0]
+    width_v: gl.constexpr = config.widths[1]
+    q_map, k_map, v_map = maps
+    _, k_boxes, v_boxes = shared.boxes
     tile = locate_cache_tile(config, call)
     if tile.begin < tile.end:
-        keys = cache_source(config, call.cache, pages, tile.seq, tile.head, k_pitch)
-        values = cache_source(config, call.cache, pages, tile.seq, tile.head, v_pitch)
+        keys = cache_source(config, k_rows, pages, call.cache, tile.seq, tile.head)
+        values = cache_source(config, v_rows, pages, call.cache, tile.seq, tile.head)
         row = (tile.end - 1) * config.keys
-        _load_block(config, shared.k_stream, k_map, keys, k_boxes, (tile.end * 0, row), parts)
+        turn = (tile.end * 0, row, pool_rows(config, keys, row))
+        load_keys(config, shared.k_stream, k_map, keys, k_boxes, turn, parts, width)
         _load_q(config, q_map, shared, call, tile)
+        k_next = pool_rows(config, keys, row - config.keys)
         for n in range(tile.end - 1 - tile.begin):
-            _load_block(config, shared.k_stream, k_map, keys, k_boxes, (n + 1, row - config.keys), parts)
-            _load_block(config, shared.v_stream, v_map, values, v_boxes, (n, row), parts_v)
+            k_after = pool_rows(config, keys, row - 2 * config.keys)
+            turn = (n + 1, row - config.keys, k_next)
+            load_keys(config, shared.k_stream, k_map, keys, k_boxes, turn, parts, width)
+            turn = (n, row, pool_rows(config, values, row))
+            load_keys(config, shared.v_stream, v_map, values, v_boxes, turn, parts_v, width_v)
             row -= config.keys
-        _load_block(config, shared.v_stream, v_map, values, v_boxes, (tile.end - 1 - tile.begin, row), parts_v)
+            k_next = k_after
+        turn = (tile.end - 1 - tile.begin, row, pool_rows(config, values, row))
+        load_keys(config, shared.v_stream, v_map, values, v_boxes, turn, parts_v, width_v)
 
 
 # ----------------------------------------------------------------------------------------------------------- consumer
@@ -210,12 +207,14 @@ def consumer(me, outcome):
 def _allocate(config: gl.constexpr, maps):
     parts: gl.constexpr = config.parts
     parts_v: gl.constexpr = config.parts_v
-    q, q_boxes = allocate_parts(maps[0], config.consumers, M, parts)
-    k, k_boxes = allocate_parts(maps[1], config.stages, config.keys, parts)
-    v, v_boxes = allocate_parts(maps[2], config.stages, config.keys, parts_v)
+    dtype: gl.constexpr = maps[0].dtype
+    box: gl.constexpr = key_box(config)
+    q, q_boxes = allocate_parts(dtype, config.consumers, M, parts, query_box(config))
+    k, k_boxes = allocate_parts(dtype, config.stages, config.keys, parts, box)
+    v, v_boxes = allocate_parts(dtype, config.stages, config.keys, parts_v, box)
     q_ring = make_ring(config.consumers, 1)
-    k_stream = make_stream(config.stages, config.consumers, NAMED_BARRIER_K)
-    v_stream = make_stream(config.stages, config.consumers, NAMED_BARRIER_V)
+    k_stream = make_cache_stream(config, config.consumers, NAMED_BARRIER_K)
+    v_stream = make_cache_stream(config, config.consumers, NAMED_BARRIER_V)
     fence_async_shared()
     return Shared(q, k, v, (q_boxes, k_boxes, v_boxes), q_ring, k_stream, v_stream)
 
@@ -223,21 +222,25 @@ def _allocate(config: gl.constexpr, maps):
 @gluon.jit
 def attention_chunk(
     q_map, k_map, v_map,
-    out_ptr, lse_ptr, sinks_ptr, cu_q, cache_seqlens, cache_leftpad, cache_batch_idx, page_table,
+    k_ptr, v_ptr, out_ptr, lse_ptr, sinks_ptr, cu_q, cache_seqlens, cache_leftpad, cache_batch_idx, page_table,
     batch, heads, group, seqlen_q, splits, lines, left_reach, right_reach, capacity, appended,
-    table_stride, pages_per_sequence, page_count, page_size, k_pitch, v_pitch, scale, inner,
+    table_stride, pages_per_sequence, page_count, page_size,
+    k_page, k_row, k_head, k_pitch, v_page, v_row, v_head, v_pitch, scale, inner,
     CONFIG: gl.constexpr,
 ):  # fmt: skip
-    """Pointers that no feature needs are never read. In packed calls seqlen_q is the total."""
+    """Pointers that no feature needs are never read; k_map and v_map are None under Reading.ROWS. In packed calls seqlen_q is the
+    total."""
     config: gl.constexpr = CONFIG
     cache = Cache(cache_seqlens, cache_leftpad, cache_batch_idx, capacity, appended)
     pages = Pages(page_table, table_stride, pages_per_sequence, page_count, page_size)
     call = CacheCall(batch, heads, group, seqlen_q, cu_q, splits, Reach(left_reach, right_reach), cache)
     score = Score(scale, inner, sinks_ptr)
     outcome = Outcome(out_ptr, lse_ptr, lines)
+    k_rows = Rows(k_ptr, k_page, k_row, k_head, k_pitch)
+    v_rows = Rows(v_ptr, v_page, v_row, v_head, v_pitch)
     shared = _allocate(config, (q_map, k_map, v_map))
     gl.warp_specialize([
         (consumer, (Consumer(config, 0, shared, score, call), outcome)),
         (consumer, (Consumer(config, 1, shared, score, call), outcome)),
-        (producer, (config, (q_map, k_map, v_map), shared, call, pages, k_pitch, v_pitch)),
-    ], [4, 1], [config.consumer_registers, config.producer_registers])  # fmt: skip
+        (producer, (config, (q_map, k_map, v_map), shared, call, pages, k_rows, v_rows)),
+    ], [4, producer_warps(config)], [config.consumer_registers, config.producer_registers])  # fmt: skip

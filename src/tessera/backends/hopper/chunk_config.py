@@ -21,6 +21,15 @@ class CacheFeature(Enum):
     """The cache holds rows past cache_seqlens that this call has appended."""
 
 
+class Reading(Enum):
+    """How rows of the cache come to shared memory."""
+
+    BOXES = "boxes"
+    """TMA boxes: contiguous caches, and pages of so many rows that their boxes are few."""
+    ROWS = "rows"
+    """Row by row, by cp.async from four warps: smaller pages, and left padding in pages."""
+
+
 class Result(Enum):
     """What a kernel leaves."""
 
@@ -75,16 +84,17 @@ class Parts:
 
 @dataclass(frozen=True)
 class ChunkConfig:
-    """One variant of chunk.py. `box`: cache rows of one TMA box, `keys` where the cache is contiguous. `width_v`
-    columns of the values are wanted."""
+    """One variant of chunk.py. `box`: cache rows that are copied at once, `keys` where the cache is contiguous.
+    `widths`: the columns that there are of the keys and of the values; the parts' others are zeros."""
 
     consumers: int
     keys: int
     stages: int
+    reading: Reading
     box: int
     parts: Parts
     parts_v: Parts
-    width_v: int
+    widths: tuple[int, int]
     packing: Packing
     result: Result
     overlap: Overlap
@@ -101,6 +111,11 @@ class ChunkConfig:
     def positions(self) -> int:
         """Query positions of a tile."""
         return 1 if self.packing.blocks > 1 else self.packing.positions * self.consumers
+
+    @property
+    def width_v(self) -> int:
+        """Columns of out."""
+        return self.widths[1]
 
     @property
     def head_tiles(self) -> int:
@@ -122,9 +137,10 @@ class LatentConfig:
 
     keys: int
     stages: int
+    reading: Reading
     box: int
     parts: Parts
-    width_v: int
+    widths: tuple[int, int]
     packing: Packing
     result: Result
     consumer_registers: int
@@ -150,6 +166,11 @@ class LatentConfig:
         return self.packing.positions
 
     @property
+    def width_v(self) -> int:
+        """Columns of out."""
+        return self.widths[1]
+
+    @property
     def head_tiles(self) -> int:
         """Tiles that share a position."""
         return self.packing.blocks
@@ -164,6 +185,6 @@ class LatentConfig:
 
 def _described(config: ChunkConfig | LatentConfig, work: str) -> str:
     dim = "+".join(map(str, config.parts.dims))
-    boxes = "" if config.box == config.keys else f" in boxes of {config.box}"
+    boxes = "" if config.box == config.keys else f" in {config.reading.value} of {config.box}"
     text = f"{config.rows}x{config.keys}{boxes} d{dim}, {work}, {config.stages} stages, {config.packing}, {config.result.value}"
     return text + "".join(f", {feature.value}" for feature in config.features)

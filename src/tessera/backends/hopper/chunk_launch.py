@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tessera import jit
-from tessera.backends.hopper.chunk_config import COLUMNS, ChunkConfig, LatentConfig, Result
+from tessera.backends.hopper.chunk_config import COLUMNS, ChunkConfig, LatentConfig, Reading, Result
 from tessera.backends.hopper.chunk_plan import ChunkPlan, programs_of
 from tessera.backends.hopper.launch import ELEMENTS, LOG2_E
 from tessera.errors import Reason, Unsupported
@@ -38,18 +38,27 @@ def kernel_spec(config: ChunkConfig | LatentConfig, dtype: torch.dtype) -> jit.K
     arguments: dict[str, jit.Tiles | jit.Pointer | jit.Scalar] = {}
     arguments["q_map"] = jit.Tiles(element, (1, packing.positions, packing.heads, COLUMNS))
     tensors = ("k", "v") if isinstance(config, ChunkConfig) else ("k",)
+    constants: dict[str, object] = {"CONFIG": config}
     for name in tensors:
-        arguments[f"{name}_map"] = jit.Tiles(element, (1, 1, 1, config.box, COLUMNS))
+        if config.reading is Reading.BOXES:
+            arguments[f"{name}_map"] = jit.Tiles(element, (1, 1, 1, config.box, COLUMNS))
+        else:
+            constants[f"{name}_map"] = None
+    for name in tensors:
+        arguments[f"{name}_ptr"] = jit.Pointer(element)
     arguments["out_ptr"] = jit.Pointer(element if config.result is Result.WHOLE else "fp32")
     arguments["lse_ptr"] = jit.Pointer("fp32", align=4)
     arguments["sinks_ptr"] = jit.Pointer("fp32", align=4)
     for name in _POINTERS:
         arguments[name] = jit.Pointer("i32", align=4)
-    for name in (*_INTEGERS, *(f"{name}_pitch" for name in tensors)):
+    for name in _INTEGERS:
         arguments[name] = jit.Scalar("i32")
+    for name in tensors:
+        arguments |= {f"{name}_{step}": jit.Scalar("i64", align=8) for step in ("page", "row", "head")}
+        arguments[f"{name}_pitch"] = jit.Scalar("i32")
     arguments["scale"] = arguments["inner"] = jit.Scalar("fp32")
     kernel = "chunk:attention_chunk" if isinstance(config, ChunkConfig) else "latent:attention_latent"
-    return jit.KernelSpec.of(f"tessera.backends.hopper.{kernel}", arguments, {"CONFIG": config})
+    return jit.KernelSpec.of(f"tessera.backends.hopper.{kernel}", arguments, constants)
 
 
 def combine_spec(width: int, dtype: torch.dtype, sinks: str) -> jit.KernelSpec:
@@ -130,8 +139,8 @@ class ChunkLaunch:
             addresses.append(self._values(operands).data_ptr())
         stream = jit.current_stream(bound.kernel.device)
         bound.kernel(
-            stream, *self.grid, *[place[address] for place, address in zip(bound.places, addresses, strict=True)],
-            parts.data_ptr(), lses.data_ptr(), _address(sinks), *self._pointers(operands), *bound.numbers,
+            stream, *self.grid, *[place[address] for place, address in zip(bound.places, addresses, strict=False)],
+            *addresses[1:], parts.data_ptr(), lses.data_ptr(), _address(sinks), *self._pointers(operands), *bound.numbers,
         )  # fmt: skip
         if bound.combine is not None:
             shape, starts = problem.shape, operands.cu_seqlens_q
@@ -162,8 +171,9 @@ class ChunkLaunch:
             caches.append(("v_cache", self._values(operands)))
         rows = [CacheRows.of(name, tensor, self.problem.shape.head_dim_v) for name, tensor in caches]
         places = [kernel.tiles[0].bind(tuple(q.shape), q.stride())]
-        places += [encode.bind(row.shape, row.strides) for encode, row in zip(kernel.tiles[1:], rows, strict=True)]
-        numbers = (*self._integers(operands), *(row.pitch for row in rows), *self._scales())
+        places += [encode.bind(row.shape, row.strides) for encode, row in zip(kernel.tiles[1:], rows, strict=False)]
+        steps = [step for row in rows for step in row.steps]
+        numbers = (*self._integers(operands), *steps, *self._scales())
         return Bound(kernel, combine[0] if combine else None, tuple(places), numbers)
 
     def _integers(self, operands: CacheOperands) -> tuple[int, ...]:
@@ -191,7 +201,13 @@ class CacheRows(NamedTuple):
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+    entry_stride: int
     pitch: int
+
+    @property
+    def steps(self) -> tuple[int, int, int, int]:
+        """From one page (or entry), row and head to the next, in elements; and the pitch."""
+        return self.entry_stride, self.strides[3], self.strides[2], self.pitch
 
     @classmethod
     def of(cls, name: str, cache: Tensor, columns: int) -> CacheRows:
@@ -211,7 +227,7 @@ class CacheRows(NamedTuple):
             width = columns if name == "v_cache" else dim
             shape = (_FAR + 1, _FAR, max(heads, 2), _FAR, width)  # a size of 1 would be given a stride past TMA's limit
             strides = (_WRAP_STRIDE - row_stride, row_stride, head_stride, row_stride, 1)
-            return cls(shape, strides, entry_stride // row_stride)
+            return cls(shape, strides, entry_stride, entry_stride // row_stride)
         form = f"strides {tuple(cache.stride())}, address {cache.data_ptr():#x}"
         raise Unsupported("the kernel can't read this cache", {"hopper": (Reason(name, form, why, instead),)})
 

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tessera.backends.hopper.chunk_config import CacheFeature, ChunkConfig, Features, LatentConfig, Packing, Parts, Result
+from tessera.backends.hopper.chunk_config import (
+    CacheFeature,
+    ChunkConfig,
+    Features,
+    LatentConfig,
+    Packing,
+    Parts,
+    Reading,
+    Result,
+)
 from tessera.backends.hopper.config import ROWS, Feature, Overlap
 from tessera.backends.hopper.launch import ELEMENTS
 from tessera.backends.hopper.plan import SHARED_LIMIT
@@ -42,16 +51,7 @@ def why_not(problem: CacheProblem) -> tuple[Reason, ...]:
         reasons.append(Reason("softmax_scale", str(problem.score.scale), why, "scale q by it and pass 1.0"))
     if is_latent(problem) and shape.head_dim_v > sum(LATENT_PARTS[:2]):
         reasons.append(Reason("head_dim_v", str(shape.head_dim_v), "two warpgroups hold 256 columns of out each", "at most 512"))
-    if cache.pages is not None and cache.pages.size % _BOX_LEAST:
-        why = f"TMA's 128-byte swizzle takes boxes of {_BOX_LEAST} rows or more"
-        reasons.append(Reason("k_cache", f"page_size {cache.pages.size}", why, f"use pages of a multiple of {_BOX_LEAST} rows"))
-    if cache.pages is not None and "cache_leftpad" in problem.lengths:
-        why = "a TMA box can't leave out a page's first rows"
-        reasons.append(Reason("cache_leftpad", "tensor", why, "leave whole pages out of page_table instead"))
     return tuple(reasons)
-
-
-_BOX_LEAST = 8
 
 
 def is_latent(problem: CacheProblem) -> bool:
@@ -90,29 +90,40 @@ def split_columns(dim: int) -> tuple[int, ...]:
     raise ValueError(f"head_dim={dim}: at most 256")
 
 
-def box_rows(problem: CacheProblem, keys: int) -> int:
-    """Cache rows of one TMA box: the largest power of two that divides a page, a tile of keys at most."""
+def reading_of(problem: CacheProblem, keys: int) -> tuple[Reading, int]:
+    """How the cache is read, and in how many rows at once: TMA's boxes lie in one page each, and begin where it does."""
     pages = problem.cache.pages
-    return keys if pages is None else min(keys, pages.size & -pages.size)
+    if pages is None:
+        return Reading.BOXES, keys
+    box = min(keys, pages.size & -pages.size)
+    if box < BOX_LEAST or "cache_leftpad" in problem.lengths:
+        return Reading.ROWS, keys
+    return Reading.BOXES, box
+
+
+BOX_LEAST = 8
+"""Rows of the smallest TMA box: the swizzle's period."""
 
 
 def config_for(problem: CacheProblem, result: Result) -> ChunkConfig | LatentConfig:
     """The configuration that leaves this kind of result."""
     features, packing = features_of(problem, result), Packing.of(problem.shape.group)
-    width = problem.shape.head_dim_v
-    consumer, producer = (232, 40) if problem.cache.pages else (240, 24)  # the numbers of pages to come stand in registers
-    if is_latent(problem):
-        return LatentConfig(
-            keys=64, stages=2, box=box_rows(problem, 64), parts=Parts.of(LATENT_PARTS), width_v=width,
-            packing=packing, result=result, consumer_registers=consumer, producer_registers=producer, features=features,
-        )  # fmt: skip
-    dims, dims_v = split_columns(problem.shape.head_dim), split_columns(width)
+    widths = (problem.shape.head_dim, problem.shape.head_dim_v)
+    latent = is_latent(problem)
+    dims, dims_v = (LATENT_PARTS, ()) if latent else map(split_columns, widths)
     widest = max(sum(dims), sum(dims_v))
     keys = 128 if widest <= 128 else 64
+    reading, box = reading_of(problem, keys)
+    consumer, producer = (240, 24) if problem.cache.pages is None else (232, 40) if reading is Reading.BOXES else (216, 72)
+    if latent:
+        return LatentConfig(
+            keys=keys, stages=2, reading=reading, box=box, parts=Parts.of(dims), widths=widths, packing=packing, result=result,
+            consumer_registers=consumer, producer_registers=producer, features=features,
+        )  # fmt: skip
     room = SHARED_LIMIT // 2 - sum(dims) * 2 * ROWS
     return ChunkConfig(
-        consumers=2, keys=keys, stages=min(3, room // (keys * (sum(dims) + sum(dims_v)))), box=box_rows(problem, keys),
-        parts=Parts.of(dims), parts_v=Parts.of(dims_v), width_v=width, packing=packing, result=result,
+        consumers=2, keys=keys, stages=min(3, room // (keys * (sum(dims) + sum(dims_v)))), reading=reading, box=box,
+        parts=Parts.of(dims), parts_v=Parts.of(dims_v), widths=widths, packing=packing, result=result,
         overlap=Overlap.WHOLE if widest <= 192 else Overlap.MAXIMA,
         consumer_registers=consumer, producer_registers=producer, features=features,
     )  # fmt: skip

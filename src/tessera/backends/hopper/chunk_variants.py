@@ -14,7 +14,7 @@ from tessera.problem import Layout, Score, Shape, Sinks
 from tessera.serving.problem import Append, Cache, CacheProblem, Pages, Values
 
 CHUNK_DIMS = ((64, 64), (128, 128), (192, 128), (256, 256))
-PAGE_SIZES = (8, 16, 64, 256)
+PAGE_SIZES = (1, 8, 16, 64, 256)
 _SCORE = Score(0.1)
 
 
@@ -28,7 +28,7 @@ def variants() -> tuple[jit.Variant, ...]:
             kind = "chunk" if isinstance(config, ChunkConfig) else "latent"
             dim = "+".join(map(str, config.parts.dims))
             words = (
-                kind, ELEMENTS[problem.dtype], f"d{dim}", f"{config.rows}x{config.keys}", f"boxes {config.box}",
+                kind, ELEMENTS[problem.dtype], f"d{dim}", f"{config.rows}x{config.keys}", f"{config.reading.value} {config.box}",
                 result.name.lower(), *(feature.value for feature in config.features),
             )  # fmt: skip
             found.setdefault(spec.text, jit.Variant(" ".join(words), spec))

@@ -16,12 +16,17 @@ from tessera.backends.hopper.forward import Score
 from tessera.backends.hopper.pieces.cache_rows import (
     Cache,
     Pages,
+    Rows,
     allocate_parts,
     cache_source,
+    key_box,
     load_keys,
     load_queries,
+    pool_rows,
+    query_box,
 )
-from tessera.backends.hopper.pieces.channel import Ring, make_ring
+from tessera.backends.hopper.pieces.cache_stream import CacheStream, make_cache_stream, producer_warps
+from tessera.backends.hopper.pieces.channel import NAMED_BARRIER_K, NAMED_BARRIER_V, Ring, make_ring
 from tessera.backends.hopper.pieces.gradients import fresh_zero
 from tessera.backends.hopper.pieces.masking import full_block_range, has_lower_bound, mask_scores, row_bounds
 from tessera.backends.hopper.pieces.packed_rows import (
@@ -49,29 +54,30 @@ from tessera.jit.compat import aggregate, fence_async_shared, gl, gluon, warpgro
 
 @aggregate
 class Shared:
-    """Shared memory: Q and the keys in three parts each, the same as boxes; P and one factor a row; the rings.
+    """Shared memory: Q and the keys in three parts each, the same as boxes; P and one factor a row, `passed` from left to
+    right; the rings.
 
-    `outer_ring` guards the keys' parts 0 and 2, `right_ring` part 1: each is given back by the one warpgroup that reads it last.
+    `outer` guards the keys' parts 0 and 2, `right` part 1: each is given back by the one warpgroup that reads it last.
     """
 
     q: gl.tuple
     k: gl.tuple
     boxes: gl.tuple
-    p: gl.shared_memory_descriptor
-    factors: gl.shared_memory_descriptor
+    passed: gl.tuple
     q_ring: Ring
-    rings: gl.tuple
+    outer: CacheStream
+    right: CacheStream
     p_ring: Ring
 
     @gluon.constexpr_function
-    def __init__(self, q, k, boxes, p, factors, q_ring, rings, p_ring):
+    def __init__(self, q, k, boxes, passed, q_ring, outer, right, p_ring):
         self.q = q
         self.k = k
         self.boxes = boxes
-        self.p = p
-        self.factors = factors
+        self.passed = passed
         self.q_ring = q_ring
-        self.rings = rings
+        self.outer = outer
+        self.right = right
         self.p_ring = p_ring
 
 
@@ -96,31 +102,35 @@ class Role:
 
 
 @gluon.jit
-def producer(config: gl.constexpr, maps, shared, call, pages, k_pitch):
+def _load_q(config: gl.constexpr, tiles, shared, call, tile):
     parts: gl.constexpr = config.parts
-    outer_parts: gl.constexpr = config.outer
-    right_parts: gl.constexpr = config.right
-    q_boxes, k_boxes = shared.boxes
-    outer_ring, right_ring = shared.rings
+    position, head = unit_of(config, tile, 0)
+    head += tile.head * call.group
+    where = (tile.seq.batch, position, head)
+    if has(config, "varlen"):
+        where = (tile.seq.batch * 0, tile.seq.q_begin + position, head)
+    load_queries(tiles, shared.boxes[0], 0, shared.q_ring.expect(0, parts.row_bytes * M), where, parts)
+
+
+@gluon.jit
+def producer(config: gl.constexpr, maps, shared, call, pages, rows):
+    outer: gl.constexpr = config.outer
+    right_half: gl.constexpr = config.right
+    width: gl.constexpr = config.widths[0]
+    _, k_boxes = shared.boxes
     tile = locate_cache_tile(config, call)
     if tile.begin < tile.end:
-        position, head = unit_of(config, tile, 0)
-        head += tile.head * call.group
-        where = (tile.seq.batch, position, head)
-        if has(config, "varlen"):
-            where = (tile.seq.batch * 0, tile.seq.q_begin + position, head)
-        load_queries(maps[0], q_boxes, 0, shared.q_ring.expect(0, parts.row_bytes * M), where, parts)
-        source = cache_source(config, call.cache, pages, tile.seq, tile.head, k_pitch)
+        _load_q(config, maps[0], shared, call, tile)
+        source = cache_source(config, rows, pages, call.cache, tile.seq, tile.head)
         row = (tile.end - 1) * config.keys
+        pool = pool_rows(config, source, row)
         for n in range(tile.end - tile.begin):
-            slot = outer_ring.slot(n)
-            outer_ring.acquire(n)
-            bar = outer_ring.expect(n, outer_parts.row_bytes * config.keys)
-            load_keys(config, maps[1], source, (k_boxes[0], k_boxes[2]), (slot, bar, row), outer_parts)
-            right_ring.acquire(n)
-            bar = right_ring.expect(n, right_parts.row_bytes * config.keys)
-            load_keys(config, maps[1], source, (k_boxes[1],), (slot, bar, row), right_parts)
+            after = pool_rows(config, source, row - config.keys)
+            turn = (n, row, pool)
+            load_keys(config, shared.outer, maps[1], source, (k_boxes[0], k_boxes[2]), turn, outer, width)
+            load_keys(config, shared.right, maps[1], source, (k_boxes[1],), turn, right_half, width)
             row -= config.keys
+            pool = after
 
 
 # --------------------------------------------------------------------------------------------------------------- left
@@ -131,14 +141,13 @@ def _scores(me, n):
     """S = Q K^T of the n-th tile, (64, keys) float32; the right half last, because it comes last."""
     keys: gl.constexpr = me.config.keys
     shared = me.shared
-    outer_ring, right_ring = shared.rings
-    slot = outer_ring.slot(n)
-    outer_ring.wait(n)
+    slot = shared.outer.slot(n)
+    shared.outer.wait(n)
     only = fresh_zero()
     s = gl.zeros([M, keys], gl.float32, accumulator_layout(keys))
     s = warpgroup_mma(shared.q[0].index(only), shared.k[0].index(slot).permute((1, 0)), s, use_acc=False, is_async=True)
     s = warpgroup_mma(shared.q[2].index(only), shared.k[2].index(slot).permute((1, 0)), s, is_async=True)
-    right_ring.wait(n)
+    shared.right.wait(n)
     s = warpgroup_mma(shared.q[1].index(only), shared.k[1].index(slot).permute((1, 0)), s, is_async=True)
     return warpgroup_mma_wait(0, deps=(s,))
 
@@ -148,8 +157,8 @@ def _pass_on(shared, n, p, factor):
     """Give the right warpgroup P and what its sums are multiplied by first."""
     shared.p_ring.acquire(n)
     if p is not None:
-        shared.p.index(0).store(p)
-    shared.factors.index(0).store(factor)
+        shared.passed[0].index(0).store(p)
+    shared.passed[1].index(0).store(factor)
     fence_async_shared()
     shared.p_ring.publish(n)
 
@@ -166,15 +175,14 @@ def _left_block(me, n, bounds, first_key, state, CUT: gl.constexpr):
     m, alpha = move_reference(s, m, me.score.scale)
     p = exponentials(s, m, me.score.scale, CUT is not None)
     l = add_to_sums(l, alpha, partial_sums(p))
-    p = to_16_bit(p, shared.p.dtype)
+    p = to_16_bit(p, shared.passed[0].dtype)
     _pass_on(shared, n, p, alpha)
     o = rescale(o, alpha)
     columns: gl.constexpr = o.shape[1]
-    outer_ring = shared.rings[0]
-    values = shared.k[0].index(outer_ring.slot(n))
+    values = shared.k[0].index(shared.outer.slot(n))
     o = warpgroup_mma(gl.convert_layout(p, operand_layout(columns)), values, o, is_async=True)
     o = warpgroup_mma_wait(0, deps=(o,))
-    outer_ring.release(n)
+    shared.outer.release(n)
     return o, m, l
 
 
@@ -230,21 +238,20 @@ def right(me, outcome):
     config: gl.constexpr = me.config
     half: gl.constexpr = config.parts.dims[1]
     shared = me.shared
-    ring = shared.rings[1]
     tile = locate_cache_tile(config, me.call)
     blocks = tile.end - tile.begin
     if tile.begin < tile.end:
         o = gl.zeros([M, half], gl.float32, accumulator_layout(half))
         for n in range(blocks):
             shared.p_ring.wait(n)
-            o = rescale(o, shared.factors.index(0).load(row_layout(half)))
-            ring.wait(n)
-            o = warpgroup_mma(shared.p.index(fresh_zero()), shared.k[1].index(ring.slot(n)), o, is_async=True)
+            o = rescale(o, shared.passed[1].index(0).load(row_layout(half)))
+            shared.right.wait(n)
+            o = warpgroup_mma(shared.passed[0].index(fresh_zero()), shared.k[1].index(shared.right.slot(n)), o, is_async=True)
             o = warpgroup_mma_wait(0, deps=(o,))
             shared.p_ring.release(n)
-            ring.release(n)
+            shared.right.release(n)
         shared.p_ring.wait(blocks)
-        out = o * shared.factors.index(0).load(row_layout(half))[:, None]
+        out = o * shared.passed[1].index(0).load(row_layout(half))[:, None]
         store_out(config, me.call, tile, unit_of(config, tile, 0), outcome, out, config.parts.columns[1])
 
 
@@ -259,23 +266,26 @@ def _p_layout(dtype, keys):
 @gluon.jit
 def _allocate(config: gl.constexpr, maps):
     parts: gl.constexpr = config.parts
-    q, q_boxes = allocate_parts(maps[0], 1, M, parts)
-    k, k_boxes = allocate_parts(maps[1], config.stages, config.keys, parts)
-    p = gl.allocate_shared_memory(maps[0].dtype, [1, M, config.keys], _p_layout(maps[0].dtype, config.keys))
+    dtype: gl.constexpr = maps[0].dtype
+    q, q_boxes = allocate_parts(dtype, 1, M, parts, query_box(config))
+    k, k_boxes = allocate_parts(dtype, config.stages, config.keys, parts, key_box(config))
+    p = gl.allocate_shared_memory(dtype, [1, M, config.keys], _p_layout(dtype, config.keys))
     factors = gl.allocate_shared_memory(gl.float32, [1, M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_ring = make_ring(1, 1)
-    rings = (make_ring(config.stages, 1), make_ring(config.stages, 1))
+    outer = make_cache_stream(config, 1, NAMED_BARRIER_K)
+    right = make_cache_stream(config, 1, NAMED_BARRIER_V)
     p_ring = make_ring(1, 1)
     fence_async_shared()
-    return Shared(q, k, (q_boxes, k_boxes), p, factors, q_ring, rings, p_ring)
+    return Shared(q, k, (q_boxes, k_boxes), (p, factors), q_ring, outer, right, p_ring)
 
 
 @gluon.jit
 def attention_latent(
     q_map, k_map,
-    out_ptr, lse_ptr, sinks_ptr, cu_q, cache_seqlens, cache_leftpad, cache_batch_idx, page_table,
+    k_ptr, out_ptr, lse_ptr, sinks_ptr, cu_q, cache_seqlens, cache_leftpad, cache_batch_idx, page_table,
     batch, heads, group, seqlen_q, splits, lines, left_reach, right_reach, capacity, appended,
-    table_stride, pages_per_sequence, page_count, page_size, k_pitch, scale, inner,
+    table_stride, pages_per_sequence, page_count, page_size,
+    k_page, k_row, k_head, k_pitch, scale, inner,
     CONFIG: gl.constexpr,
 ):  # fmt: skip
     """As attention_chunk, without a tensor of values."""
@@ -290,5 +300,5 @@ def attention_latent(
     gl.warp_specialize([
         (left, (role, outcome)),
         (right, (role, outcome)),
-        (producer, (config, (q_map, k_map), shared, call, pages, k_pitch)),
-    ], [4, 1], [config.consumer_registers, config.producer_registers])  # fmt: skip
+        (producer, (config, (q_map, k_map), shared, call, pages, Rows(k_ptr, k_page, k_row, k_head, k_pitch))),
+    ], [4, producer_warps(config)], [config.consumer_registers, config.producer_registers])  # fmt: skip

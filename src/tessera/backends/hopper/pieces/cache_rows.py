@@ -1,8 +1,9 @@
 """Keys and values where a server keeps them: rows of a cache, contiguous or in pages; and queries packed by head.
 
-A tile of keys is loaded in boxes of (`config.box` rows, 64 columns), each a TMA copy of its own: with pages, a box lies in
-one page. The caches are described to TMA as in kv_source.py, pages (or cache entries) in the place of batch entries, so rows
-at or past a sequence's length are out of bounds and read as zeros, whatever the page holds there.
+A tile of keys is loaded in boxes of (`config.box` rows, 64 columns). Reading.BOXES: each is a TMA copy of its own, and with
+pages lies in one page. The caches are described to TMA as in kv_source.py, pages (or cache entries) in the place of batch
+entries, so rows at or past a sequence's length are out of bounds and read as zeros, whatever the page holds there.
+Reading.ROWS: threads look up each row's page and copy it.
 
 In shared memory a tile of (keys, columns) with the 128-byte swizzle is its blocks of 64 columns one after the other, each with
 its rows one after the other: the boxes fill it in that order, which is all that `_allocate_part` says.
@@ -14,13 +15,13 @@ A block of 64 query rows is `heads` heads of one key/value head times 64 / heads
 import math
 
 from tessera.backends.hopper.chunk_config import COLUMNS as BOX_COLUMNS
+from tessera.backends.hopper.chunk_config import Reading
+from tessera.backends.hopper.pieces.cache_stream import copies_rows
 from tessera.backends.hopper.pieces.kv_source import WRAP
 from tessera.backends.hopper.pieces.tiles import has
-from tessera.jit.compat import aggregate, gl, gluon, tma_load
+from tessera.jit.compat import aggregate, copy_to_shared, gl, gluon, tma_load
 
 COLUMNS = gl.constexpr(BOX_COLUMNS)
-PAGE_READS = gl.constexpr(4)
-"""Entries of the page table that are read at once, before the copies that need them."""
 
 
 @aggregate
@@ -88,20 +89,40 @@ class Pages:
 
 
 @aggregate
-class Source:
-    """One sequence's rows of one cache tensor: `pitch` rows lie between the beginnings of two pages (or entries)."""
+class Rows:
+    """Where the rows of one cache tensor lie: in elements from one page (or entry), row and head to the next; `pitch`: rows from
+    one page to the next."""
 
-    pages: Pages
+    pointer: gl.tensor
+    page: gl.tensor
+    row: gl.tensor
+    head: gl.tensor
     pitch: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, pointer, page, row, head, pitch):
+        self.pointer = pointer
+        self.page = page
+        self.row = row
+        self.head = head
+        self.pitch = pitch
+
+
+@aggregate
+class Source:
+    """Rows first .. + count of one sequence, of one head."""
+
+    rows: Rows
+    pages: Pages
     entry: gl.tensor
     head: gl.tensor
     first: gl.tensor
     count: gl.tensor
 
     @gluon.constexpr_function
-    def __init__(self, pages, pitch, entry, head, first, count):
+    def __init__(self, rows, pages, entry, head, first, count):
+        self.rows = rows
         self.pages = pages
-        self.pitch = pitch
         self.entry = entry
         self.head = head
         self.first = first
@@ -130,24 +151,11 @@ def cache_sequence(config: gl.constexpr, cache, cu_q, index, seqlen_q):
 
 
 @gluon.jit
-def cache_source(config: gl.constexpr, cache, pages, seq, head, pitch):
+def cache_source(config: gl.constexpr, rows, pages, cache, seq, head):
     entry = seq.batch
     if has(config, "batch_index"):
         entry = gl.minimum(gl.maximum(gl.load(cache.batch_index + seq.batch), 0), pages.count - 1)
-    return Source(pages, pitch, entry, head, seq.k_begin, seq.k_rows)
-
-
-@gluon.jit
-def _first_rows(source, key, step: gl.constexpr, count: gl.constexpr):
-    """Where `count` boxes `step` keys apart begin in the pool; page numbers out of range are brought into it."""
-    table = source.pages.table + source.entry.to(gl.int64) * source.pages.stride
-    rows = ()
-    for i in gl.static_range(count):
-        place = (key + i * step) // source.pages.size
-        page = gl.load(table + gl.minimum(place, source.pages.per_sequence - 1))
-        page = gl.minimum(gl.maximum(page, 0), source.pages.count - 1)
-        rows = rows + (page * source.pitch + key + i * step - place * source.pages.size,)
-    return rows
+    return Source(rows, pages, entry, head, seq.k_begin, seq.k_rows)
 
 
 @gluon.constexpr_function
@@ -156,8 +164,61 @@ def _blocks(parts, part):
     return parts.dims[part] // BOX_COLUMNS
 
 
+# ------------------------------------------------------------------------------------------------ where a tile's rows lie
+
+
+@gluon.constexpr_function
+def _pool_rows_asm(box):
+    return (
+        "{ .reg .u32 key, place, page; .reg .u64 entry;"
+        f" mov.u32 key, %laneid; mad.lo.u32 key, key, {box}, $2; div.u32 place, key, $3; mul.lo.u32 page, place, $3;"
+        " sub.u32 key, key, page; min.u32 place, place, $4; mul.wide.u32 entry, place, 4; add.u64 entry, entry, $1;"
+        " ld.global.nc.u32 page, [entry]; max.s32 page, page, 0; min.s32 page, page, $5; mad.lo.u32 $0, page, $6, key; }"
+    )
+
+
+@gluon.constexpr_function
+def _rows_layout():
+    """A block of 64 columns over four warps: eight threads a row, 16 bytes each."""
+    return gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+
+
 @gluon.jit
-def _load_columns(tiles, boxes, place, bar, where, parts: gl.constexpr):
+def pool_rows(config: gl.constexpr, source, row):
+    """Where the tile from row `row` of the sequence on lies in the pool of pages; page numbers out of range are brought into it.
+    By TMA, box i's first row in lane i of the producer's warp; by cp.async, each row. Without pages 0, which nobody asks for.
+
+    The keys' are read a tile before the copies that need them, or those would wait for them; the values' lie in L1 by then.
+    """
+    pages = source.pages
+    if copies_rows(config):
+        table = pages.table + source.entry.to(gl.int64) * pages.stride
+        layout: gl.constexpr = gl.SliceLayout(1, _rows_layout())
+        key = source.first + gl.maximum(row, 0) + gl.arange(0, config.keys, layout)
+        place = key // pages.size
+        page = gl.load(table + gl.minimum(place, pages.per_sequence - 1))
+        return gl.minimum(gl.maximum(page, 0), pages.count - 1) * source.rows.pitch + (key - place * pages.size)
+    elif has(config, "pages"):
+        table = pages.table + source.entry.to(gl.int64) * pages.stride
+        asm: gl.constexpr = _pool_rows_asm(config.box)
+        arguments = [table, gl.maximum(row, 0), pages.size, pages.per_sequence - 1, pages.count - 1, source.rows.pitch]
+        return gl.inline_asm_elementwise(asm, "=r,l,r,r,r,r,r", arguments, dtype=gl.int32, is_pure=False, pack=1)
+    else:
+        return row * 0
+
+
+# ------------------------------------------------------------------------------------------------------ boxes, by TMA
+
+
+@gluon.jit
+def _from_lane(value, lane):
+    return gl.inline_asm_elementwise(
+        "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "=r,r,r", [value, lane], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _load_box(tiles, boxes, place, bar, where, parts: gl.constexpr):
     """One box of rows, 64 columns at a time: box `place` = (slot, boxes a block of columns, box), rows `where` of the map."""
     slot, count, box = place
     head, end, row = where
@@ -169,23 +230,60 @@ def _load_columns(tiles, boxes, place, bar, where, parts: gl.constexpr):
 
 
 @gluon.jit
-def load_keys(config: gl.constexpr, tiles, source, boxes, place, parts: gl.constexpr):
-    """Start the copies of one tile of keys (or values); `place` = (slot, barrier, the tile's first row in the sequence)."""
-    slot, bar, row = place
+def _load_boxes(config: gl.constexpr, tiles, source, boxes, place, parts: gl.constexpr):
+    """`place` = (slot, barrier, the tile's first row in the sequence, its `pool_rows`)."""
+    slot, bar, row, pool = place
     if has(config, "pages"):
         count: gl.constexpr = config.keys // config.box
-        at_once: gl.constexpr = count if count < PAGE_READS else PAGE_READS
-        for some in range(count // at_once):
-            firsts = _first_rows(source, row + some * (at_once * config.box), config.box, at_once)
-            for i in gl.static_range(at_once):
-                box = some * at_once + i
-                valid = gl.minimum(gl.maximum(source.count - row - box * config.box, 0), config.box)
-                where = (source.head, firsts[i] + valid, WRAP - valid)
-                _load_columns(tiles, boxes, (slot, count, box), bar, where, parts)
+        for box in gl.static_range(count):
+            first = _from_lane(pool, box)
+            valid = gl.minimum(gl.maximum(source.count - row - box * config.box, 0), config.box)
+            _load_box(tiles, boxes, (slot, count, box), bar, (source.head, first + valid, WRAP - valid), parts)
     else:
-        first = source.entry * source.pitch + source.first
+        first = source.entry * source.rows.pitch + source.first
         where = (source.head, first + source.count, WRAP - source.count + row)
-        _load_columns(tiles, boxes, (slot, 1, 0), bar, where, parts)
+        _load_box(tiles, boxes, (slot, 1, 0), bar, where, parts)
+
+
+# --------------------------------------------------------------------------------------------------- rows, by cp.async
+
+
+@gluon.jit
+def _copy_rows(config: gl.constexpr, source, boxes, place, parts: gl.constexpr, WIDTH: gl.constexpr):
+    """`place` = (slot, the tile's first row in the sequence, its `pool_rows`). Rows past the sequence's end and columns from
+    WIDTH on become zeros."""
+    slot, row, pool = place
+    layout: gl.constexpr = _rows_layout()
+    columns = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))[None, :]
+    start = source.rows.pointer + source.head.to(gl.int64) * source.rows.head
+    pointers = (start + pool.to(gl.int64) * source.rows.row)[:, None]
+    rows = row + gl.arange(0, config.keys, gl.SliceLayout(1, layout))
+    mask = (rows < source.count)[:, None] & (columns < COLUMNS)
+    for part in gl.static_range(len(boxes)):
+        for block in gl.static_range(_blocks(parts, part)):
+            column = parts.columns[part] + block * COLUMNS
+            here = mask
+            if parts.columns[part] + (block + 1) * COLUMNS > WIDTH:
+                here = mask & (columns < WIDTH - column)
+            buffer = boxes[part].index(slot * _blocks(parts, part) + block)
+            copy_to_shared(buffer, pointers + (column + columns), mask=here)
+
+
+@gluon.jit
+def load_keys(config: gl.constexpr, stream, tiles, source, boxes, turn, parts: gl.constexpr, WIDTH: gl.constexpr):
+    """Start the copies of one tile of keys (or values), `parts` of its columns of which there are WIDTH in all. `turn` = (use of
+    the stream, the tile's first row in the sequence, its `pool_rows`)."""
+    n, row, pool = turn
+    stream.acquire(n)
+    if copies_rows(config):
+        _copy_rows(config, source, boxes, (stream.slot(n), row, pool), parts, WIDTH)
+        stream.publish(n)
+    else:
+        bar = stream.expect(n, parts.row_bytes * config.keys)
+        _load_boxes(config, tiles, source, boxes, (stream.slot(n), bar, row, pool), parts)
+
+
+# ------------------------------------------------------------------------------------------------------------- queries
 
 
 @gluon.jit
@@ -205,26 +303,36 @@ def _matrix_layout(dtype, rows, columns):
 
 
 @gluon.constexpr_function
+def key_box(config):
+    """The shape of what is copied to shared memory at once: a TMA block, or rows of a cp.async."""
+    return [config.box, BOX_COLUMNS] if config.reading is Reading.ROWS else [1, 1, 1, config.box, BOX_COLUMNS]
+
+
+@gluon.constexpr_function
+def query_box(config):
+    return [1, config.packing.positions, config.packing.heads, BOX_COLUMNS]
+
+
+@gluon.constexpr_function
 def _box_count(shape, box):
     return math.prod(shape) // math.prod(box)
 
 
 @gluon.jit
-def _allocate_part(tiles, slots: gl.constexpr, rows: gl.constexpr, columns: gl.constexpr):
-    layout: gl.constexpr = _matrix_layout(tiles.dtype, rows, columns)
-    box: gl.constexpr = tiles.block_type.shape
+def _allocate_part(dtype: gl.constexpr, slots: gl.constexpr, rows: gl.constexpr, columns: gl.constexpr, box: gl.constexpr):
+    layout: gl.constexpr = _matrix_layout(dtype, rows, columns)
     count: gl.constexpr = _box_count([slots, rows, columns], box)
-    matrix = gl.allocate_shared_memory(tiles.dtype, [slots, rows, columns], layout)
-    return matrix, matrix._reinterpret(tiles.dtype, [count] + box, tiles.layout)
+    matrix = gl.allocate_shared_memory(dtype, [slots, rows, columns], layout)
+    return matrix, matrix._reinterpret(dtype, [count] + box, gl.NVMMASharedLayout.get_default_for(box, dtype))
 
 
 @gluon.jit
-def allocate_parts(tiles, slots: gl.constexpr, rows: gl.constexpr, parts: gl.constexpr):
+def allocate_parts(dtype: gl.constexpr, slots: gl.constexpr, rows: gl.constexpr, parts: gl.constexpr, BOX: gl.constexpr):
     """`slots` tiles of `rows` rows, one buffer a part of the head dim, as products see them and as the boxes that fill them."""
     matrices = ()
     boxes = ()
     for part in gl.static_range(len(parts.dims)):
-        matrix, of_boxes = _allocate_part(tiles, slots, rows, parts.dims[part])
+        matrix, of_boxes = _allocate_part(dtype, slots, rows, parts.dims[part], BOX)
         matrices = matrices + (matrix,)
         boxes = boxes + (of_boxes,)
     return matrices, boxes
