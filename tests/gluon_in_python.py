@@ -216,6 +216,9 @@ class Pointer:
     def __getitem__(self, key: Any) -> Pointer:
         return Pointer(self.memory, self.offset[key])
 
+    def to(self, dtype: object) -> Integer:
+        return Integer(self.memory.data_ptr())
+
 
 def _load(pointer: Pointer, mask: Any = None, other: Any = None) -> Any:
     if isinstance(pointer.offset, int):
@@ -348,6 +351,18 @@ def _assembly(text: str, constraints: str, arguments: list[Any], dtype: Any, is_
         return Integer(arguments[0][arguments[1]])
     if text.startswith("{ .reg .pred same;"):  # softmax.rescale
         return arguments[0] * arguments[1]
+    if "set.geu.u32.bf16x2" in text:  # dropout.drop
+        return _dropped(*arguments).to(dtype)
+    if text.startswith("prmt.b32 $0, $2, $3, 0x5410;"):  # dropout._words_anywhere
+        low, high = arguments[0].unflatten(1, (-1, 2)).unbind(dim=2)
+        return (low | high << 16).repeat_interleave(2, dim=1)
+    if text.startswith("shfl."):
+        return Integer(arguments[0])
+    if "atom.global.add" in text:  # scheduler.take
+        with _adding:
+            drawn = _load(arguments[0])
+            _store(arguments[0], drawn + 1)
+        return drawn
     if text.startswith("{ .reg .pred never;"):  # softmax.finish_before
         return Integer(0)
     functions: dict[str, Callable[[Tensor], Tensor]] = {
@@ -355,6 +370,12 @@ def _assembly(text: str, constraints: str, arguments: list[Any], dtype: Any, is_
         "cvt.rn.bf16x2": lambda x: x.to(torch.bfloat16), "cvt.rn.f16x2": lambda x: x.to(torch.float16),
     }  # fmt: skip
     return next(run for name, run in functions.items() if text.startswith(name))(arguments[0])
+
+
+def _dropped(p: Tensor, words: Tensor, threshold: int) -> Tensor:
+    """Halves of a word are for a row's even and odd column."""
+    draws = torch.where(torch.arange(p.shape[1]) % 2 == 0, words, words >> 16) & 0x7FFF
+    return torch.where(draws >= (threshold & 0x7FFF), p, 0.0)
 
 
 class Product:
@@ -417,7 +438,8 @@ def _language() -> ModuleType:
     gl = ModuleType("gl")
     vars(gl).update(
         {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "int32", "int64")},
-        tensor=object, tuple=object, shared_memory_descriptor=object, constexpr=_constexpr, static_range=range,
+        uint32=torch.int64, uint64=torch.int64, tensor=object, tuple=object, shared_memory_descriptor=object,
+        constexpr=_constexpr, static_range=range, abs=torch.abs, permute=lambda x, order: x.permute(order),
         **dict.fromkeys(("BlockedLayout", "NVMMADistributedLayout", "DotOperandLayout", "SliceLayout"), Layout),
         **dict.fromkeys(("NVMMASharedLayout", "SwizzledSharedLayout"), Layout),
         program_id=lambda axis: Integer(_here.program[axis]), num_programs=lambda axis: Integer(_here.grid[axis]),

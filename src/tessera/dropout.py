@@ -1,15 +1,17 @@
 """Dropout's mask: a function of (seed, batch, head, row, column) alone, so every backend and tile size draws the same.
 
 The generator is Philox4x32 with 7 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011: the
-fewest rounds that pass BigCrush), keyed by the 64-bit seed. One call gives four 32-bit words, eight draws of 16 bits, for
-eight scores: rows i and i + 8 of a group of 16, columns j, j + 8, j + 16, j + 24 of a group of 32. These are scores that one
-thread of a Hopper warpgroup holds in its accumulator anyway, so a kernel draws 8 scores with one call and no exchange.
+fewest rounds that pass BigCrush), keyed by the 64-bit seed. One call gives four 32-bit words, eight draws of 15 bits, for
+eight scores: rows i and i + 8 of a group of 16, columns j, j + 1, j + 8, j + 9 (j even) of a group of 16. These are scores
+that one thread of a Hopper warpgroup holds in its accumulator anyway, neighbours beside each other in one word as P's are
+when it is 16-bit: so a kernel draws 8 scores with one call, no exchange and no unpacking.
 
-    counter = (32-column group * 8 + j % 8, 16-row group * 8 + i % 8, head, batch)
-    draw    = 16 bits of word (j // 8) % 4: the low half for (i // 8) % 2 == 0, the high half for 1
-    kept    = draw >= threshold, threshold = round(65536 p)
+    counter = (16-column group * 4 + j % 8 // 2, 16-row group * 8 + i % 8, head, batch)
+    draw    = 15 bits of word 2 (i // 8 % 2) + j // 8 % 2: of its low half for even j, of its high half for odd j (a half's
+              highest bit is not used, so that kernels may compare halves as positive 16-bit floats)
+    kept    = draw >= threshold, threshold = round(32768 p)
 
-p is thereby rounded to a multiple of 1/65536, and the kept probabilities are scaled by the exact 65536 / (65536 - threshold).
+p is thereby rounded to a multiple of 1/32768, and the kept probabilities are scaled by the exact 32768 / (32768 - threshold).
 """
 
 from __future__ import annotations
@@ -21,17 +23,19 @@ ROUNDS = 7
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _WORD = 0xFFFFFFFF
-ROW_GROUP, COLUMN_GROUP = 16, 32
+DRAWS = 1 << 15
+"""How many values a draw has."""
+GROUP = 16
 
 
 def threshold(dropout_p: float) -> int:
-    """The 16-bit draws below this are dropped."""
-    return min(round(dropout_p * 65536), 65535)
+    """The draws below this are dropped."""
+    return min(round(dropout_p * DRAWS), DRAWS - 1)
 
 
 def keep_scale(dropout_p: float) -> float:
     """What a kept probability is multiplied by: 1 / (1 - p) for the p that the threshold stands for."""
-    return 65536 / (65536 - threshold(dropout_p))
+    return DRAWS / (DRAWS - threshold(dropout_p))
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -49,23 +53,23 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[T
 def keep_tile(seed: int, batch: int, heads: Tensor, rows: range, columns: range, dropout_p: float) -> Tensor:
     """(heads, rows, columns) bool: which scores of a tile are kept. `heads` is an int64 tensor of head numbers."""
     device = heads.device
-    row_groups = range(rows.start // ROW_GROUP, -(-rows.stop // ROW_GROUP))
-    column_groups = range(columns.start // COLUMN_GROUP, -(-columns.stop // COLUMN_GROUP))
+    row_groups = range(rows.start // GROUP, -(-rows.stop // GROUP))
+    column_groups = range(columns.start // GROUP, -(-columns.stop // GROUP))
     row_counter = torch.arange(row_groups.start * 8, row_groups.stop * 8, device=device)
-    column_counter = torch.arange(column_groups.start * 8, column_groups.stop * 8, device=device)
+    column_counter = torch.arange(column_groups.start * 4, column_groups.stop * 4, device=device)
     counter = (
         column_counter[None, None, :],
         row_counter[None, :, None],
         heads[:, None, None],
         torch.full((1, 1, 1), batch, dtype=torch.int64, device=device),
     )
-    words = torch.stack(philox(counter, seed), dim=-1)  # (heads, 8 * row groups, 8 * column groups, 4)
-    draws = torch.stack((words & 0xFFFF, words >> 16), dim=-1)  # (..., 4, 2)
+    words = torch.stack(philox(counter, seed), dim=-1)  # (heads, 8 * row groups, 4 * column groups, 4)
+    draws = torch.stack((words, words >> 16), dim=-1) % DRAWS  # (..., 4, 2)
     n = heads.shape[0]
-    draws = draws.view(n, len(row_groups), 8, len(column_groups), 8, 4, 2)
-    # row = group, half, i % 8; column = group, word, j % 8
-    draws = draws.permute(0, 1, 6, 2, 3, 5, 4).reshape(n, len(row_groups) * ROW_GROUP, len(column_groups) * COLUMN_GROUP)
-    first_row, first_column = row_groups.start * ROW_GROUP, column_groups.start * COLUMN_GROUP
+    draws = draws.view(n, len(row_groups), 8, len(column_groups), 4, 2, 2, 2)
+    # row = group, half of the word's number, i % 8; column = group, the other half, j % 8 // 2, j % 2
+    draws = draws.permute(0, 1, 5, 2, 3, 6, 4, 7).reshape(n, len(row_groups) * GROUP, len(column_groups) * GROUP)
+    first_row, first_column = row_groups.start * GROUP, column_groups.start * GROUP
     tile = draws[:, rows.start - first_row : rows.stop - first_row, columns.start - first_column : columns.stop - first_column]
     return tile >= threshold(dropout_p)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tessera import reference
+from tessera import dropout_mask, reference
 from tessera.backends.hopper import BACKEND
 from tessera.cases import CASES, Case
 from tessera.device import Device
@@ -36,6 +36,18 @@ MANY_TILES = (
     Case("documents", head_dim=128, documents=(300, 500, 1, 299), causal=True, **MANY),
     Case("padding", key_end=(1000, 0, 1100), key_start=(3, 0, 500), query_end=(900, 1100, 1), **MANY),
     Case("sinks, softcap", sinks=True, softcap=20.0, causal=True, **MANY),
+    *(Case(f"d{d} dropout", head_dim=d, dropout_p=0.2, **MANY) for d in (64, 96, 128, 192, 256)),
+    *(Case(f"d{d} alibi causal", head_dim=d, alibi="batch", causal=True, **MANY) for d in (64, 96, 128, 192, 256)),
+    *(Case(f"d{d} bias", head_dim=d, bias=(1, 24, 1100, 1100), **MANY) for d in (64, 128, 192, 256)),
+    *(Case(f"d{d} bias of keys, dropout", head_dim=d, bias=(3, 1, 1, 1100), dropout_p=0.2, causal=True, **MANY)
+      for d in (64, 128, 256)),
+    *(Case(f"d{d} all modifiers", head_dim=d, bias=(1, 24, 1100, 1100), alibi="head", dropout_p=0.2, causal=True, **MANY)
+      for d in (64, 128, 256)),
+    Case("bias of rows, sinks", bias=(1, 24, 1100, 1), sinks=True, **MANY),
+    Case("padding left, dropout, bias", key_start=(3, 0, 500), bias=(3, 24, 1100, 1100), dropout_p=0.2, causal=True, **MANY),
+    Case("varlen, alibi, dropout", batch=len(LENGTHS), alibi="batch", dropout_p=0.2, causal=True, head_dim=128, **PACKED),
+    Case("long alibi", alibi="head", batch=1, seqlen_q=8192, seqlen_k=8192, heads_q=2, heads_kv=2, head_dim=128, causal=True),
+    Case("scale below 0", softmax_scale=-0.2, causal=True, **MANY),
 )
 """Problems of more tiles than a GPU has multiprocessors: programs go from tile to tile, rings from lap to lap."""
 
@@ -183,6 +195,52 @@ def test_rows_that_tma_cannot_read_are_copied() -> None:
         return wide[..., 4:]
 
     check(request._replace(q=unaligned(request.q), k=unaligned(request.k), v=unaligned(request.v)))
+
+
+@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("dropout_p", [0.002, 0.5, 0.99])
+def test_mask_is_dropouts_own_bit_for_bit(dim: int, dropout_p: float) -> None:
+    """With q = 0 every P is 1/Sk, and with a part of the identity for V out shows which are kept."""
+    seqlen_q, seqlen_k, heads = 300, 3 * dim + 20, 3
+    q, k = (torch.zeros(2, n, heads, dim, dtype=torch.bfloat16, device="cuda") for n in (seqlen_q, seqlen_k))
+    expected = dropout_mask(42 << 33, 2, heads, seqlen_q, seqlen_k, dropout_p, "cuda").transpose(1, 2)
+    for first in range(0, seqlen_k, dim):
+        v = torch.eye(seqlen_k, device="cuda", dtype=torch.bfloat16)[:, first : first + dim]
+        columns = v.shape[1]
+        v = torch.nn.functional.pad(v, (0, dim - columns))[None, :, None].expand(2, -1, heads, -1).contiguous()
+        out, _ = run(Request(q, k, v, dropout_p=dropout_p, seed=42 << 33))
+        assert torch.equal(out[..., :columns] != 0, expected[..., first : first + columns])
+
+
+def test_packed_sequences_draw_by_their_numbers() -> None:
+    lengths = (20, 0, 64, 35)
+    offsets = torch.tensor((0, *lengths), device="cuda").cumsum(0).int()
+    q = torch.zeros(sum(lengths), 2, 64, dtype=torch.bfloat16, device="cuda")
+    v = torch.cat([torch.eye(64, device="cuda")[:n] for n in lengths])[:, None].expand(-1, 2, -1).to(torch.bfloat16).contiguous()
+    out, _ = run(Request(q, q, v, offsets, offsets, dropout_p=0.5, seed=3))
+    drawn = dropout_mask(3, len(lengths), 2, 64, 64, 0.5, "cuda")
+    for number, (start, n) in enumerate(zip(offsets.tolist(), lengths, strict=False)):
+        assert torch.equal(out[start : start + n, :, :n] != 0, drawn[number, :, :n, :n].transpose(0, 1))
+
+
+@pytest.mark.parametrize(
+    "shape", [(3, 8, 300, 333), (3, 1, 300, 333), (1, 8, 300, 333), (1, 1, 1, 333), (3, 1, 300, 1), (1, 8, 1, 1)]
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_biases(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Every form, in q's dtype and float32, rows that TMA could not read, -inf and finfo.min in it."""
+    case = Case("bias", batch=3, seqlen_q=300, seqlen_k=333, heads_q=8, heads_kv=2, head_dim=128, bias=shape)
+    request = case.request("cuda", torch.bfloat16)
+    bias = request.bias.to(dtype)
+    bias[..., 7:9] = torch.finfo(dtype).min
+    bias[..., 2:5] = float("-inf")
+    check(request._replace(bias=bias))
+    if shape[3] > 1:
+        lowest = torch.full_like(bias, torch.finfo(dtype).min)
+        out, lse = run(request._replace(bias=lowest))
+        uniform = request.v.float().mean(dim=1).repeat_interleave(4, dim=1)[:, None]
+        torch.testing.assert_close(out.float(), uniform.expand(out.shape), atol=5e-3, rtol=5e-2)
+        assert lse.isfinite().all()
 
 
 @pytest.mark.slow

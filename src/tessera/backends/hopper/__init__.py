@@ -13,13 +13,15 @@ from tessera.backends.hopper.backward_launch import BackwardLaunch
 from tessera.backends.hopper.backward_plan import BackwardConfig, backward_config, workspace_bytes
 from tessera.backends.hopper.config import ForwardConfig
 from tessera.backends.hopper.launch import ELEMENTS, ForwardLaunch, kernel_spec
+from tessera.backends.hopper.modifiers import LARGEST_THRESHOLD
 from tessera.backends.hopper.plan import forward_config, forward_family
 from tessera.device import Device
 from tessera.dispatch import Choices, InputGradients, Runner, Upstream
+from tessera.dropout import DRAWS, threshold
 from tessera.errors import Reason
 from tessera.operands import Operands
 from tessera.plan import Choice, Plan
-from tessera.problem import Gradients, Layout, Problem, Reproducibility
+from tessera.problem import Gradients, Layout, Problem, Reproducibility, Score
 
 FORWARD = "hopper-forward"
 BACKWARD = "hopper-backward"
@@ -36,15 +38,11 @@ class HopperBackend:
         score, reasons = problem.score, []
         if problem.dtype not in ELEMENTS:
             reasons.append(Reason("q.dtype", str(problem.dtype), "the tensor cores take 16-bit operands here", "use bfloat16"))
-        if score.dropout_p:
-            reasons.append(Reason("dropout_p", str(score.dropout_p), "this kernel does not drop", "use dropout_p=0"))
-        if score.bias is not None:
-            reasons.append(Reason("bias", str(score.bias.shape), "this kernel adds no bias", "use another backend"))
-        if score.alibi is not None:
-            reasons.append(Reason("alibi_slopes", score.alibi.value, "this kernel has no ALiBi", "use another backend"))
-        if score.scale <= 0 and not score.softcap:
-            why = "the row maximum is taken before the scale is applied"
-            reasons.append(Reason("softmax_scale", str(score.scale), why, "scale q by it and pass 1.0"))
+        if threshold(score.dropout_p) > LARGEST_THRESHOLD:
+            why = "draws are compared as bfloat16, whose numbers end there"
+            reasons.append(Reason("dropout_p", str(score.dropout_p), why, f"use at most {LARGEST_THRESHOLD / DRAWS:.4f}"))
+        if problem.gradients is Gradients.INPUTS:
+            reasons += _without_gradients(score)
         if problem.layout is Layout.DENSE and problem.lengths:
             names = ", ".join(problem.lengths)
             reasons.append(Reason(names, "tensor", "lengths of dense tensors are a mask here", "use Mask.padding"))
@@ -88,6 +86,18 @@ def _compile_together(specs: tuple[jit.KernelSpec, ...]) -> None:
     """Compile all of a family at the first call of one, side by side: two kernels take little longer than one."""
     if len(specs) > 1:
         jit.warmup(specs)
+
+
+def _without_gradients(score: Score) -> list[Reason]:
+    """What the forward has and the backward has not."""
+    reasons, why = [], "the backward does not have it yet"
+    if score.dropout_p:
+        reasons.append(Reason("dropout_p", str(score.dropout_p), why, "use dropout_p=0"))
+    if score.bias is not None:
+        reasons.append(Reason("bias", str(score.bias.shape), why, "use another backend"))
+    if score.alibi is not None:
+        reasons.append(Reason("alibi_slopes", score.alibi.value, why, "use another backend"))
+    return reasons
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from tessera.backends.hopper.pieces.cache_stream import CacheStream, make_cache_
 from tessera.backends.hopper.pieces.channel import NAMED_BARRIER_K, NAMED_BARRIER_V, Ring, make_ring, pass_turn
 from tessera.backends.hopper.pieces.epilogue import LOG2_E, normaliser
 from tessera.backends.hopper.pieces.masking import full_block_range, has_lower_bound, row_bounds
+from tessera.backends.hopper.pieces.modifiers import no_modifiers
 from tessera.backends.hopper.pieces.packed_rows import (
     CacheCall,
     Outcome,
@@ -234,7 +235,7 @@ def attention_chunk(
     cache = Cache(cache_seqlens, cache_leftpad, cache_batch_idx, capacity, appended)
     pages = Pages(page_table, table_stride, pages_per_sequence, page_count, page_size)
     call = CacheCall(batch, heads, group, seqlen_q, cu_q, splits, Reach(left_reach, right_reach), cache)
-    score = Score(scale, inner, sinks_ptr)
+    score = Score(scale, inner, sinks_ptr, no_modifiers())
     outcome = Outcome(out_ptr, lse_ptr, lines)
     k_rows = Rows(k_ptr, k_page, k_row, k_head, k_pitch)
     v_rows = Rows(v_ptr, v_page, v_row, v_head, v_pitch)

@@ -23,6 +23,17 @@ class Feature(Enum):
     DOCUMENTS = "documents"
     SOFTCAP = "softcap"
     SINKS = "sinks"
+    SCALE_FIRST = "scale first"
+    """A scale that is not positive: the maximum is taken of scaled scores (ALiBi and biases bring that with them)."""
+    ALIBI = "alibi"
+    BIAS = "bias"
+    BIAS_OF_KEYS = "bias of keys"
+    """The same for all rows."""
+    BIAS_OF_ROWS = "bias of rows"
+    """The same for all keys."""
+    FLOAT32_BIAS = "float32 bias"
+    """Any of these three in float32, not in q's dtype."""
+    DROPOUT = "dropout"
 
 
 class Overlap(Enum):

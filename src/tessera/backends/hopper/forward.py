@@ -37,21 +37,21 @@ from tessera.backends.hopper.pieces.masking import (
     block_range,
     full_block_range,
     has_lower_bound,
-    mask_scores,
     row_bounds,
     tile_blocks,
 )
+from tessera.backends.hopper.pieces.modifiers import make_modifiers
 from tessera.backends.hopper.pieces.scheduler import Schedule, locate, take, taken
-from tessera.backends.hopper.pieces.softmax import (
-    add_to_sums,
-    exponentials,
-    finish_before,
-    move_reference,
-    partial_sums,
-    rescale,
-    tanh,
-    to_16_bit,
+from tessera.backends.hopper.pieces.scores import (
+    Score,
+    as_operand,
+    finish_scores,
+    next_reference,
+    probabilities,
+    scale_left,
+    score_of_rows,
 )
+from tessera.backends.hopper.pieces.softmax import add_to_sums, finish_before, partial_sums, rescale
 from tessera.backends.hopper.pieces.tiles import (
     M,
     accumulator_layout,
@@ -59,6 +59,7 @@ from tessera.backends.hopper.pieces.tiles import (
     columns_of,
     empty_accumulator,
     has,
+    has_bias,
     head_bytes,
     keeps_p_during_softmax,
     matrix,
@@ -103,21 +104,6 @@ class Call:
         self.lengths = lengths
         self.pitch = pitch
         self.schedule = schedule
-
-
-@aggregate
-class Score:
-    """`scale` turns a score into log2 units; with a softcap c it is c log2(e), and `inner` = softmax_scale / c."""
-
-    scale: gl.tensor
-    inner: gl.tensor
-    sinks: gl.tensor
-
-    @gluon.constexpr_function
-    def __init__(self, scale, inner, sinks):
-        self.scale = scale
-        self.inner = inner
-        self.sinks = sinks
 
 
 @aggregate
@@ -288,16 +274,6 @@ def _rescale_output(o, alpha):
 
 
 @gluon.jit
-def _finish_scores(me, s, bounds, first_key, CUT: gl.constexpr):
-    """Softcap, and the mask where it cuts the block (`CUT`, see mask_scores; None where every row sees it whole)."""
-    if has(me.config, "softcap"):
-        s = tanh(s * me.score.inner)
-    if CUT is not None:
-        s = mask_scores(s, bounds, first_key, CUT)
-    return s
-
-
-@gluon.jit
 def _first_block(me, n, bounds, first_key):
     """P, m and l of a tile's first block: nothing to rescale, no P V to wait for. It is always masked."""
     me.shared.k_stream.wait(n)
@@ -306,10 +282,10 @@ def _first_block(me, n, bounds, first_key):
     pass_turn(me.index, me.config.consumers)
     s = warpgroup_mma_wait(0, deps=(s,))
     me.shared.k_stream.release(n)
-    s = _finish_scores(me, s, bounds, first_key, "upper")
-    m = gl.max(s, axis=1) * me.score.scale
-    p = exponentials(s, m, me.score.scale, True)
-    return to_16_bit(p, me.shared.v[0].dtype), m, partial_sums(p)
+    s = finish_scores(me.config, me.score, s, bounds, first_key, "upper")
+    m = gl.max(s, axis=1) * scale_left(me.config, me.score)
+    p = probabilities(me.config, me.score, s, m, "upper")
+    return as_operand(me.config, me.score, p, first_key, me.shared.v[0].dtype), m, partial_sums(p)
 
 
 @gluon.jit
@@ -324,10 +300,10 @@ def _overlapped_block(me, n, bounds, first_key, state, CUT: gl.constexpr):
     pass_turn(me.index, me.config.consumers)
     s = warpgroup_mma_wait(len(products), deps=(s,))
     me.shared.k_stream.release(n)
-    s = _finish_scores(me, s, bounds, first_key, CUT)
-    m, alpha = move_reference(s, m, me.score.scale)
+    s = finish_scores(me.config, me.score, s, bounds, first_key, CUT)
+    m, alpha = next_reference(me.config, me.score, s, m)
     if keeps_p_during_softmax(me.config):
-        p = exponentials(s, m, me.score.scale, CUT is not None)
+        p = probabilities(me.config, me.score, s, m, CUT)
         sums = partial_sums(p)
         finish_before(sums, 4)
         o = _wait_for_values(products)
@@ -336,9 +312,10 @@ def _overlapped_block(me, n, bounds, first_key, state, CUT: gl.constexpr):
         finish_before(m, 2)
         o = _wait_for_values(products)
         me.shared.v_stream.release(n - 1)
-        p = exponentials(s, m, me.score.scale, CUT is not None)
+        p = probabilities(me.config, me.score, s, m, CUT)
         sums = partial_sums(p)
-    return _rescale_output(o, alpha), to_16_bit(p, me.shared.v[0].dtype), m, add_to_sums(l, alpha, sums)
+    p = as_operand(me.config, me.score, p, first_key, me.shared.v[0].dtype)
+    return _rescale_output(o, alpha), p, m, add_to_sums(l, alpha, sums)
 
 
 @gluon.jit
@@ -349,13 +326,13 @@ def _lone_block(me, n, bounds, first_key, state, CUT: gl.constexpr):
     s = _issue_scores(me, n)
     s = warpgroup_mma_wait(0, deps=(s,))
     me.shared.k_stream.release(n)
-    s = _finish_scores(me, s, bounds, first_key, CUT)
-    m, alpha = move_reference(s, m, me.score.scale)
-    p = exponentials(s, m, me.score.scale, CUT is not None)
+    s = finish_scores(me.config, me.score, s, bounds, first_key, CUT)
+    m, alpha = next_reference(me.config, me.score, s, m)
+    p = probabilities(me.config, me.score, s, m, CUT)
     l = add_to_sums(l, alpha, partial_sums(p))
     o = _rescale_output(o, alpha)
     me.shared.v_stream.wait(n)
-    o = _wait_for_values(_issue_values(me, n, to_16_bit(p, me.shared.v[0].dtype), o))
+    o = _wait_for_values(_issue_values(me, n, as_operand(me.config, me.score, p, first_key, me.shared.v[0].dtype), o))
     me.shared.v_stream.release(n)
     return o, m, l
 
@@ -399,6 +376,12 @@ def _pass_over(me, n, count):
 
 
 @gluon.jit
+def _at_rows(me, tile, row):
+    """This consumer with the modifiers of its rows."""
+    return Consumer(me.config, me.index, me.shared, score_of_rows(me.config, me.score, tile.seq, tile.head, row), me.call)
+
+
+@gluon.jit
 def _main_loop(me, tile, row, n):
     """All blocks of the rows from `row` on, but for the last P V where that overlaps; the state and the streams' position."""
     config: gl.constexpr = me.config
@@ -408,6 +391,7 @@ def _main_loop(me, tile, row, n):
     last = gl.minimum(row + (M - 1), seq.q_rows - 1)
     full_begin, full_end = full_block_range(config, me.call.band, seq, first, last)
     bounds = row_bounds(config, me.call.band, seq, row)
+    me = _at_rows(me, tile, row)
     if has(config, "right") and me.index + 1 < config.consumers:
         own_begin, own_end = block_range(config, me.call.band, seq, first, last)
         unseen = gl.maximum(end - gl.maximum(own_end, begin + 1), 0)
@@ -448,15 +432,19 @@ def _finish_rows(me, tile, row, m, l, lse_ptr):
     makes O out."""
     layout: gl.constexpr = row_layout(columns_of(me.shared.v[0].shape))
     rows = row + gl.arange(0, M, layout)
-    sink = m * 0.0
-    if has(me.config, "sinks"):
-        sink = sink + gl.load(me.score.sinks + tile.head) * LOG2_E
     m = gl.convert_layout(m, layout)
     l = gl.convert_layout(gl.sum(l, axis=1), layout)
-    factor, lse = normaliser(me.config, m, l, gl.convert_layout(sink, layout), rows < tile.seq.q_live)
+    sink = gl.zeros([M], gl.float32, layout)
+    if has(me.config, "sinks"):
+        sink = sink + gl.load(me.score.sinks + tile.head)
+        if not has_bias(me.config):
+            sink = sink * LOG2_E
+    factor, lse = normaliser(me.config, m, l, sink, rows < tile.seq.q_live)
     line = (tile.seq.batch * me.call.heads + tile.head).to(gl.int64) * me.call.seqlen_q
     asked_for = lse_ptr.to(gl.int64) != 0
     gl.store(lse_ptr + line + tile.seq.q_begin + rows, lse, mask=(rows < tile.seq.q_rows) & asked_for)
+    if has(me.config, "dropout"):
+        factor = factor * me.score.modifiers.dropout[0].keep_scale
     return factor
 
 
@@ -555,6 +543,7 @@ def attention_forward(
     lse_ptr, sinks_ptr, cu_q, cu_k, used_q, used_k, key_start, key_end, query_end, document_begin, document_end, counter,
     batch, heads, group, seqlen_q, seqlen_k, left, right, document_stride, tiles, blocks, section,
     q_pitch, k_pitch, v_pitch, o_pitch, scale, inner,
+    slopes, slopes_stride, bias, bias_batch, bias_head, bias_row, key_low, key_high, threshold, keep_scale,
     CONFIG: gl.constexpr,
 ):  # fmt: skip
     """`*_tail`: the second part of a head dim that is no power of two, else None. Pointers that no feature needs are never
@@ -571,7 +560,10 @@ def attention_forward(
         Pitch(q_pitch, k_pitch, v_pitch, o_pitch),
         Schedule(counter, tiles, blocks, section),
     )  # fmt: skip
-    score = Score(scale, inner, sinks_ptr)
+    modifiers = make_modifiers(
+        config, (slopes, slopes_stride, bias, bias_batch, bias_head, bias_row, key_low, key_high, threshold, keep_scale)
+    )
+    score = Score(scale, inner, sinks_ptr, modifiers)
     shared = _allocate_all(config, q_maps, k_maps, v_maps, o_maps)
     if config.consumers == 2:
         gl.warp_specialize([

@@ -29,6 +29,7 @@ from tessera.backends.hopper.pieces.cache_stream import CacheStream, make_cache_
 from tessera.backends.hopper.pieces.channel import NAMED_BARRIER_K, NAMED_BARRIER_V, Ring, make_ring
 from tessera.backends.hopper.pieces.gradients import fresh_zero
 from tessera.backends.hopper.pieces.masking import full_block_range, has_lower_bound, mask_scores, row_bounds
+from tessera.backends.hopper.pieces.modifiers import no_modifiers
 from tessera.backends.hopper.pieces.packed_rows import (
     CacheCall,
     Outcome,
@@ -293,7 +294,7 @@ def attention_latent(
     cache = Cache(cache_seqlens, cache_leftpad, cache_batch_idx, capacity, appended)
     pages = Pages(page_table, table_stride, pages_per_sequence, page_count, page_size)
     call = CacheCall(batch, heads, group, seqlen_q, cu_q, splits, Reach(left_reach, right_reach), cache)
-    score = Score(scale, inner, sinks_ptr)
+    score = Score(scale, inner, sinks_ptr, no_modifiers())
     outcome = Outcome(out_ptr, lse_ptr, lines)
     shared = _allocate(config, (q_map, k_map))
     role = Role(config, shared, score, call)

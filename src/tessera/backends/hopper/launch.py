@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tessera import jit
+from tessera.backends.hopper import modifiers
 from tessera.backends.hopper.config import ROWS, Feature, ForwardConfig
 from tessera.operands import Operands
 from tessera.problem import Layout, Problem
@@ -51,6 +52,7 @@ def kernel_spec(config: ForwardConfig, dtype: torch.dtype) -> jit.KernelSpec:
     for name in _INTEGERS:
         arguments[name] = jit.Scalar("i32")
     arguments["scale"] = arguments["inner"] = jit.Scalar("fp32")
+    modifiers.describe(config.features, element, arguments, constants)
     return jit.KernelSpec.of("tessera.backends.hopper.forward:attention_forward", arguments, constants)
 
 
@@ -112,6 +114,10 @@ class ForwardLaunch:
         return not _WITHOUT_POINTERS.issuperset(self.config.features)
 
     @cached_property
+    def is_modified(self) -> bool:
+        return modifiers.are_in(self.config.features)
+
+    @cached_property
     def section(self) -> int:
         """Dense: query heads whose K and V share L2, a power of two of groups. Packed: keys of one head that fit in it."""
         shape = self.problem.shape
@@ -134,10 +140,11 @@ class ForwardLaunch:
 
     @cached_property
     def scales(self) -> tuple[float, float]:
-        """What turns a score into log2 units; with a cap c it multiplies tanh(inner q.k), inner = scale / c."""
+        """What turns a score into log2 units, or natural ones under a bias; with a cap c it multiplies tanh(inner q.k), and
+        inner = scale / c."""
         score = self.problem.score
         outer, inner = (score.softcap, score.scale / score.softcap) if score.softcap else (score.scale, 0.0)
-        return outer * LOG2_E, inner
+        return outer * (LOG2_E if score.bias is None else 1.0), inner
 
     def __call__(self, operands: Operands) -> tuple[Tensor, Tensor]:
         lse = torch.empty(self.problem.lse_shape, dtype=torch.float32, device=operands.q.device)
@@ -164,6 +171,7 @@ class ForwardLaunch:
         bound.kernel(
             stream, self.programs, 1, 1, *[place[addresses[index]] for place, index in bound.places],
             lse, *self._pointers(operands, kept), counters.address(device, stream), *bound.numbers,
+            *(modifiers.values(self.problem.score, operands, kept) if self.is_modified else ()),
         )  # fmt: skip
         return out
 

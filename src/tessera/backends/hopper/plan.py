@@ -8,11 +8,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from tessera.backends.hopper.config import Feature, ForwardConfig, Overlap, Staging
-from tessera.problem import Layout, Problem
+from tessera.problem import Bias, Layout, Problem
 
 SHARED_LIMIT = 227 * 1024 - 1024
 """Bytes of shared memory a block may have on sm_90, less the barriers."""
+
+
+_MODIFIERS = frozenset(
+    {Feature.SCALE_FIRST, Feature.ALIBI, Feature.BIAS, Feature.BIAS_OF_KEYS, Feature.BIAS_OF_ROWS, Feature.DROPOUT}
+)
 
 
 def features_of(problem: Problem) -> tuple[Feature, ...]:
@@ -30,8 +37,20 @@ def features_of(problem: Problem) -> tuple[Feature, ...]:
         Feature.DOCUMENTS: "document_begin" in mask.bounds,
         Feature.SOFTCAP: score.softcap > 0,
         Feature.SINKS: score.sinks is not None,
+        Feature.SCALE_FIRST: score.scale <= 0 and not score.softcap and score.alibi is None and score.bias is None,
+        Feature.ALIBI: score.alibi is not None,
+        _form_of(score.bias): score.bias is not None,
+        Feature.FLOAT32_BIAS: score.bias is not None and score.bias.dtype == torch.float32,
+        Feature.DROPOUT: score.dropout_p > 0,
     }
     return tuple(feature for feature, needed in wanted.items() if needed)
+
+
+def _form_of(bias: Bias | None) -> Feature:
+    """Which of its two last dimensions a bias has."""
+    if bias is None or bias.shape[2] > 1 < bias.shape[3]:
+        return Feature.BIAS
+    return Feature.BIAS_OF_KEYS if bias.shape[3] > 1 else Feature.BIAS_OF_ROWS
 
 
 def split_dim(dim: int) -> tuple[int, ...]:
@@ -71,6 +90,8 @@ def _config_for(problem: Problem, keys: float) -> ForwardConfig:
         overlap=Overlap.WHOLE if widest <= 192 else Overlap.MAXIMA, staging=Staging.OWN,
         consumer_registers=240, producer_registers=24, features=features,
     )  # fmt: skip
+    if _MODIFIERS & set(features):
+        return deepest(_with_modifiers(pairs))
     triples = replace(pairs, consumers=3, consumer_registers=160, producer_registers=32)
     if widest <= 64:
         # 128 rows over 192: causal 1.08 at 1k, 0.94 at 2k, 0.92 at 4k; a window of 1024 has fewer cut blocks with them, 1.04
@@ -84,6 +105,17 @@ def _config_for(problem: Problem, keys: float) -> ForwardConfig:
         # three over two: 1.01 at 2k, 4k and 16k full; 0.94 at 1k full, 0.99 at 16k causal
         return deepest(replace(triples, overlap=Overlap.NONE))
     return deepest(pairs)
+
+
+def _with_modifiers(pairs: ForwardConfig) -> ForwardConfig:
+    """What modifiers keep of a tile's rows, and dropout's draws of a block, want registers: fewer keys, or no softmax of its own
+    under P V, until nothing spills in the loops (the compile gate, Triton 3.6.0)."""
+    widest = max(sum(pairs.dims), sum(pairs.dims_v))
+    kinds = set(pairs.features) & (_MODIFIERS - {Feature.SCALE_FIRST})
+    if widest > 128:
+        narrow = widest == 256 and (Feature.DROPOUT in kinds or len(kinds) > 1)
+        return replace(pairs, keys=32 if narrow else 64, overlap=Overlap.NONE)
+    return replace(pairs, keys=64) if len(kinds) > 1 else pairs
 
 
 def deepest(config: ForwardConfig) -> ForwardConfig:

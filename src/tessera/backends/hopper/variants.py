@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from tessera import jit
 from tessera.backends.hopper import BACKEND
@@ -48,5 +49,24 @@ def _problems() -> Iterator[Problem]:
             q = torch.empty(batch, seqlen, 2048 // dim, dim, dtype=dtype, device="meta")
             yield describe(Request(q, q, q))
             yield describe(Request(q, q, q, right=0))
+    for dim in HEAD_DIMS:
+        yield from _modified(torch.empty(4, 4096, 2048 // dim, dim, dtype=torch.bfloat16, device="meta"))
     for case in CASES.values():
         yield describe(case.request("cpu", torch.bfloat16))
+
+
+def _modified(q: Tensor) -> Iterator[Problem]:
+    """ALiBi, biases and dropout, alone and together."""
+    batch, seqlen, heads, _ = q.shape
+    plane = torch.empty(1, heads, seqlen, seqlen, dtype=q.dtype, device="meta")
+    of_keys = torch.empty(batch, 1, 1, seqlen, dtype=q.dtype, device="meta")
+    slopes = torch.empty(heads, dtype=torch.float32, device="meta")
+    full, causal = Request(q, q, q), Request(q, q, q, right=0)
+    for request in (full, causal):
+        yield describe(request._replace(dropout_p=0.1, seed=1))
+        yield describe(request._replace(alibi_slopes=slopes))
+        yield describe(request._replace(bias=plane))
+    yield describe(full._replace(bias=plane.float()))
+    yield describe(full._replace(bias=of_keys, dropout_p=0.1, seed=1))
+    yield describe(causal._replace(bias=plane, alibi_slopes=slopes, dropout_p=0.1, seed=1))
+    yield describe(causal._replace(softmax_scale=-1.0))

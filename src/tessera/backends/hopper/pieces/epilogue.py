@@ -1,7 +1,7 @@
 """From (O, m, l) to out and the log-sum-exp."""
 
 from tessera.backends.hopper.pieces.softmax import exp2
-from tessera.backends.hopper.pieces.tiles import M, has, row_layout
+from tessera.backends.hopper.pieces.tiles import M, has, has_bias, row_layout
 from tessera.jit.compat import gl, gluon
 
 LN_2 = gl.constexpr(0.6931471805599453)
@@ -20,23 +20,42 @@ def has_dead_rows(config):
 
 
 @gluon.jit
-def normaliser(config: gl.constexpr, m, l, sink, live):
-    """(factor of O, natural log-sum-exp) of each row from m and l in base 2. A row without keys: 0 and -inf, or the sink.
+def exponential(config: gl.constexpr, x):
+    """2^x or e^x, for a difference of scores."""
+    if has_bias(config):
+        return exp2(x * LOG2_E)
+    else:
+        return exp2(x)
 
-    A sink (in log2 units) is a key without a value. It may exceed every score, so the sum is taken about the greater.
+
+@gluon.jit
+def _log_sum(config: gl.constexpr, m, l):
+    """The natural logarithm of l exponentials about m."""
+    if has_bias(config):
+        return m + log2(l) * LN_2
+    else:
+        return (m + log2(l)) * LN_2
+
+
+@gluon.jit
+def normaliser(config: gl.constexpr, m, l, sink, live):
+    """(factor of O, natural log-sum-exp) of each row from m and l. A row without keys: 0 and -inf, or the sink.
+
+    m and the sink are in the scores' units: log2, natural under a bias. A sink is a key without a value. It may exceed every
+    score, so the sum is taken about the greater.
     """
     empty = m == float("-inf")
     if has_dead_rows(config):
         empty = empty | (live == 0)
     if has(config, "sinks"):
         top = gl.where(empty, sink, gl.maximum(m, sink))
-        grown = gl.where(empty, 0.0, exp2(m - top))
-        total = gl.where(empty, 0.0, l * grown) + exp2(sink - top)
+        grown = gl.where(empty, 0.0, exponential(config, m - top))
+        total = gl.where(empty, 0.0, l * grown) + exponential(config, sink - top)
         factor = grown / total
-        lse = (top + log2(total)) * LN_2
+        lse = _log_sum(config, top, total)
     else:
         factor = gl.where(empty, 0.0, 1.0 / l)
-        lse = gl.where(empty, float("-inf"), (m + log2(l)) * LN_2)
+        lse = gl.where(empty, float("-inf"), _log_sum(config, m, l))
     if has(config, "varlen"):
         lse = gl.where(live, lse, float("-inf"))  # rows of no sequence have no sink either
     return factor, lse

@@ -74,8 +74,8 @@ class Span:
 
 @aggregate
 class Sequence:
-    """One sequence. Rows q_begin .. + q_rows are its output, the first q_live of them attend; its visible keys are
-    k_begin .. + k_rows, and row i's diagonal stands at key i + diagonal, counted from k_begin."""
+    """One sequence, the `number`th of its batch. Rows q_begin .. + q_rows are its output, the first q_live of them attend; its
+    visible keys are k_begin .. + k_rows, and row i's diagonal stands at key i + diagonal, counted from k_begin."""
 
     batch: gl.tensor
     q_begin: gl.tensor
@@ -84,9 +84,10 @@ class Sequence:
     k_begin: gl.tensor
     k_rows: gl.tensor
     diagonal: gl.tensor
+    number: gl.tensor
 
     @gluon.constexpr_function
-    def __init__(self, batch, q_begin, q_rows, q_live, k_begin, k_rows, diagonal):
+    def __init__(self, batch, q_begin, q_rows, q_live, k_begin, k_rows, diagonal, number):
         self.batch = batch
         self.q_begin = q_begin
         self.q_rows = q_rows
@@ -94,6 +95,7 @@ class Sequence:
         self.k_begin = k_begin
         self.k_rows = k_rows
         self.diagonal = diagonal
+        self.number = number
 
     @gluon.jit
     def queries(self, pitch):
@@ -117,7 +119,8 @@ def dense_sequence(config: gl.constexpr, lengths, batch, seqlen_q, seqlen_k):
         end = gl.minimum(gl.load(lengths.key_end + batch), seqlen_k)
     if has(config, "query_end"):
         live = gl.minimum(gl.maximum(gl.load(lengths.query_end + batch), 0), seqlen_q)
-    return Sequence(batch, zero, zero + seqlen_q, live, start, gl.maximum(end - start, 0), seqlen_k - seqlen_q - start)
+    diagonal = seqlen_k - seqlen_q - start
+    return Sequence(batch, zero, zero + seqlen_q, live, start, gl.maximum(end - start, 0), diagonal, batch)
 
 
 @gluon.jit
@@ -134,7 +137,7 @@ def packed_sequence(config: gl.constexpr, lengths, index, count, total_q):
         q_live = gl.minimum(q_live, gl.load(lengths.used_q + last))
     if has(config, "seqused_k"):
         k_rows = gl.minimum(k_rows, gl.load(lengths.used_k + last))
-    return Sequence(index * 0, q_begin, q_end - q_begin, q_live, k_begin, k_rows, k_rows - q_live)
+    return Sequence(index * 0, q_begin, q_end - q_begin, q_live, k_begin, k_rows, k_rows - q_live, index)
 
 
 @gluon.jit

@@ -11,6 +11,12 @@ def has(config, name):
 
 
 @gluon.constexpr_function
+def has_bias(config):
+    """Of any form; scores are then in natural units (pieces/modifiers.py)."""
+    return has(config, "bias") or has(config, "bias of keys") or has(config, "bias of rows")
+
+
+@gluon.constexpr_function
 def keeps_p_during_softmax(config):
     return config.overlap is Overlap.WHOLE
 

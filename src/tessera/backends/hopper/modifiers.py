@@ -1,0 +1,85 @@
+"""ALiBi, bias and dropout as kernel arguments: described for the compiler, and taken from a call's operands.
+
+The kernels' side is pieces/modifiers.py and pieces/dropout.py. A bias is read as TMA reads q, k and v: what is not 16-byte
+aligned is copied first, as are keys that do not follow one another in memory.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn.functional import pad
+
+from tessera import jit
+from tessera.backends.hopper.config import Feature
+from tessera.dropout import keep_scale, threshold
+from tessera.operands import Operands
+from tessera.problem import Score
+
+_BIASES = frozenset({Feature.BIAS, Feature.BIAS_OF_KEYS, Feature.BIAS_OF_ROWS})
+_KINDS = frozenset({Feature.ALIBI, Feature.DROPOUT}) | _BIASES
+_BYTES = 16
+LARGEST_THRESHOLD = 0x7F80
+"""Of dropout: infinity's bits in bfloat16."""
+
+
+def are_in(features: tuple[Feature, ...]) -> bool:
+    """Whether a kernel of these features takes any of the arguments."""
+    return not _KINDS.isdisjoint(features)
+
+
+def describe(
+    features: tuple[Feature, ...],
+    element: str,
+    arguments: dict[str, jit.Tiles | jit.Pointer | jit.Scalar],
+    constants: dict[str, object],
+) -> None:
+    """Adds the arguments that the features need, and None for the others. `element`: q's type."""
+    wide = Feature.FLOAT32_BIAS in features
+    align = _BYTES // (4 if wide else 2)
+    groups: tuple[tuple[bool, dict[str, jit.Pointer | jit.Scalar]], ...] = (
+        (Feature.ALIBI in features, {"slopes": jit.Pointer("fp32", align=4), "slopes_stride": jit.Scalar("i32")}),
+        (
+            not _BIASES.isdisjoint(features),
+            {
+                "bias": jit.Pointer("fp32" if wide else element),
+                **{f"bias_{dim}": jit.Scalar("i64", align=align) for dim in ("batch", "head", "row")},
+            },
+        ),
+        (
+            Feature.DROPOUT in features,
+            {**dict.fromkeys(("key_low", "key_high", "threshold"), jit.Scalar("u32")), "keep_scale": jit.Scalar("fp32")},
+        ),
+    )
+    for wanted, group in groups:
+        arguments |= group if wanted else {}
+        constants |= {} if wanted else dict.fromkeys(group)
+
+
+def values(score: Score, operands: Operands, kept: list[Tensor | None]) -> list[int | float]:
+    """The arguments of one call. `kept`: copies that must live until the kernel is in the stream."""
+    found: list[int | float] = []
+    if operands.alibi_slopes is not None:
+        slopes = operands.alibi_slopes.contiguous()
+        kept.append(slopes)
+        found += [slopes.data_ptr(), slopes.shape[1] if slopes.dim() == 2 else 0]
+    if operands.bias is not None:
+        bias = readable(operands.bias)
+        kept.append(bias)
+        found += [bias.data_ptr(), *(0 if size == 1 else step for size, step in zip(bias.shape[:3], bias.stride(), strict=False))]
+    if score.dropout_p:
+        seed = operands.seed
+        found += [seed & 0xFFFFFFFF, seed >> 32, threshold(score.dropout_p) * 0x10001, keep_scale(score.dropout_p)]
+    return found
+
+
+def readable(bias: Tensor) -> Tensor:
+    """The bias itself, or a copy whose keys follow one another and whose rows begin at 16-byte boundaries."""
+    bias = bias.detach()
+    step = _BYTES // bias.element_size()
+    steps = [stride for size, stride in zip(bias.shape[:3], bias.stride(), strict=False) if size > 1]
+    dense = bias.shape[3] == 1 or bias.stride(3) == 1
+    if dense and bias.data_ptr() % _BYTES == 0 and not any(stride % step for stride in steps):
+        return bias
+    keys = bias.shape[3]
+    copy: Tensor = pad(bias, (0, -keys % step)) if keys > 1 else bias.repeat(1, 1, 1, step)
+    return copy.contiguous()[..., :keys]

@@ -1,0 +1,215 @@
+"""What is added to scores, ALiBi and a bias, on one warpgroup's tile; and the units that a bias asks for.
+
+Scores are kept in log2 units, so that P = 2^(x - m). Under a bias they are natural: finfo.min, as masks in the field have it,
+times log2(e) would be -inf, and a row of nothing else, whose softmax is uniform, would be taken for an empty one.
+
+The row maximum is taken of finished scores here; without modifiers it is taken of raw products, and the scale is part of
+the exponentials (softmax.py).
+"""
+
+from tessera.backends.hopper.pieces.dropout import Dropout, Plane
+from tessera.backends.hopper.pieces.epilogue import LOG2_E
+from tessera.backends.hopper.pieces.softmax import GROWTH, exp2
+from tessera.backends.hopper.pieces.tiles import M, accumulator_layout, has, has_bias, row_layout
+from tessera.jit.compat import aggregate, gl, gluon
+
+NEARLY_LOWEST = gl.constexpr(-2e38)
+"""Natural scores below this times log2(e) are not finite in float32."""
+
+
+@gluon.constexpr_function
+def scales_first(config):
+    """Whether scores are multiplied by the scale before their maximum is taken."""
+    return has(config, "alibi") or has_bias(config) or has(config, "scale first")
+
+
+@aggregate
+class Slopes:
+    """ALiBi's slopes (heads,), or (batch, heads) with `stride` = heads; in float32."""
+
+    pointer: gl.tensor
+    stride: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, pointer, stride):
+        self.pointer = pointer
+        self.stride = stride
+
+
+@aggregate
+class Bias:
+    """An additive bias (batch, heads, rows, keys): strides in elements, 0 where it is broadcast; a key's is 1."""
+
+    pointer: gl.tensor
+    batch: gl.tensor
+    head: gl.tensor
+    row: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, pointer, batch, head, row):
+        self.pointer = pointer
+        self.batch = batch
+        self.head = head
+        self.row = row
+
+    @gluon.jit
+    def of_head(self, seq, head):
+        """Where the plane (rows, keys) of a head begins, at the first key that the sequence sees."""
+        return self.pointer + (seq.number * self.batch + head * self.head + seq.k_begin)
+
+
+@aggregate
+class RowSlopes:
+    """ALiBi of a tile's 64 rows: the slope in the scores' units, and where each row's diagonal stands, (64,) float32."""
+
+    slope: gl.tensor
+    diagonal: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, slope, diagonal):
+        self.slope = slope
+        self.diagonal = diagonal
+
+
+@aggregate
+class RowBias:
+    """A bias of a tile's 64 rows: where they begin, (64,) pointers, or one where it is the same for all; and how many keys there
+    are."""
+
+    rows: gl.tensor
+    keys: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, rows, keys):
+        self.rows = rows
+        self.keys = keys
+
+
+@aggregate
+class Modifiers:
+    """What happens to scores beside scale, softcap and mask: each of the three a tuple of one, or empty where it is absent. Of a
+    launch: Slopes, Bias, Dropout; of a tile's rows: RowSlopes, RowBias, Plane."""
+
+    alibi: gl.tuple
+    bias: gl.tuple
+    dropout: gl.tuple
+
+    @gluon.constexpr_function
+    def __init__(self, alibi, bias, dropout):
+        self.alibi = alibi
+        self.bias = bias
+        self.dropout = dropout
+
+
+@gluon.jit
+def make_modifiers(config: gl.constexpr, arguments):
+    """From a kernel's arguments, in the order of modifiers.NAMES; those that no feature needs are None."""
+    slopes, slopes_stride, bias, bias_batch, bias_head, bias_row, key_low, key_high, threshold, keep_scale = arguments
+    made_alibi = ()
+    made_bias = ()
+    made_dropout = ()
+    if has(config, "alibi"):
+        made_alibi = (Slopes(slopes, slopes_stride),)
+    if has_bias(config):
+        made_bias = (Bias(bias, bias_batch, bias_head, bias_row),)
+    if has(config, "dropout"):
+        made_dropout = (Dropout(key_low, key_high, threshold, keep_scale),)
+    return Modifiers(made_alibi, made_bias, made_dropout)
+
+
+@gluon.jit
+def no_modifiers():
+    return Modifiers((), (), ())
+
+
+@gluon.jit
+def slope_of(config: gl.constexpr, slopes, seq, head):
+    """A head's slope in the scores' units."""
+    slope = gl.load(slopes.pointer + seq.number * slopes.stride + head)
+    if has_bias(config):
+        return slope
+    else:
+        return slope * LOG2_E
+
+
+@gluon.jit
+def of_rows(config: gl.constexpr, modifiers, seq, head, row):
+    """The modifiers of 64 rows of a head from `row` on."""
+    layout: gl.constexpr = row_layout(config.keys)
+    rows = row + gl.arange(0, M, layout)
+    alibi = ()
+    bias = ()
+    dropout = ()
+    if has(config, "alibi"):
+        slope = slope_of(config, modifiers.alibi[0], seq, head)
+        alibi = (RowSlopes(slope, (rows + seq.diagonal).to(gl.float32)),)
+    if has(config, "bias of keys"):
+        bias = (RowBias(modifiers.bias[0].of_head(seq, head), seq.k_rows),)
+    elif has(config, "bias") or has(config, "bias of rows"):
+        plane = modifiers.bias[0]
+        inside = gl.minimum(rows, seq.q_rows - 1)
+        bias = (RowBias(plane.of_head(seq, head) + inside * plane.row, seq.k_rows),)
+    if has(config, "dropout"):
+        dropout = (Plane(modifiers.dropout[0], seq.number.to(gl.uint32), head.to(gl.uint32), row, _first_key(config, seq)),)
+    return Modifiers(alibi, bias, dropout)
+
+
+@gluon.jit
+def _first_key(config: gl.constexpr, seq):
+    """The place of the first visible key in its sequence."""
+    if has(config, "varlen"):
+        return seq.k_begin * 0
+    else:
+        return seq.k_begin
+
+
+@gluon.jit
+def add_to_scores(config: gl.constexpr, modifiers, s, scale, first_key, CUT: gl.constexpr):
+    """S (64, keys) as it enters the softmax, but for the mask: scaled, with ALiBi and the bias added."""
+    keys: gl.constexpr = s.shape[1]
+    columns: gl.constexpr = gl.SliceLayout(0, accumulator_layout(keys))
+    if scales_first(config):
+        s = s * scale
+    if has(config, "alibi"):
+        alibi = modifiers.alibi[0]
+        place = gl.arange(0, keys, columns).to(gl.float32)
+        diagonal = alibi.diagonal - first_key.to(gl.float32)
+        s = s - alibi.slope * gl.abs(diagonal[:, None] - place[None, :])
+    if has_bias(config):
+        s = s + _bias_of_block(config, modifiers.bias[0], first_key, keys, CUT)
+    return s
+
+
+@gluon.jit
+def _bias_of_block(config: gl.constexpr, bias, first_key, keys: gl.constexpr, CUT: gl.constexpr):
+    """(64, keys) float32, or what broadcasts to it. Past the last key, where only cut blocks reach, nothing is read."""
+    if has(config, "bias of rows"):
+        return gl.load(bias.rows).to(gl.float32)[:, None]
+    else:
+        place = first_key + gl.arange(0, keys, gl.SliceLayout(0, accumulator_layout(keys)))
+        if has(config, "bias of keys"):
+            where = (bias.rows + place)[None, :]
+        else:
+            where = bias.rows[:, None] + place[None, :]
+        if CUT is None:
+            return gl.load(where).to(gl.float32)
+        else:
+            return gl.load(where, mask=(place < bias.keys)[None, :], other=0.0).to(gl.float32)
+
+
+@gluon.jit
+def move_natural_reference(s, m):
+    """`move_reference` in natural units: P stays below e^8."""
+    top = gl.max(s, axis=1)
+    grows = top - m > GROWTH
+    new = gl.where(grows, top, m)
+    return new, gl.where(grows, exp2((m - new) * LOG2_E), 1.0)
+
+
+@gluon.jit
+def natural_exponentials(s, m):
+    """e^(s - m) as (64, keys). A row may have no key yet: -inf - -inf must not be NaN. Where m itself times log2(e) is not
+    finite, differences are 0 or huge: any factor does."""
+    factor = gl.where(m < NEARLY_LOWEST, 1.0, LOG2_E)
+    shift = gl.where(m == float("-inf"), 0.0, m * factor)
+    return exp2(s * factor[:, None] - shift[:, None])

@@ -1,0 +1,89 @@
+"""From S = Q K^T of a block to P: softcap, ALiBi, bias, mask, the running maximum, the exponentials, dropout.
+
+Without modifiers the row maximum is taken of raw products, and the scale is part of the exponentials: one multiply-add a score.
+"""
+
+from tessera.backends.hopper.pieces.dropout import drop
+from tessera.backends.hopper.pieces.masking import mask_scores
+from tessera.backends.hopper.pieces.modifiers import (
+    Modifiers,
+    add_to_scores,
+    move_natural_reference,
+    natural_exponentials,
+    of_rows,
+    scales_first,
+)
+from tessera.backends.hopper.pieces.softmax import exponentials, move_reference, tanh, to_16_bit
+from tessera.backends.hopper.pieces.tiles import has, has_bias
+from tessera.jit.compat import aggregate, gl, gluon
+
+
+@aggregate
+class Score:
+    """`scale` turns a score into log2 units (natural ones under a bias); with a softcap c it is c log2(e), and `inner` =
+    softmax_scale / c."""
+
+    scale: gl.tensor
+    inner: gl.tensor
+    sinks: gl.tensor
+    modifiers: Modifiers
+
+    @gluon.constexpr_function
+    def __init__(self, scale, inner, sinks, modifiers):
+        self.scale = scale
+        self.inner = inner
+        self.sinks = sinks
+        self.modifiers = modifiers
+
+
+@gluon.jit
+def score_of_rows(config: gl.constexpr, score, seq, head, row):
+    """The same with the modifiers of 64 rows of a head, from `row` on."""
+    return Score(score.scale, score.inner, score.sinks, of_rows(config, score.modifiers, seq, head, row))
+
+
+@gluon.jit
+def finish_scores(config: gl.constexpr, score, s, bounds, first_key, CUT: gl.constexpr):
+    """Softcap, ALiBi, bias, and the mask where it cuts the block (`CUT`, see mask_scores; None where every row sees it whole)."""
+    if has(config, "softcap"):
+        s = tanh(s * score.inner)
+    s = add_to_scores(config, score.modifiers, s, score.scale, first_key, CUT)
+    if CUT is not None:
+        s = mask_scores(s, bounds, first_key, CUT)
+    return s
+
+
+@gluon.jit
+def scale_left(config: gl.constexpr, score):
+    """What finished scores are still to be multiplied by."""
+    if scales_first(config):
+        return 1.0
+    else:
+        return score.scale
+
+
+@gluon.jit
+def next_reference(config: gl.constexpr, score, s, m):
+    """The reference after finished scores, and the factor for what was summed under the old one (softmax.move_reference)."""
+    if has_bias(config):
+        return move_natural_reference(s, m)
+    else:
+        return move_reference(s, m, scale_left(config, score))
+
+
+@gluon.jit
+def probabilities(config: gl.constexpr, score, s, m, CUT: gl.constexpr):
+    """P about the reference m, from finished scores."""
+    if has_bias(config):
+        return natural_exponentials(s, m)
+    else:
+        return exponentials(s, m, scale_left(config, score), CUT is not None)
+
+
+@gluon.jit
+def as_operand(config: gl.constexpr, score, p, first_key, dtype: gl.constexpr):
+    """P in 16 bits, less what dropout drops: the sums are those of the whole P."""
+    if has(config, "dropout"):
+        return drop(config, score.modifiers.dropout[0], p, first_key, dtype)
+    else:
+        return to_16_bit(p, dtype)
