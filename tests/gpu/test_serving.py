@@ -111,6 +111,28 @@ def _graphable(case: CacheCase) -> CacheRequest:
     return request
 
 
+@pytest.mark.parametrize("rows", [1, 64])
+@pytest.mark.parametrize("page_size", [None, 16, 64])
+def test_batch_invariant(page_size: int | None, rows: int) -> None:
+    """A sequence's bits are the same alone, in its batch, and in a batch of many."""
+    lengths = (9000, 37, 1, 4096, 0, 2500)
+    case = CacheCase("", cached=lengths, seqlen_q=rows, heads_q=8, head_dim=128, page_size=page_size, batch_invariant=True)
+    request = case.request("cuda", torch.bfloat16)
+    if dispatch.select(describe(request), GPU).backend == "torch":
+        pytest.skip("on a GPU torch's own products choose their kernels by shape")
+    names = ("q", "cache_seqlens") + (("page_table",) if page_size else ("k_cache", "v_cache"))
+
+    def of(entries: list[int]) -> tuple[Tensor, Tensor]:
+        own = {name: getattr(request, name)[entries].contiguous() for name in names}
+        return operators.forward(request._replace(**own))
+
+    out, lse = of(list(range(6)))
+    for entries in ([0], [1], [3], [5, 4, 3, 2, 1, 0], [3] * 40 + [0], [1] * 130 + [3]):
+        own_out, own_lse = of(entries)
+        assert torch.equal(own_out, out[entries]), entries
+        assert torch.equal(own_lse, lse[entries]), entries
+
+
 def test_cascade() -> None:
     request = CacheCase("", cached=(200, 150, 129), page_size=64, new=1, heads_q=8, sinks=True).request("cuda", torch.bfloat16)
     request.page_table[:, :2] = request.page_table[:1, :2].clone()
