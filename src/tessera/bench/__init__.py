@@ -5,7 +5,9 @@
     for result in run(GRIDS["paper"].cells(), [ours, peers["fa3"], peers["cudnn"]], "cuda"):
         print(result.name, {name: entry.rate for name, entry in result.entries.items()})
 
-`python -m tessera.bench paper --json h200.json` is the same as a command, on a machine with torch alone.
+`python -m tessera.bench paper --json h200.json` is the same as a command, on a machine with torch alone; with --train it times
+whole training steps (training.py), with --learn it compares loss curves (learning.py). server.py and contexts.py generate from a
+paged cache (`tessera demo --generate`).
 
 Your own kernel is a contender like any other: an object with the four members of `Peer` (`measure` takes any; `run`, which
 works in another process, takes those that pickle).
