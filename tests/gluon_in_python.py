@@ -22,13 +22,14 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
+from gluon_tensors import associative_scan, mma_v2, unpack_e4m3
 from torch import Tensor
 
 from tessera import jit
 
 PATIENCE = 20.0
 """Seconds after which a wait counts as a deadlock."""
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "i32": torch.int32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "i32": torch.int32, "i16": torch.int16}
 REACH = 1 << 30
 """Bytes after an address that a kernel may touch, as far as this file knows."""
 
@@ -57,7 +58,7 @@ def _closed(name: str) -> Callable[[Integer, object], Any]:
     return operation
 
 
-for _name in ("add", "sub", "mul", "floordiv", "mod", "and", "or"):
+for _name in ("add", "sub", "mul", "floordiv", "mod", "and", "or", "lshift", "rshift"):
     for _form in (f"__{_name}__", f"__r{_name}__"):
         setattr(Integer, _form, _closed(_form))
 
@@ -165,6 +166,9 @@ class Shared:
     def reshape(self, shape: Sequence[int]) -> Shared:
         return Shared(self.data.view(*shape))
 
+    def _reinterpret(self, dtype: torch.dtype, shape: Sequence[int], layout: Layout) -> Shared:
+        return Shared(self.data.view(dtype).view(*shape))
+
     def permute(self, order: Sequence[int]) -> Shared:
         return Shared(self.data.permute(*order))
 
@@ -220,8 +224,10 @@ class Pointer:
         return Integer(self.memory.data_ptr())
 
 
-def _load(pointer: Pointer, mask: Any = None, other: Any = None) -> Any:
+def _load(pointer: Pointer, mask: Any = None, other: Any = None, cache_modifier: str = "") -> Any:
     if isinstance(pointer.offset, int):
+        if mask is not None and not mask:
+            return Integer(other)
         value = pointer.memory[pointer.offset].item()
         return Integer(value) if isinstance(value, int) else value
     mask = torch.as_tensor(True if mask is None else mask).expand(pointer.offset.shape)
@@ -237,6 +243,12 @@ def _store(pointer: Pointer, value: Any, mask: Any = None) -> None:
         return
     mask = torch.as_tensor(True if mask is None else mask).expand(pointer.offset.shape)
     pointer.memory[pointer.offset[mask]] = value.expand(pointer.offset.shape)[mask]
+
+
+def _atomic_add(pointer: Pointer, value: int, sem: str, scope: str) -> Integer:
+    before = int(pointer.memory[pointer.offset])
+    pointer.memory[pointer.offset] += value
+    return Integer(before)
 
 
 class TensorMap:
@@ -332,6 +344,11 @@ def _where(condition: Any, a: Any, b: Any) -> Any:
     return a if condition else b
 
 
+def _scalar(x: Tensor) -> Any:
+    """What a kernel sees of a sum: a number, where nothing else is left."""
+    return Integer(x) if x.dim() == 0 and not x.dtype.is_floating_point else x
+
+
 def _assembly(text: str, constraints: str, arguments: list[Any], dtype: Any, is_pure: bool, pack: int) -> Any:
     """The few texts that kernels hold."""
     if text.startswith("bar."):
@@ -366,7 +383,7 @@ def _assembly(text: str, constraints: str, arguments: list[Any], dtype: Any, is_
     if text.startswith("{ .reg .pred never;"):  # softmax.finish_before
         return Integer(0)
     functions: dict[str, Callable[[Tensor], Tensor]] = {
-        "ex2.": torch.exp2, "tanh.": torch.tanh, "lg2.": torch.log2,
+        "ex2.": torch.exp2, "tanh.": torch.tanh, "lg2.": torch.log2, "{ .reg .b32 s, e, c;": lambda x: unpack_e4m3(x, dtype[0]),
         "cvt.rn.bf16x2": lambda x: x.to(torch.bfloat16), "cvt.rn.f16x2": lambda x: x.to(torch.float16),
     }  # fmt: skip
     return next(run for name, run in functions.items() if text.startswith(name))(arguments[0])
@@ -425,7 +442,8 @@ def _warp_specialize(partitions: list[tuple[Any, tuple[Any, ...]]], warps: list[
         except BaseException as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=run, args=(*part, n)) for part, n in zip(partitions, [4, *warps], strict=True)]
+    counts = [_here.threads // 32, *warps]
+    threads = [threading.Thread(target=run, args=(*part, n)) for part, n in zip(partitions, counts, strict=True)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -448,10 +466,10 @@ def _language() -> ModuleType:
         full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
         arange=lambda begin, end, layout: torch.arange(begin, end),
         reshape=lambda x, shape: x.reshape(shape), expand_dims=lambda x, axis: x.unsqueeze(axis),
-        convert_layout=lambda x, layout, assert_trivial=False: x, sum=lambda x, axis: x.sum(dim=axis),
-        max=lambda x, axis: x.amax(dim=axis),
+        convert_layout=lambda x, layout, assert_trivial=False: x,
+        sum=lambda x, axis: _scalar(x.sum(dim=axis)), max=lambda x, axis: _scalar(x.amax(dim=axis)),
         load=_load, store=_store, allocate_shared_memory=_allocate, inline_asm_elementwise=_assembly,
-        warp_specialize=_warp_specialize,
+        warp_specialize=_warp_specialize, atomic_add=_atomic_add, associative_scan=associative_scan,
     )  # fmt: skip
     return gl
 
@@ -466,7 +484,8 @@ def _compat() -> ModuleType:
         ),
         tma_load=_tma_load, tma_store=_tma_store, tma_reduce_add=_tma_reduce_add, tma_store_wait=_tma_store_wait,
         copy_to_shared=_copy_to_shared, arrive_after_copies=_arrive_after_copies,
-        fence_async_shared=lambda: None, warpgroup_mma=_issue, warpgroup_mma_wait=_wait_for_products,
+        **dict.fromkeys(("barrier", "fence_async_shared", "let_next_begin", "wait_for_previous"), lambda: None),
+        mma_v2=mma_v2, warpgroup_mma=_issue, warpgroup_mma_wait=_wait_for_products,
     )  # fmt: skip
     return compat
 
@@ -502,9 +521,9 @@ class Kernel:
     def __call__(self, stream: int, grid_x: int, grid_y: int, grid_z: int, *arguments: Any) -> None:
         named = zip(self._spec.arguments, arguments, strict=True)
         values = {name: self._received(kind, value) for (name, kind), value in named} | dict(self._spec.constants)
-        _here.grid = (grid_x, grid_y, grid_z)
+        _here.grid, threads = (grid_x, grid_y, grid_z), 32 * self._spec.num_warps
         for z, y, x in itertools.product(range(grid_z), range(grid_y), range(grid_x)):
-            _here.program, _here.named, _here.threads = (x, y, z), [NamedBarrier() for _ in range(16)], 128
+            _here.program, _here.named, _here.threads = (x, y, z), [NamedBarrier() for _ in range(16)], threads
             self._function(**values)
 
     @staticmethod

@@ -26,7 +26,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.language._core import builtin
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -41,8 +41,9 @@ from tessera.jit.binary import Descriptor
 from tessera.jit.spec import Dtype, KernelSpec, Pointer, Scalar, Tiles
 
 __all__ = [
-    "aggregate", "arrive_after_copies", "barrier", "copy_to_shared", "fence_async_shared", "gl", "gluon", "mbarrier", "tma_load",
-    "tma_reduce_add", "tma_store", "tma_store_wait", "warpgroup_mma", "warpgroup_mma_wait",
+    "aggregate", "arrive_after_copies", "barrier", "copy_to_shared", "fence_async_shared", "gl", "gluon", "let_next_begin",
+    "mbarrier", "mma_v2", "tma_load", "tma_reduce_add", "tma_store", "tma_store_wait", "wait_for_previous", "warpgroup_mma",
+    "warpgroup_mma_wait",
 ]  # fmt: skip
 
 VERSION = tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:2])
@@ -56,6 +57,21 @@ arrive_after_copies = async_copy.mbarrier_arrive
 tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 tma_store_wait = tma.store_wait
+
+
+
+@gluon.jit
+def wait_for_previous():  # type: ignore[no-untyped-def]
+    """Wait until the kernels before this one in the stream are done, and seen (PTX ISA, griddepcontrol). Each warp that reads or
+    writes what they do must call it, in a kernel whose spec is `early`."""
+    gl.inline_asm_elementwise("griddepcontrol.wait; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def let_next_begin():  # type: ignore[no-untyped-def]
+    """The next kernel's blocks may take the room that this one's leave, and wait there, if its spec is `early`."""
+    gl.inline_asm_elementwise("griddepcontrol.launch_dependents; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
 
 if hasattr(tma, "async_atomic_add"):
     tma_reduce_add = tma.async_atomic_add

@@ -30,6 +30,7 @@ _ARGUMENTS_OFFSET = 64
 _ALIGN = 64
 _ATTRIBUTE_FORMAT = "=I4x3I52x"  # CUlaunchAttribute: id, a value of 64 bytes
 _CLUSTER_DIMENSION, _CLUSTER_SCHEDULING, _SPREAD = 4, 5, 1
+_EARLY, _YES = 6, 1  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 _NULL = ctypes.c_void_p.from_param(None)
 _kernels: dict[tuple[KernelSpec, int], Kernel] = {}
@@ -83,7 +84,7 @@ class Kernel:
         self._size = scratch + 8
         self._offsets = (*(offset for offset, _ in parameters), scratch, scratch)
         self._shape = struct.pack("=4I4x", binary.threads, 1, 1, binary.shared)
-        self._kept, count = _launch_attributes(binary.num_ctas)
+        self._kept, count = _launch_attributes(binary.num_ctas, spec)
         self._attributes = struct.pack("=QI4x", ctypes.addressof(self._kept), count)
         self._slots: list[_Slot] = [_Slot(self._size, self._offsets)]
         _loaded.add(self)
@@ -153,11 +154,16 @@ def _described(argument: object) -> str:
     return f"bytes of tiles[...] for {argument}" if isinstance(argument, Tiles) else str(argument)
 
 
-def _launch_attributes(num_ctas: int) -> tuple[ctypes.Array[ctypes.c_char], int]:
-    """The launch attributes of a cluster of `num_ctas` blocks along x, spread over the GPU; none for a lone block."""
-    packed = struct.pack(_ATTRIBUTE_FORMAT, _CLUSTER_DIMENSION, num_ctas, 1, 1)
-    packed += struct.pack(_ATTRIBUTE_FORMAT, _CLUSTER_SCHEDULING, _SPREAD, 0, 0)
-    return ctypes.create_string_buffer(packed, len(packed)), 0 if num_ctas == 1 else 2
+def _launch_attributes(num_ctas: int, spec: KernelSpec) -> tuple[ctypes.Array[ctypes.c_char], int]:
+    """The launch attributes and their number: of a cluster of `num_ctas` blocks along x, spread over the GPU; of an early start."""
+    attributes = []
+    if num_ctas > 1:
+        attributes.append(struct.pack(_ATTRIBUTE_FORMAT, _CLUSTER_DIMENSION, num_ctas, 1, 1))
+        attributes.append(struct.pack(_ATTRIBUTE_FORMAT, _CLUSTER_SCHEDULING, _SPREAD, 0, 0))
+    if spec.early:
+        attributes.append(struct.pack(_ATTRIBUTE_FORMAT, _EARLY, _YES, 0, 0))
+    packed = b"".join(attributes)
+    return ctypes.create_string_buffer(packed, max(1, len(packed))), len(attributes)
 
 
 def _disarm_in_child() -> None:

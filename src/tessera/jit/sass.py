@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tessera.jit.toolchain import tool_path
 
-TENSOR_CORE = ("HGMMA", "QGMMA")
+TENSOR_CORE = ("HGMMA", "QGMMA", "HMMA")
 SPILLS = ("LDL", "STL")
 
 _TWIN = 1.05

@@ -95,6 +95,8 @@ class KernelSpec:
 
     `kernel` is "package.module:function". `arguments` are the run-time parameters in the kernel's own order,
     `constants` its constexpr parameters (None, bool, int, float, str, Dtype, enums, frozen dataclasses, tuples of these).
+    `early`: a launch may begin while the kernel before it in the stream ends, because every warp of this one waits
+    (compat.wait_for_previous) before it touches memory (CUDA's programmatic dependent launch).
     `num_warps` is the default partition's, as in Gluon; a warp-specialised kernel's total comes with the binary.
 
     Two specs are equal when `text` is: 1, 1.0 and True are different constants to a compiler, though not to Python.
@@ -107,6 +109,7 @@ class KernelSpec:
     num_ctas: int = 1
     maxnreg: int | None = None
     fp_fusion: bool = True
+    early: bool = False
     target: str = "sm_90a"
     text: str = field(init=False, repr=False)
 
@@ -121,7 +124,7 @@ class KernelSpec:
             "kernel": self.kernel,
             "arguments": [[name, canonical(argument)] for name, argument in self.arguments],
             "constants": sorted([name, canonical(value)] for name, value in self.constants),
-            "options": [self.num_warps, self.num_ctas, self.maxnreg, self.fp_fusion, self.target],
+            "options": [self.num_warps, self.num_ctas, self.maxnreg, self.fp_fusion, self.early, self.target],
         }
         object.__setattr__(self, "text", json.dumps(described, sort_keys=True))
 

@@ -54,6 +54,7 @@ class CacheBackend(Protocol):
 
 # In order of preference. A module defines SERVING_BACKEND; it is imported when first asked.
 BACKENDS = {
+    "hopper": "tessera.backends.hopper.serving",
     "cpu": "tessera.backends.cpu.serving",
     "torch": "tessera.backends.cpu.portable",
 }

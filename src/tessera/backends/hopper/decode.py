@@ -1,0 +1,463 @@
+"""Decoding from a KV cache on Hopper: a few query rows against many keys, at the speed of memory.
+
+Flash-Decoding (Dao, Haziza, Massa, Sizov, 2023) and Lean Attention's schedule (arXiv 2405.10480). A program has a producer warp,
+which keeps a ring of K and V tiles full by TMA, and four consumer warps, each with its own quarter of a tile's keys:
+
+    for each segment of the program's share (pieces/shares.py)
+        Q of up to 16 rows: the query heads of one key/value head, times the query positions
+        for each tile of keys
+            S = Q K^T,  m, l and P from S,  O = alpha O + P V      within each warp
+        the four warps' O, m, l into one
+        all of the item: out and log-sum-exp.  A part of it: into a slot; who comes last adds the slots up
+
+To read it: `producer`, then `consumer`, then `_tile`.
+"""
+
+from tessera.backends.hopper.decode_config import ROWS
+from tessera.backends.hopper.pieces.batched import (
+    add_values,
+    along_columns,
+    along_rows,
+    along_warps,
+    empty_sum,
+    left_layout,
+    part_offset,
+    planes_of,
+    right_layout,
+    row_layout,
+    scores,
+    sums_layout,
+)
+from tessera.backends.hopper.pieces.cached import (
+    Places,
+    Sizes,
+    cache_entry,
+    highest_key,
+    load_box,
+    locate_box,
+    lowest_key,
+)
+from tessera.backends.hopper.pieces.channel import Stream, make_stream
+from tessera.backends.hopper.pieces.parts import (
+    Results,
+    accumulators,
+    columns_of_sum,
+    merge_warps,
+    settle,
+    write_part,
+    write_rows,
+)
+from tessera.backends.hopper.pieces.shares import after, first_share, last_of, segment_of
+from tessera.backends.hopper.pieces.softmax import exp2, tanh
+from tessera.backends.hopper.pieces.tiles import allocate_tiles, has, head_bytes
+from tessera.jit.compat import aggregate, fence_async_shared, gl, gluon, let_next_begin, wait_for_previous
+
+M = gl.constexpr(ROWS)
+RING_BARRIERS = gl.constexpr(3)
+"""The first named barrier of the rings: Triton takes 0, 1 and one for the producer's partition."""
+PRODUCER_REGISTERS = gl.constexpr(24)
+LOADS_TOGETHER = gl.constexpr(8)
+"""Boxes whose page numbers are read side by side."""
+
+
+@gluon.constexpr_function
+def part_columns(dims, part):
+    return dims[part]
+
+
+@aggregate
+class Split:
+    """The split schedule's numbers: parts of a sequence, and the fewest tiles of one."""
+
+    splits: gl.tensor
+    least: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, splits, least):
+        self.splits = splits
+        self.least = least
+
+
+@aggregate
+class Call:
+    """What one launch is asked: where sequences stand, how large things are, how the work is shared."""
+
+    places: Places
+    sizes: Sizes
+    split: Split
+
+    @gluon.constexpr_function
+    def __init__(self, places, sizes, split):
+        self.places = places
+        self.sizes = sizes
+        self.split = split
+
+
+@aggregate
+class Queries:
+    """Q, read by pointers: its strides; what turns a score into log2 units (with a softcap c, c log2(e) after tanh(inner .))."""
+
+    pointer: gl.tensor
+    batch_stride: gl.tensor
+    row_stride: gl.tensor
+    head_stride: gl.tensor
+    head_dim: gl.tensor
+    scale: gl.tensor
+    inner: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, pointer, batch_stride, row_stride, head_stride, head_dim, scale, inner):
+        self.pointer = pointer
+        self.batch_stride = batch_stride
+        self.row_stride = row_stride
+        self.head_stride = head_stride
+        self.head_dim = head_dim
+        self.scale = scale
+        self.inner = inner
+
+
+@aggregate
+class Shared:
+    """The ring: K and V as one buffer a part of the head dim, each (stages x boxes, ...) as TMA fills it."""
+
+    k: gl.tuple
+    v: gl.tuple
+    k_stream: Stream
+    v_stream: Stream
+
+    @gluon.constexpr_function
+    def __init__(self, k, v, k_stream, v_stream):
+        self.k = k
+        self.v = v
+        self.k_stream = k_stream
+        self.v_stream = v_stream
+
+
+# ----------------------------------------------------------------------------------------------------------- producer
+
+
+@gluon.jit
+def _load_tile(config: gl.constexpr, k_maps, v_maps, shared, call, segment, entry, spot):
+    """Start the copies of tile `spot[1]` as the n-th use of the ring, n = `spot[0]`."""
+    n, tile = spot
+    boxes: gl.constexpr = config.keys // config.box
+    group: gl.constexpr = min(boxes, LOADS_TOGETHER)
+    slot = shared.v_stream.slot(n)
+    shared.v_stream.acquire(n)
+    k_bar = shared.k_stream.expect(n, head_bytes(config.dims) * config.keys)
+    v_bar = shared.v_stream.expect(n, head_bytes(config.dims_v) * config.keys)
+    for first in gl.static_range(0, boxes, group):
+        places = ()
+        for box in gl.static_range(group):
+            key = tile * config.keys + (first + box) * config.box
+            places = places + (locate_box(config, call.places, call.sizes, segment.seq, entry, key),)
+        for box in gl.static_range(group):
+            load_box(k_maps, shared.k, places[box], segment.head, k_bar, slot * boxes + first + box)
+        for box in gl.static_range(group):
+            load_box(v_maps, shared.v, places[box], segment.head, v_bar, slot * boxes + first + box)
+
+
+@gluon.jit
+def producer(config: gl.constexpr, k_maps, v_maps, shared, call):
+    wait_for_previous()
+    n = 0
+    share = first_share(config, call, 1)
+    while share.position < share.stop:
+        segment = segment_of(config, call, share)
+        entry = cache_entry(config, call.places, segment.seq.index)
+        for tile in range(segment.begin, segment.end):
+            _load_tile(config, k_maps, v_maps, shared, call, segment, entry, (n, tile))
+            n += 1
+        share = after(config, call, share, segment)
+    let_next_begin()
+
+
+# ----------------------------------------------------------------------------------------------------------- consumer
+
+
+@aggregate
+class Bounds:
+    """What a segment's rows see: `lo`, `hi` (1, 16, 1) a row; of all of them together `first` .. `last`."""
+
+    lo: gl.tensor
+    hi: gl.tensor
+    first: gl.tensor
+    last: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, lo, hi, first, last):
+        self.lo = lo
+        self.hi = hi
+        self.first = first
+        self.last = last
+
+
+@gluon.constexpr_function
+def has_lower_bound(config):
+    return has(config, "left") or has(config, "leftpad")
+
+
+@gluon.jit
+def _load_queries(config: gl.constexpr, queries, call, segment):
+    """Q of a segment as operands, one a part and plane, each (warps, 16, columns): every warp has all of it."""
+    layout: gl.constexpr = left_layout(config.warps)
+    planes: gl.constexpr = planes_of(config)
+    rows = segment.block * M + along_rows(M, layout)
+    position = rows // call.sizes.group
+    head = segment.head * call.sizes.group + rows - position * call.sizes.group
+    live = position < segment.seq.q_rows
+    start = segment.seq.index.to(gl.int64) * queries.batch_stride
+    at = start + (segment.seq.q_begin + position) * queries.row_stride + head * queries.head_stride
+    at = at + along_warps(config.warps, layout) * 0
+    operands = ()
+    for part in gl.static_range(len(config.dims)):
+        for plane in gl.static_range(planes):
+            operands = operands + (_load_operand(config, queries, at, live, part, plane),)
+    return operands
+
+
+@gluon.jit
+def _load_operand(config: gl.constexpr, queries, at, live, part: gl.constexpr, plane: gl.constexpr):
+    """The columns of one part and plane of the rows `at`."""
+    columns: gl.constexpr = part_columns(config.dims, part)
+    first: gl.constexpr = part_offset(config.dims, part) * planes_of(config) + plane
+    column = first + planes_of(config) * along_columns(columns, left_layout(config.warps))
+    keep = live & (column < queries.head_dim) & (at >= at)
+    return gl.load(queries.pointer + at + column, mask=keep, other=0.0)
+
+
+@gluon.jit
+def _bounds(config: gl.constexpr, call, segment):
+    rows = segment.block * M + along_rows(M, sums_layout(config.warps))
+    seq = segment.seq
+    position = gl.minimum(rows // call.sizes.group, seq.q_rows - 1)
+    first = gl.minimum(segment.block * M // call.sizes.group, seq.q_rows - 1)
+    last = gl.minimum((segment.block * M + (M - 1)) // call.sizes.group, seq.q_rows - 1)
+    lo = lowest_key(config, call.sizes, seq, position)
+    hi = highest_key(config, call.sizes, seq, position)
+    return Bounds(lo, hi, lowest_key(config, call.sizes, seq, first), highest_key(config, call.sizes, seq, last))
+
+
+@gluon.jit
+def _full_tiles(config: gl.constexpr, call, segment):
+    """Tiles [begin, end) of a segment that every row sees whole."""
+    seq = segment.seq
+    first = gl.minimum(segment.block * M // call.sizes.group, seq.q_rows - 1)
+    last = gl.minimum((segment.block * M + (M - 1)) // call.sizes.group, seq.q_rows - 1)
+    begin = segment.begin
+    if has_lower_bound(config):
+        whole = (lowest_key(config, call.sizes, seq, last) + config.keys - 1) // config.keys
+        begin = gl.minimum(gl.maximum(begin, whole), segment.end)
+    end = gl.maximum(highest_key(config, call.sizes, seq, first), 0) // config.keys
+    return begin, gl.maximum(gl.minimum(end, segment.end), begin)
+
+
+@gluon.jit
+def _masked(config: gl.constexpr, s, bounds, first_key):
+    """S with -inf where a row does not see the key."""
+    layout: gl.constexpr = s.type.layout
+    width: gl.constexpr = config.keys // config.warps
+    key = first_key + along_warps(config.warps, layout) * width + along_columns(width, layout)
+    keep = key < bounds.hi
+    if has_lower_bound(config):
+        keep = keep & (key >= bounds.lo)
+    return gl.where(keep, s, float("-inf"))
+
+
+@gluon.jit
+def _valid_values(config: gl.constexpr, bounds, first_key):
+    """(warps, keys a warp, 1): rows of V that some query row sees."""
+    layout: gl.constexpr = right_layout(config.warps)
+    width: gl.constexpr = config.keys // config.warps
+    key = first_key + along_warps(config.warps, layout) * width + along_rows(width, layout)
+    return (key < bounds.last) & (key >= bounds.first)
+
+
+@gluon.jit
+def _tile(config: gl.constexpr, tiles, queries, q, bounds, spot, state, MASKED: gl.constexpr):
+    """One tile of keys. `tiles`: the rings and their buffers as (keys, columns); `spot`: use of the ring, first key."""
+    k, v, k_stream, v_stream = tiles
+    n, first_key = spot
+    o, m, l = state
+    k_stream.wait(n)
+    s = scores(config, q, k, k_stream.slot(n))
+    if has(config, "softcap"):
+        s = tanh(s * queries.inner)
+    s = s * queries.scale
+    if MASKED:
+        s = _masked(config, s, bounds, first_key)
+    top = gl.maximum(m, gl.max(s, axis=2))
+    shift = top
+    if MASKED:
+        shift = gl.where(top == float("-inf"), 0.0, top)
+    alpha = gl.expand_dims(exp2(m - shift), 2)
+    p = exp2(s - gl.expand_dims(shift, 2))
+    l = l * alpha + p
+    scaled = ()
+    for i in gl.static_range(len(o)):
+        scaled = scaled + (o[i] * alpha,)
+    operand = gl.convert_layout(p.to(q[0].dtype), left_layout(config.warps))
+    keep = None
+    if MASKED:
+        keep = _valid_values(config, bounds, first_key)
+    v_stream.wait(n)
+    o = add_values(config, operand, v, v_stream.slot(n), scaled, keep)
+    v_stream.release(n)
+    return o, top, l
+
+
+@gluon.jit
+def _tiles(config: gl.constexpr, tiles, queries, q, bounds, span, state, MASKED: gl.constexpr):
+    """Tiles `span[1]` .. `span[2]`, the first of them the n-th use of the ring, n = `span[0]`."""
+    n, begin, end = span
+    for tile in range(begin, end):
+        state = _tile(config, tiles, queries, q, bounds, (n + tile - begin, tile * config.keys), state, MASKED)
+    return state, n + end - begin
+
+
+@gluon.jit
+def _nothing(config: gl.constexpr):
+    """(O, m, l) of no keys; l is a sum a thread until the end."""
+    warps: gl.constexpr = config.warps
+    width: gl.constexpr = config.keys // config.warps
+    o = ()
+    for i in gl.static_range(accumulators(config)):
+        o = o + (empty_sum(config, columns_of_sum(config, i)),)
+    m = gl.full([warps, M], float("-inf"), gl.float32, row_layout(warps))
+    return o, m, empty_sum(config, width)
+
+
+@gluon.jit
+def _finish(config: gl.constexpr, results, call, segment, state):
+    """Results of a segment: of the whole item, or its part of them."""
+    o, m, l = state
+    sums = merge_warps(config, o, m, gl.sum(l, axis=2))
+    layout: gl.constexpr = sums[1].type.layout
+    rows = gl.arange(0, M, layout)
+    if segment.parts == 1:
+        write_rows(config, results, call.sizes, segment, segment.block * M + rows, sums)
+    else:
+        write_part(config, results, call.sizes, segment, rows, sums)
+
+
+@gluon.jit
+def _settle_parts(config: gl.constexpr, results, call, start, end):
+    """A share's first and last item can have parts of other programs. Only now, at its end, is there time to wait for them."""
+    if has(config, "stream_k"):
+        first = segment_of(config, call, start)
+        for turn in range(2):
+            segment = first
+            if turn == 1:
+                segment = segment_of(config, call, last_of(end))
+            if (segment.parts > 1) & ((turn == 0) | (segment.item != first.item)):
+                settle(config, results, call.sizes, segment)
+    else:
+        segment = segment_of(config, call, start)
+        if segment.parts > 1:
+            settle(config, results, call.sizes, segment)
+
+
+@gluon.jit
+def consumer(config: gl.constexpr, shared, call, queries, results):
+    wait_for_previous()
+    n = 0
+    tiles = (_as_tiles(config, shared.k), _as_tiles(config, shared.v), shared.k_stream, shared.v_stream)
+    start = first_share(config, call, config.warps)
+    share = start
+    segment = segment_of(config, call, share)
+    q = _load_queries(config, queries, call, segment)
+    while share.position < share.stop:
+        bounds = _bounds(config, call, segment)
+        begin, end = _full_tiles(config, call, segment)
+        state = _nothing(config)
+        if has_lower_bound(config):
+            state, n = _tiles(config, tiles, queries, q, bounds, (n, segment.begin, begin), state, True)
+        state, n = _tiles(config, tiles, queries, q, bounds, (n, begin, end), state, False)
+        state, n = _tiles(config, tiles, queries, q, bounds, (n, end, segment.end), state, True)
+        done = segment
+        share = after(config, call, share, segment)
+        if has(config, "stream_k"):  # the next item's Q comes while this one's results are written
+            segment = segment_of(config, call, share)
+            q = _load_queries(config, queries, call, segment)
+        _finish(config, results, call, done, state)
+    if start.position < start.stop:
+        _settle_parts(config, results, call, start, share)
+
+
+# ------------------------------------------------------------------------------------------------------------- kernel
+
+
+@gluon.constexpr_function
+def _tile_layout(columns):
+    return gl.NVMMASharedLayout.get_default_for([8, columns], gl.bfloat16)
+
+
+@gluon.jit
+def _allocate(config: gl.constexpr, maps):
+    """The ring's buffers as TMA fills them, box by box."""
+    boxes: gl.constexpr = config.stages * (config.keys // config.box)
+    buffers = ()
+    for part in gl.static_range(len(maps)):
+        buffers = buffers + (allocate_tiles(maps[part], boxes),)
+    return buffers
+
+
+@gluon.jit
+def _whole_tiles(config: gl.constexpr, buffer):
+    columns: gl.constexpr = buffer.shape[-1]
+    return buffer._reinterpret(buffer.dtype, [config.stages, config.keys, columns], _tile_layout(columns))
+
+
+@gluon.jit
+def _as_tiles(config: gl.constexpr, buffers):
+    """The same buffers as (stages, keys, columns): boxes of a tile follow one another, and each is whole swizzle patterns."""
+    views = ()
+    for part in gl.static_range(len(buffers)):
+        views = views + (_whole_tiles(config, buffers[part]),)
+    return views
+
+
+@gluon.jit
+def _maps(whole, tail, parts: gl.constexpr):
+    """One tensor map a part of a head dim: only the last can be narrower."""
+    maps = ()
+    for part in gl.static_range(parts):
+        if tail is not None and part == parts - 1:
+            maps = maps + (tail,)
+        else:
+            maps = maps + (whole,)
+    return maps
+
+
+@gluon.jit
+def decode(
+    k_map, k_tail, v_map, v_tail, q_ptr, out_ptr, lse_ptr, partial_out, partial_lse, sinks, tickets,
+    seqlens, cu_q, leftpad, batch_index, page_table,
+    batch, heads_kv, group, seqlen_q, added, capacity, row_blocks, slot_rows, left, right, table_stride, page_shift,
+    tickets_per_item, splits, least,
+    q_batch, q_row, q_head, head_dim, head_dim_v, scale, inner,
+    CONFIG: gl.constexpr,
+):  # fmt: skip
+    """`*_tail`: the map of a narrower last part of a head dim, else None. Pointers that no feature needs are never read."""
+    config: gl.constexpr = CONFIG
+    k_maps = _maps(k_map, k_tail, len(config.dims))
+    v_maps = _maps(v_map, v_tail, len(config.dims_v))
+    call = Call(
+        Places(seqlens, cu_q, leftpad, batch_index, page_table),
+        Sizes(
+            batch, heads_kv, group, seqlen_q, added, capacity, row_blocks, slot_rows, left, right, table_stride, page_shift,
+            tickets_per_item,
+        ),
+        Split(splits, least),
+    )
+    queries = Queries(q_ptr, q_batch, q_row, q_head, head_dim, scale, inner)
+    results = Results(out_ptr, lse_ptr, partial_out, partial_lse, tickets, sinks, head_dim_v, seqlen_q)
+    shared = Shared(
+        _allocate(config, k_maps), _allocate(config, v_maps),
+        make_stream(config.stages, config.warps // 4, RING_BARRIERS), make_stream(config.stages, config.warps // 4, RING_BARRIERS),
+    )  # fmt: skip
+    fence_async_shared()
+    gl.warp_specialize([
+        (consumer, (config, shared, call, queries, results)),
+        (producer, (config, k_maps, v_maps, shared, call)),
+    ], [1], [PRODUCER_REGISTERS])  # fmt: skip

@@ -1,0 +1,64 @@
+"""DecodeConfig: everything that the decode kernel is compiled for, as one frozen record that prints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+ROWS = 16
+"""Query rows of a work item: the M of mma.sync."""
+COLUMNS = 64
+"""Columns of one part of a head dim: 128 bytes, the widest swizzle of TMA."""
+
+PARTS_TOGETHER = 16
+"""Parts of an item that one program adds up; with more there are two steps."""
+
+
+class DecodeFeature(Enum):
+    """What a kernel may be asked beyond a contiguous cache and a plain softmax; each is compiled in or absent."""
+
+    STREAM_K = "stream_k"
+    PAGED = "paged"
+    PACKED = "packed"
+    BATCH_INDEX = "batch_index"
+    LEFTPAD = "leftpad"
+    LEFT = "left"
+    RIGHT = "right"
+    SOFTCAP = "softcap"
+    SINKS = "sinks"
+
+
+class Storage(Enum):
+    """What the cache holds."""
+
+    HALF = "16-bit"
+    """The queries' own type."""
+    E4M3 = "e4m3"
+    """FP8, moved as pairs of columns in one 16-bit word."""
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """One variant of the decode kernel. `dims`, `dims_v`: the head dims in 16-bit words, as parts of COLUMNS and a narrower last
+    one; `box`: rows of one TMA copy, fewer than `keys` where a page is smaller than a tile; `registers`: a thread's at launch."""
+
+    keys: int
+    warps: int
+    stages: int
+    dims: tuple[int, ...]
+    dims_v: tuple[int, ...]
+    box: int
+    registers: int
+    storage: Storage
+    features: tuple[DecodeFeature, ...] = ()
+
+    def shared_bytes(self) -> int:
+        """Shared memory of the ring and of the exchange between warps, in bytes (barriers not counted)."""
+        return 2 * self.stages * self.keys * (sum(self.dims) + sum(self.dims_v)) + 4 * self.warps * ROWS * COLUMNS
+
+    def __str__(self) -> str:
+        dim = "+".join(map(str, self.dims))
+        dim += "" if self.dims == self.dims_v else "/" + "+".join(map(str, self.dims_v))
+        text = f"{ROWS}x{self.keys} d{dim}, {self.stages} stages, {self.storage.value}"
+        text += f", boxes of {self.box} rows" if self.box < self.keys else ""
+        return text + "".join(f", {feature.value}" for feature in self.features)

@@ -1,0 +1,166 @@
+"""From a decode plan and its operands to a launch: the kernel's description, its arguments, its workspace.
+
+Nothing here asks questions of the data or waits for the device, so a launch can be captured into a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tessera import jit
+from tessera.backends.hopper.decode_config import DecodeConfig, Storage
+from tessera.backends.hopper.decode_plan import DecodePlan
+from tessera.backends.hopper.decode_workspace import workspace
+from tessera.backends.hopper.launch import ELEMENTS, LOG2_E
+from tessera.problem import Layout
+from tessera.serving.operands import CacheOperands
+from tessera.serving.problem import CacheProblem
+
+KERNEL = "tessera.backends.hopper.decode:decode"
+_FAR = 1 << 30
+_PLACES = ("seqlens", "cu_q", "leftpad", "batch_index", "page_table")
+_SIZES = (
+    "batch", "heads_kv", "group", "seqlen_q", "added", "capacity", "row_blocks", "slot_rows", "left", "right", "table_stride",
+    "page_shift", "tickets_per_item", "splits", "least",
+)  # fmt: skip
+
+
+def kernel_spec(config: DecodeConfig, dtype: torch.dtype) -> jit.KernelSpec:
+    """The kernel for a configuration: a function of it and of the queries' dtype, and of nothing else."""
+    element = ELEMENTS[dtype]
+    stored = "i16" if config.storage is Storage.E4M3 else element
+    arguments: dict[str, jit.Tiles | jit.Pointer | jit.Scalar] = {}
+    constants: dict[str, object] = {"CONFIG": config}
+    for name, dims in (("k", config.dims), ("v", config.dims_v)):
+        arguments[f"{name}_map"] = jit.Tiles(stored, (1, 1, config.box, dims[0]))
+        if dims[-1] != dims[0]:
+            arguments[f"{name}_tail"] = jit.Tiles(stored, (1, 1, config.box, dims[-1]))
+        else:
+            constants[f"{name}_tail"] = None
+    arguments["q_ptr"] = arguments["out_ptr"] = jit.Pointer(element)
+    for name in ("lse_ptr", "partial_out", "partial_lse", "sinks"):
+        arguments[name] = jit.Pointer("fp32", align=4)
+    arguments["tickets"] = jit.Pointer("i32", align=4)
+    for name in _PLACES:
+        arguments[name] = jit.Pointer("i32", align=4)
+    for name in _SIZES:
+        arguments[name] = jit.Scalar("i32")
+    arguments["q_batch"] = jit.Scalar("i64", align=8)
+    for name in ("q_row", "q_head", "head_dim", "head_dim_v"):
+        arguments[name] = jit.Scalar("i32", align=8)
+    arguments["scale"] = arguments["inner"] = jit.Scalar("fp32")
+    return jit.KernelSpec(KERNEL, tuple(arguments.items()), tuple(constants.items()), config.warps, maxnreg=config.registers,
+                          early=True)
+
+
+class Bound(NamedTuple):
+    """What a runner's one set of shapes and strides decides: the kernel, the tensor maps' places (each with the index of its
+    tensor, 0 for k_cache, 1 for v_cache), and all the kernel's numbers."""
+
+    kernel: jit.Kernel
+    places: tuple[tuple[jit.Place, int], ...]
+    numbers: tuple[int | float, ...]
+
+
+@dataclass(frozen=True)
+class DecodeLaunch:
+    """One problem's launch: everything that does not depend on the tensors, worked out once."""
+
+    problem: CacheProblem
+    plan: DecodePlan
+    bound: list[Bound] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    @cached_property
+    def spec(self) -> jit.KernelSpec:
+        return kernel_spec(self.plan.config, self.problem.dtype)
+
+    def run(self, operands: CacheOperands) -> tuple[Tensor, Tensor]:
+        """(out, lse) as CacheProblem.out_shape and lse_shape say, contiguous. Raises Unsupported where TMA can't reach the
+        cache: rows, heads or pages whose strides are not multiples of 16 bytes."""
+        problem, q, device = self.problem, operands.q, operands.q.device
+        packed = problem.layout is Layout.VARLEN
+        out = torch.empty(problem.out_shape, dtype=problem.dtype, device=device)
+        lse = torch.empty(problem.lse_shape, dtype=torch.float32, device=device)
+        if packed:  # rows of no sequence are nobody's work
+            out.zero_()
+            lse.fill_(float("-inf"))
+        index = device.index
+        stream = jit.current_stream(index)
+        partial = workspace.partial(index, stream, self._partial_count)
+        tickets = workspace.tickets(index, stream, self.plan.tickets)
+        q = _readable(q)
+        caches = (operands.k_cache, operands.k_cache if operands.v_cache is None else operands.v_cache)
+        if not self.bound:
+            self.bound.append(self._bind(q, caches, operands))
+        bound = self.bound[0]
+        addresses = tuple(cache.data_ptr() for cache in caches)
+        partial_lse = partial.data_ptr() + 4 * self.plan.slots * self.plan.slot_rows * self.plan.slot_columns
+        sinks = None if operands.sinks is None else operands.sinks.float().contiguous()
+        bound.kernel(
+            stream, *self.plan.programs, *[place[addresses[which]] for place, which in bound.places],
+            q.data_ptr(), out.data_ptr(), lse.data_ptr(), partial.data_ptr(), partial_lse, _address(sinks), tickets.data_ptr(),
+            operands.cache_seqlens.data_ptr(), _address(operands.cu_seqlens_q), _address(operands.cache_leftpad),
+            _address(operands.cache_batch_idx), _address(operands.page_table), *bound.numbers,
+        )  # fmt: skip
+        return out, lse
+
+    @property
+    def _partial_count(self) -> int:
+        return self.plan.slots * self.plan.slot_rows * (self.plan.slot_columns + 1)
+
+    def _bind(self, q: Tensor, caches: tuple[Tensor, Tensor], operands: CacheOperands) -> Bound:
+        """The kernel and its arguments for these shapes and strides."""
+        kernel = jit.load(self.spec, q.device.index)
+        parts = (len(set(self.plan.config.dims)), len(set(self.plan.config.dims_v)))
+        which = [index for index, count in enumerate(parts) for _ in range(count)]
+        words = 2 if self.plan.config.storage is Storage.E4M3 else 1
+        places = tuple(
+            (encode.bind(*_as_words(caches[index], words)), index) for encode, index in zip(kernel.tiles, which, strict=True)
+        )
+        return Bound(kernel, places, (*self._sizes(operands), *_query_strides(q), *self._dims_and_scales()))
+
+    def _sizes(self, operands: CacheOperands) -> tuple[int, ...]:
+        problem, plan = self.problem, self.plan
+        shape, mask, pages, table = problem.shape, problem.mask, problem.cache.pages, operands.page_table
+        added = 0 if problem.append is None else problem.append.seqlen
+        return (
+            shape.batch, shape.heads_kv, shape.group, shape.seqlen_q, added, shape.seqlen_k, plan.row_blocks, plan.slot_rows,
+            _FAR if mask.left is None else min(mask.left, _FAR), _FAR if mask.right is None else min(mask.right, _FAR),
+            0 if table is None or shape.batch == 1 else table.stride(0), 0 if pages is None else pages.size.bit_length() - 1,
+            plan.tickets_per_item, plan.splits, plan.least,
+        )  # fmt: skip
+
+    def _dims_and_scales(self) -> tuple[int | float, ...]:
+        """Head dims; what turns a score into log2 units: with a cap c it multiplies tanh(inner q.k), inner = scale / c."""
+        shape, score = self.problem.shape, self.problem.score
+        outer, inner = (score.softcap, score.scale / score.softcap) if score.softcap else (score.scale, 0.0)
+        return shape.head_dim, shape.head_dim_v, outer * LOG2_E, inner
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _as_words(cache: Tensor, words: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """A cache (entries, rows, heads, columns) as (entry, head, row, 16-bit word): sizes, strides; `words` elements in a word."""
+    entries, rows, heads, columns = cache.shape
+    entry_stride, row_stride, head_stride, _ = (stride // words if stride % words == 0 else 1 for stride in cache.stride())
+    return (entries, heads, rows, columns // words), (entry_stride, head_stride, row_stride, 1)
+
+
+def _query_strides(q: Tensor) -> tuple[int, int, int]:
+    """(batch, row, head) strides; those of dimensions of size 1, which mean nothing, as 0."""
+    strides = [stride if size > 1 else 0 for size, stride in zip(q.shape, q.stride(), strict=True)]
+    batch, row, head = strides[:3] if q.dim() == 4 else (0, *strides[:2])
+    return batch, row, head
+
+
+def _readable(q: Tensor) -> Tensor:
+    """q where its rows begin at multiples of 16 bytes, else a copy: it is small."""
+    aligned = not q.data_ptr() % 16 and not any(stride % 8 for stride in _query_strides(q))
+    return q if aligned else q.clone(memory_format=torch.contiguous_format)

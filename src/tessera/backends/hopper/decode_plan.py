@@ -1,0 +1,186 @@
+"""How a problem over a KV cache is decoded: the kernel's configuration, the grid, and how the keys are shared out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tessera.backends.hopper.decode_config import COLUMNS, PARTS_TOGETHER, ROWS, DecodeConfig, DecodeFeature, Storage
+from tessera.device import Device
+from tessera.errors import Reason
+from tessera.problem import MAX_HEAD_DIM, Layout, Reproducibility
+from tessera.serving.problem import CacheProblem, Schedule, Values
+
+FEW_KEYS = 1024
+"""Keys an SM up to which tiles of 64 are better than tiles of 128."""
+SHARED_OF_SM = 228 * 1024
+"""Bytes of shared memory of one SM; each block takes 1 KB beside its own."""
+RESERVED = 1024 + 256
+REGISTERS = 64 * 1024
+MOST_STAGES = 6
+"""Named barriers bound the ring: two a stage, and Triton takes three of the sixteen."""
+INVARIANT_TILES = 8
+"""Tiles of one part under batch_invariant, whatever the batch and the length."""
+MOST_SPLITS = 128
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """One launch of the decode kernel: `programs` is its grid, `splits` and `least` are the split schedule's (parts of a
+    sequence, fewest tiles of a part), `row_blocks` blocks of query rows a key/value head (packed: at most), `slots` what the
+    workspace has room for, each `slot_rows` rows; `items` how many items there can be."""
+
+    config: DecodeConfig
+    programs: tuple[int, int, int]
+    splits: int
+    least: int
+    row_blocks: int
+    slot_rows: int
+    slots: int
+    items: int
+    tickets_per_item: int
+
+    @property
+    def slot_columns(self) -> int:
+        words = sum(self.config.dims_v)
+        return 2 * words if self.config.storage is Storage.E4M3 else words
+
+    @property
+    def tickets(self) -> int:
+        return self.items * self.tickets_per_item
+
+    def workspace_bytes(self) -> int:
+        """The slots' partial results (float32) and log-sum-exps, and the tickets."""
+        return 4 * (self.slots * self.slot_rows * (self.slot_columns + 1) + self.tickets)
+
+    def __str__(self) -> str:
+        grid = "x".join(map(str, self.programs))
+        shares = "stream-k" if DecodeFeature.STREAM_K in self.config.features else f"at most {self.splits} splits"
+        return f"{self.config}; {shares} over {grid} programs"
+
+
+def why_not(problem: CacheProblem) -> tuple[Reason, ...]:
+    """Why the decode kernel cannot run a problem; empty where it can."""
+    shape, cache, reasons = problem.shape, problem.cache, []
+    if problem.dtype not in (torch.float16, torch.bfloat16):
+        reasons.append(Reason("q.dtype", str(problem.dtype), "the tensor cores take 16-bit operands here", "use bfloat16"))
+    if cache.values is Values.IN_KEYS:
+        reasons.append(Reason("v_cache", "None", "this kernel reads K and V apart", "pass v_cache"))
+    step = 16 // cache.dtype.itemsize
+    for name, dim in (("head_dim", shape.head_dim), ("head_dim_v", shape.head_dim_v)):
+        if dim % step:
+            reasons.append(Reason(name, str(dim), f"TMA moves multiples of {step} columns of {cache.dtype}", "pad the cache"))
+        if dim > MAX_HEAD_DIM:
+            reasons.append(Reason(name, str(dim), f"the kernel holds at most {MAX_HEAD_DIM} columns", "use another backend"))
+    if cache.pages is not None and (cache.pages.size & (cache.pages.size - 1) or cache.pages.size < 8):
+        why = "a page is copied as whole swizzle patterns of 8 rows, and a tile's pages are counted by shifts"
+        reasons.append(Reason("page_size", str(cache.pages.size), why, "use a power of two from 8 on"))
+    if cache.is_quantised:
+        reasons.append(Reason("k_cache.dtype", str(cache.dtype), "this kernel reads 16-bit caches", "use another backend"))
+    if problem.append is not None:
+        reasons.append(Reason("k", "given", "this kernel appends nothing yet", "write the cache before the call"))
+    return tuple(reasons)
+
+
+def decode_plan(problem: CacheProblem, device: Device) -> DecodePlan:
+    """The plan for a problem that `why_not` has nothing against."""
+    shape = problem.shape
+    words = 1 if problem.cache.is_quantised else 0
+    dims, dims_v = _parts(shape.head_dim >> words), _parts(shape.head_dim_v >> words)
+    rows = shape.seqlen_q * shape.group
+    packed = problem.layout is Layout.VARLEN
+    row_blocks = rows // ROWS + 1 if packed else -(-rows // ROWS)
+    lines = rows // ROWS + shape.batch + 1 if packed else shape.batch * row_blocks
+    items = lines * shape.heads_kv
+    tile = _tile(sum(dims) + sum(dims_v), items * shape.seqlen_k / device.multiprocessors)
+    tiles = max(1, -(-shape.seqlen_k // tile.keys))
+    schedule = _schedule(problem)
+    resident = tile.blocks * device.multiprocessors
+    splits, least = _splits(problem, tiles, items, resident)
+    if schedule is Schedule.STREAM_K:
+        programs = (min(resident, items * tiles), 1, 1)
+        slots = 2 * programs[0]
+    else:
+        programs = (splits, shape.heads_kv * row_blocks, shape.batch)
+        slots = items * splits if splits > 1 else 0
+    parts = programs[0]  # at most, of one item
+    pages = problem.cache.pages
+    config = DecodeConfig(
+        keys=tile.keys, warps=tile.warps, stages=tile.stages, dims=dims, dims_v=dims_v,
+        box=tile.keys if pages is None else min(tile.keys, pages.size), registers=tile.registers,
+        storage=Storage.E4M3 if problem.cache.is_quantised else Storage.HALF,
+        features=_features(problem, schedule),
+    )  # fmt: skip
+    return DecodePlan(config, programs, splits, least, row_blocks, min(ROWS, max(1, rows)), slots, items, 1 + -(-parts // PARTS_TOGETHER))
+
+
+def _parts(words: int) -> tuple[int, ...]:
+    """A head dim as parts of 64 words and a last one that is 16, 32 or 64 wide; words past it read as zeros."""
+    whole, rest = divmod(words, COLUMNS)
+    tail = next((width for width in (16, 32, COLUMNS) if width >= rest), COLUMNS)
+    return (COLUMNS,) * whole + ((tail,) if rest else ())
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Keys of a tile and warps that share them, stages of the ring, blocks an SM, and a thread's registers at launch."""
+
+    keys: int
+    warps: int
+    stages: int
+    blocks: int
+    registers: int
+
+    @staticmethod
+    def of(words: int, keys: int, warps: int, blocks: int) -> Tile:
+        """With as many stages as there is room for. `words`: 16-bit words of a key and its value."""
+        exchange = 4 * warps * ROWS * COLUMNS
+        stages = (SHARED_OF_SM // blocks - RESERVED - exchange) // (2 * keys * words)
+        threads = 32 * (warps + 4)  # the producer's warp brings three idle ones
+        return Tile(keys, warps, min(stages, MOST_STAGES), blocks, min(255, REGISTERS // (blocks * threads) // 8 * 8))
+
+
+def _tile(words: int, keys_of_sm: float) -> Tile:
+    """128 keys for 8 warps where three stages fit: half as many turns of the ring, so half as often the wait for S. Smaller tiles
+    where an SM has few keys, and for wide heads; two blocks an SM where one has not room for... """
+    large, small = Tile.of(words, 128, 8, 1), Tile.of(words, 64, 4, 1)
+    if keys_of_sm <= FEW_KEYS or large.stages < 3:
+        return small
+    return large
+
+
+def _schedule(problem: CacheProblem) -> Schedule:
+    """Stream-K where lengths may differ; one sequence, or parts that are asked for, are split."""
+    if problem.reproducibility is Reproducibility.BATCH_INVARIANT or problem.splits is not None:
+        return Schedule.SPLIT
+    if problem.schedule is not None:
+        return problem.schedule
+    return Schedule.SPLIT if problem.shape.batch == 1 and problem.layout is Layout.DENSE else Schedule.STREAM_K
+
+
+def _splits(problem: CacheProblem, tiles: int, items: int, programs: int) -> tuple[int, int]:
+    """(parts of a sequence, fewest tiles of a part)."""
+    if problem.reproducibility is Reproducibility.BATCH_INVARIANT:
+        return -(-tiles // INVARIANT_TILES), INVARIANT_TILES
+    if problem.splits is not None:
+        return problem.splits, 1
+    return max(1, min(tiles, programs // max(1, items), MOST_SPLITS)), 1
+
+
+def _features(problem: CacheProblem, schedule: Schedule) -> tuple[DecodeFeature, ...]:
+    """What must be compiled in, always in the same order."""
+    mask, score = problem.mask, problem.score
+    wanted = {
+        DecodeFeature.STREAM_K: schedule is Schedule.STREAM_K,
+        DecodeFeature.PAGED: problem.cache.pages is not None,
+        DecodeFeature.PACKED: problem.layout is Layout.VARLEN,
+        DecodeFeature.BATCH_INDEX: "cache_batch_idx" in problem.lengths,
+        DecodeFeature.LEFTPAD: "cache_leftpad" in problem.lengths,
+        DecodeFeature.LEFT: mask.left is not None,
+        # one query row stands at the end: nothing lies to the right of its diagonal
+        DecodeFeature.RIGHT: mask.right is not None and (problem.layout is Layout.VARLEN or problem.shape.seqlen_q > 1),
+        DecodeFeature.SOFTCAP: score.softcap > 0,
+        DecodeFeature.SINKS: score.sinks is not None,
+    }
+    return tuple(feature for feature, needed in wanted.items() if needed)

@@ -1,0 +1,287 @@
+"""Partial results of a split sequence, and their sum: the formula of tessera.partial, over any number of parts.
+
+A part leaves out, normalised by its own softmax, float32 (slots, rows, columns), and its log-sum-exp in base 2, (slots, rows).
+With w = 2^(lse - max lse), out = sum(w out) / sum(w). Parts are taken in their order, whoever adds them, so that the result
+is the same bit for bit. Many parts are added in two steps, groups of FAN first: each step's loads wait for memory once.
+"""
+
+from tessera.backends.hopper.decode_config import PARTS_TOGETHER, ROWS
+from tessera.backends.hopper.pieces.batched import part_offset, planes_of
+from tessera.backends.hopper.pieces.epilogue import LOG2_E, log2, normaliser
+from tessera.backends.hopper.pieces.shares import slot_of
+from tessera.backends.hopper.pieces.softmax import exp2
+from tessera.backends.hopper.pieces.tiles import has
+from tessera.jit.compat import aggregate, barrier, gl, gluon
+
+M = gl.constexpr(ROWS)
+FAN = gl.constexpr(PARTS_TOGETHER)
+
+
+@aggregate
+class Results:
+    """Where results go: out (tokens, heads_q, head_dim_v), lse (batch, heads_q, seqlen_q) or (heads_q, total_q), the slots of
+    partial results, the items' tickets (0 between launches); and the sinks, (heads_q,)."""
+
+    out: gl.tensor
+    lse: gl.tensor
+    partial_out: gl.tensor
+    partial_lse: gl.tensor
+    tickets: gl.tensor
+    sinks: gl.tensor
+    head_dim_v: gl.tensor
+    lse_pitch: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, out, lse, partial_out, partial_lse, tickets, sinks, head_dim_v, lse_pitch):
+        self.out = out
+        self.lse = lse
+        self.partial_out = partial_out
+        self.partial_lse = partial_lse
+        self.tickets = tickets
+        self.sinks = sinks
+        self.head_dim_v = head_dim_v
+        self.lse_pitch = lse_pitch
+
+
+@aggregate
+class Span:
+    """Parts begin, begin + step, ... before `end`."""
+
+    begin: gl.tensor
+    end: gl.tensor
+    step: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, begin, end, step):
+        self.begin = begin
+        self.end = end
+        self.step = step
+
+
+@gluon.constexpr_function
+def columns_of_sum(config, i):
+    """Columns of the i-th accumulator: one a part and plane."""
+    return config.dims_v[i // planes_of(config)]
+
+
+@gluon.constexpr_function
+def accumulators(config):
+    return len(config.dims_v) * planes_of(config)
+
+
+@gluon.constexpr_function
+def merged_layout(warps, columns):
+    """(warps, 16, columns) with all warps' values of a row and column in one thread."""
+    lanes = min(32, columns)
+    return gl.BlockedLayout([warps, 1, columns // lanes], [1, 32 // lanes, lanes], [1, warps, 1], [2, 1, 0])
+
+
+@gluon.jit
+def merge_warps(config: gl.constexpr, o, m, l):
+    """What the warps found, as one: (o (16, columns) a part and plane, float32 and not normalised; m, l (16,) in base 2)."""
+    layout: gl.constexpr = merged_layout(config.warps, columns_of_sum(config, 0))
+    tops = gl.convert_layout(m, gl.SliceLayout(2, layout))
+    top = gl.max(tops, axis=0)
+    weight = exp2(tops - gl.expand_dims(gl.where(top == float("-inf"), 0.0, top), 0))
+    outs = ()
+    for i in gl.static_range(len(o)):
+        outs = outs + (_weighted_sum(config, o[i], weight),)
+    return outs, top, gl.sum(gl.convert_layout(l, gl.SliceLayout(2, layout)) * weight, axis=0)
+
+
+@gluon.jit
+def _weighted_sum(config: gl.constexpr, o, weight):
+    """(warps, 16, columns) summed over the warps."""
+    layout: gl.constexpr = merged_layout(config.warps, o.shape[2])
+    weight = gl.convert_layout(weight, gl.SliceLayout(2, layout))
+    return gl.sum(gl.convert_layout(o, layout) * gl.expand_dims(weight, 2), axis=0)
+
+
+@gluon.jit
+def query_places(config: gl.constexpr, sizes, segment, rows):
+    """Rows of an item as (token of q and out, query head, live): row r is head r mod group at position r / group."""
+    position = rows // sizes.group
+    head = segment.head * sizes.group + rows - position * sizes.group
+    token = segment.seq.q_begin + position
+    if not has(config, "packed"):
+        token += segment.seq.index * sizes.seqlen_q
+    return token, head, position < segment.seq.q_rows
+
+
+@gluon.jit
+def _lse_place(config: gl.constexpr, results, sizes, seq, token, head):
+    heads = sizes.heads_kv * sizes.group
+    if has(config, "packed"):
+        return head * results.lse_pitch + token
+    else:
+        return (seq.index * heads + head) * sizes.seqlen_q + (token - seq.index * sizes.seqlen_q)
+
+
+@gluon.jit
+def write_rows(config: gl.constexpr, results, sizes, segment, rows, sums):
+    """out and lse of a segment's rows (a vector) from (o, m, l), the sink counted in."""
+    o, m, l = sums
+    token, head, live = query_places(config, sizes, segment, rows)
+    sink = m * 0.0
+    if has(config, "sinks"):
+        sink = gl.load(results.sinks + head, mask=live, other=0.0) * LOG2_E
+    factor, lse = normaliser(config, m, l, sink, live)
+    gl.store(results.lse + _lse_place(config, results, sizes, segment.seq, token, head), lse, mask=live)
+    row = (token * (sizes.heads_kv * sizes.group) + head).to(gl.int64) * results.head_dim_v
+    for i in gl.static_range(len(o)):
+        columns, out, at, keep = _scaled(o[i], factor, row, live)
+        columns = first_column(config, i) + planes_of(config) * columns
+        gl.store(results.out + at + columns, out.to(results.out.dtype.element_ty), mask=keep & (columns < results.head_dim_v))
+
+
+@gluon.jit
+def _scaled(o, factor, row, live):
+    """Column numbers, O times a row's factor, where its rows begin, and which rows count."""
+    layout: gl.constexpr = o.type.layout
+    columns = gl.arange(0, o.shape[1], gl.SliceLayout(0, layout))[None, :]
+    out = o * gl.convert_layout(factor, gl.SliceLayout(1, layout))[:, None]
+    keep = gl.convert_layout(live, gl.SliceLayout(1, layout))[:, None] & (columns >= 0)
+    return columns, out, gl.convert_layout(row, gl.SliceLayout(1, layout))[:, None], keep
+
+
+@gluon.constexpr_function
+def first_column(config, i):
+    """The first column of out that the i-th accumulator has; planes take turns."""
+    planes = planes_of(config)
+    return part_offset(config.dims_v, i // planes) * planes + i % planes
+
+
+@gluon.constexpr_function
+def place_in_slot(config, i):
+    """Where the i-th accumulator begins in a row of a partial result."""
+    return sum(columns_of_sum(config, before) for before in range(i))
+
+
+@gluon.constexpr_function
+def slot_columns(config):
+    """Columns of a partial result."""
+    return sum(config.dims_v) * planes_of(config)
+
+
+@gluon.jit
+def _write_slot(config: gl.constexpr, results, slot_rows, slot, rows, sums):
+    """The partial result of rows `rows` of an item, in a slot."""
+    o, m, l = sums
+    live = rows < slot_rows
+    empty = m == float("-inf")
+    lse = gl.where(empty, float("-inf"), m + log2(l))
+    factor = gl.where(empty, 0.0, 1.0 / l)
+    line = slot * slot_rows + rows
+    gl.store(results.partial_lse + line, lse, mask=live)
+    row = line.to(gl.int64) * slot_columns(config)
+    for i in gl.static_range(len(o)):
+        columns, out, at, keep = _scaled(o[i], factor, row, live)
+        gl.store(results.partial_out + at + place_in_slot(config, i) + columns, out, mask=keep)
+
+
+@gluon.jit
+def _comes_last(ticket, count):
+    """Whether all others of `count` have written what they had to: the one that draws the last ticket, and puts 0 back."""
+    barrier()  # every warp's partial results before this program's ticket
+    last = gl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu") == count - 1
+    if last:
+        gl.store(ticket, 0)
+    barrier()
+    return last
+
+
+@gluon.jit
+def write_part(config: gl.constexpr, results, sizes, segment, rows, sums):
+    """The partial result of a segment, into its slot."""
+    _write_slot(config, results, sizes.slot_rows, slot_of(config, segment.slots, segment.part), rows, sums)
+
+
+@gluon.jit
+def settle(config: gl.constexpr, results, sizes, segment):
+    """The segment's part of its item is in its slot. Who comes last of a group of parts adds them up into the slot of the first;
+    who comes last of the groups adds those up into out and lse."""
+    slot_rows = gl.minimum(segment.seq.q_rows * sizes.group - segment.block * M, sizes.slot_rows)
+    group = segment.part // FAN
+    groups = (segment.parts + FAN - 1) // FAN
+    ticket = results.tickets + segment.item * sizes.tickets
+    span = Span(group * FAN, gl.minimum(segment.parts, (group + 1) * FAN), groups * 0 + 1)
+    last = _comes_last(ticket + 1 + group, span.end - span.begin)
+    if last & (groups > 1):
+        for first in range(0, slot_rows, config.warps):
+            own, found = _sum_parts(config, results, sizes, segment, first, span)
+            _write_slot(config, results, sizes.slot_rows, slot_of(config, segment.slots, span.begin), own, found)
+        last = _comes_last(ticket, groups)
+        span = Span(groups * 0, segment.parts, groups * 0 + FAN)
+    if last:
+        for first in range(0, slot_rows, config.warps):
+            own, found = _sum_parts(config, results, sizes, segment, first, span)
+            write_rows(config, results, sizes, segment, segment.block * M + own, found)
+
+
+@gluon.constexpr_function
+def _together(config):
+    """Parts that are loaded side by side, so that their latencies overlap: a thread holds 128 of their values."""
+    return max(8, min(64, 1 << (2048 // slot_columns(config)).bit_length() - 1))
+
+
+@gluon.constexpr_function
+def _sum_layout(config, columns):
+    """(rows, parts, columns): a warp a row, all parts of a column in one thread."""
+    lanes = min(32, columns)
+    return gl.BlockedLayout([1, _together(config), columns // lanes], [1, 32 // lanes, lanes], [config.warps, 1, 1], [2, 1, 0])
+
+
+@gluon.jit
+def _add_chunk(config: gl.constexpr, results, slot_rows, slots, rows, span, sums):
+    """(o, m, l) of some rows of an item with `_together` more parts, the first ones of the span."""
+    o, m, l = sums
+    flat: gl.constexpr = gl.SliceLayout(2, _sum_layout(config, columns_of_sum(config, 0)))
+    part = span.begin + span.step * gl.arange(0, _together(config), gl.SliceLayout(0, flat))[None, :]
+    row = gl.convert_layout(rows, gl.SliceLayout(1, flat))[:, None]
+    there = (part < span.end) & (row < slot_rows)
+    line = slot_of(config, slots, part) * slot_rows + row
+    lse = gl.load(results.partial_lse + line, mask=there, other=float("-inf"), cache_modifier=".cg")
+    top = gl.maximum(m, gl.max(lse, axis=1))
+    shift = gl.where(top == float("-inf"), 0.0, top)
+    weight = exp2(lse - shift[:, None])
+    alpha = exp2(m - shift)
+    added = ()
+    for i in gl.static_range(len(o)):
+        found = _weighted_parts(config, results, line, there, weight, i)
+        scale = gl.convert_layout(alpha, gl.SliceLayout(1, found.type.layout))
+        added = added + (o[i] * scale[:, None] + found,)
+    return added, top, l * alpha + gl.sum(weight, axis=1)
+
+
+@gluon.jit
+def _weighted_parts(config: gl.constexpr, results, line, there, weight, i: gl.constexpr):
+    """The i-th accumulator of the partial results `line` (rows, parts), times their weights and summed: (rows, columns)."""
+    columns: gl.constexpr = columns_of_sum(config, i)
+    layout: gl.constexpr = _sum_layout(config, columns)
+    flat: gl.constexpr = gl.SliceLayout(2, layout)
+    column = place_in_slot(config, i) + gl.arange(0, columns, gl.SliceLayout(0, gl.SliceLayout(0, layout)))[None, :]
+    at = gl.expand_dims(gl.convert_layout(line, flat).to(gl.int64) * slot_columns(config), 2) + gl.expand_dims(column, 0)
+    keep = gl.expand_dims(gl.convert_layout(there, flat), 2) & (gl.expand_dims(column, 0) >= 0)
+    out = gl.load(results.partial_out + at, mask=keep, other=0.0, cache_modifier=".cg")
+    return gl.sum(out * gl.expand_dims(gl.convert_layout(weight, flat), 2), axis=1)
+
+
+@gluon.jit
+def _no_sum(config: gl.constexpr, columns: gl.constexpr):
+    warps: gl.constexpr = config.warps
+    return gl.zeros([warps, columns], gl.float32, gl.SliceLayout(1, _sum_layout(config, columns)))
+
+
+@gluon.jit
+def _sum_parts(config: gl.constexpr, results, sizes, segment, first, span):
+    """`warps` rows of an item, from row `first` on, and their (o, m, l) over a span of parts."""
+    layout: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, _sum_layout(config, columns_of_sum(config, 0))))
+    warps: gl.constexpr = config.warps
+    rows = first + gl.arange(0, warps, layout)
+    o = ()
+    for i in gl.static_range(accumulators(config)):
+        o = o + (_no_sum(config, columns_of_sum(config, i)),)
+    sums = (o, gl.full([warps], float("-inf"), gl.float32, layout), gl.zeros([warps], gl.float32, layout))
+    for begin in range(span.begin, span.end, span.step * _together(config)):
+        sums = _add_chunk(config, results, sizes.slot_rows, segment.slots, rows, Span(begin, span.end, span.step), sums)
+    return rows, sums

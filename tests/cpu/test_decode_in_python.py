@@ -1,0 +1,90 @@
+"""The Hopper decode kernel, run by Python (tests/gluon_in_python.py) against the oracle: every case that it serves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from gluon_in_python import in_python
+from torch import Tensor
+
+from tessera.backends.hopper import decode_launch, decode_plan
+from tessera.backends.hopper.decode_config import PARTS_TOGETHER
+from tessera.backends.hopper.serving import HopperServingRunner
+from tessera.device import Device
+from tessera.serving import verify
+from tessera.serving.cases import CACHE_CASES, CacheCase
+from tessera.serving.operands import CacheRequest, describe, gather
+from tessera.verify import compare
+
+FEW = replace(Device.named("h200"), multiprocessors=3)
+"""So few multiprocessors that a stream-K share goes over the ends of items and sequences."""
+
+
+class PlainWorkspace:
+    """Scratch memory on the CPU: what a launch does not write is NaN, and it leaves the tickets 0."""
+
+    def __init__(self) -> None:
+        self.zeros: list[Tensor] = []
+
+    def partial(self, device: int, stream: int, count: int) -> Tensor:
+        return torch.full((count,), float("nan"))
+
+    def tickets(self, device: int, stream: int, count: int) -> Tensor:
+        self.zeros.append(torch.zeros(count, dtype=torch.int32))
+        return self.zeros[-1]
+
+
+@pytest.fixture(autouse=True)
+def scratch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    plain = PlainWorkspace()
+    monkeypatch.setattr(decode_launch, "workspace", plain)
+    yield
+    assert not any(zeros.any() for zeros in plain.zeros)
+
+
+def is_served(case: CacheCase) -> bool:
+    return not decode_plan.why_not(describe(case.request("cpu", torch.bfloat16)))
+
+
+def check(request: CacheRequest, device: Device = FEW) -> decode_plan.DecodePlan:
+    problem = describe(request)
+    assert not decode_plan.why_not(problem)
+    launch = decode_launch.DecodeLaunch(problem, decode_plan.decode_plan(problem, device))
+    with in_python():
+        results = HopperServingRunner(problem, launch).run(gather(request))
+    refs, eagers = (verify.attention(request, dtype) for dtype in (torch.float64, request.q.dtype))
+    for name, result, ref, eager in zip(("out", "lse"), results, refs, eagers, strict=True):
+        compared = compare(name, result, ref, eager)
+        assert compared.ok, str(compared)
+    return launch.plan
+
+
+@pytest.mark.parametrize("schedule", ["split", "stream_k"])
+@pytest.mark.parametrize("name", [name for name, case in CACHE_CASES.items() if is_served(case)])
+def test_cases(name: str, schedule: str) -> None:
+    request = CACHE_CASES[name].request("cpu", torch.bfloat16)
+    if request.num_splits is None:
+        request = request._replace(schedule=schedule)
+    check(request)
+
+
+@pytest.mark.parametrize("multiprocessors", [7, 26, 51])
+@pytest.mark.parametrize("cached", [(700, 700, 700), (700, 1, 250), (0, 0, 130)])
+def test_shares(cached: tuple[int, ...], multiprocessors: int) -> None:
+    """Equal lengths get crews of their own, others are cut anywhere."""
+    case = CacheCase("shares", cached=cached, seqlen_q=2, schedule="stream_k", page_size=16)
+    check(case.request("cpu", torch.bfloat16), replace(FEW, multiprocessors=multiprocessors))
+
+
+def test_many_parts_are_added_in_two_steps() -> None:
+    case = CacheCase("parts", cached=(2500,), heads_q=2, heads_kv=1, num_splits=40)
+    plan = check(case.request("cpu", torch.bfloat16))
+    assert plan.splits > 2 * PARTS_TOGETHER
+
+
+def test_more_sequences_than_are_scanned_at_once() -> None:
+    case = CacheCase("many", cached=tuple((37 * i) % 90 for i in range(150)), heads_q=2, heads_kv=1, schedule="stream_k")
+    check(case.request("cpu", torch.bfloat16))
