@@ -166,16 +166,15 @@ class Shared:
     def reshape(self, shape: Sequence[int]) -> Shared:
         return Shared(self.data.view(*shape))
 
-    def _reinterpret(self, dtype: torch.dtype, shape: Sequence[int], layout: Layout) -> Shared:
-        return Shared(self.data.view(dtype).view(*shape))
-
     def permute(self, order: Sequence[int]) -> Shared:
         return Shared(self.data.permute(*order))
 
     def slice(self, start: int, length: int, dim: int) -> Shared:
         return Shared(self.data.narrow(dim, start, length))
 
-    def _reinterpret(self, dtype: torch.dtype, shape: Sequence[int], layout: Layout) -> Boxes:
+    def _reinterpret(self, dtype: torch.dtype, shape: Sequence[int], layout: Layout) -> Shared | Boxes:
+        if self.data.shape[-1] == shape[-1] and len(shape) < self.data.dim():  # boxes seen as tiles
+            return Shared(self.data.view(*shape))
         return Boxes(self, shape)
 
     def load(self, layout: Layout) -> Tensor:

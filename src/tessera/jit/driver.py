@@ -119,6 +119,15 @@ def outside_capture() -> Iterator[None]:
         cuda.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
 
 
+def capture_id(stream: int) -> int:
+    """A number for the capture that a stream takes part in, unique in the process; 0 where there is none."""
+    status, found = ctypes.c_int(), ctypes.c_ulonglong()
+    call = library().cuStreamGetCaptureInfo_v2
+    arguments = (ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(found), None, None, None)
+    check("capture of a stream", call(*arguments))
+    return found.value if status.value else 0
+
+
 def max_shared(device: int) -> int:
     """Bytes of shared memory that one block may have on a device."""
     cuda = library()

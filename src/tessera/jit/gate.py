@@ -30,6 +30,7 @@ PROVIDERS = (
     "tessera.backends.hopper.variants:variants",
     "tessera.backends.hopper.backward_variants:variants",
     "tessera.backends.hopper.chunk_variants:variants",
+    "tessera.backends.hopper.decode_variants:variants",
 )
 """Functions that together return all the variants that plans can choose."""
 

@@ -155,7 +155,7 @@ def _described(argument: object) -> str:
 
 
 def _launch_attributes(num_ctas: int, spec: KernelSpec) -> tuple[ctypes.Array[ctypes.c_char], int]:
-    """The launch attributes and their number: of a cluster of `num_ctas` blocks along x, spread over the GPU; of an early start."""
+    """The launch attributes and their number: for a cluster of `num_ctas` blocks along x, spread over the GPU; an early start."""
     attributes = []
     if num_ctas > 1:
         attributes.append(struct.pack(_ATTRIBUTE_FORMAT, _CLUSTER_DIMENSION, num_ctas, 1, 1))

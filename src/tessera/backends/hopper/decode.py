@@ -67,15 +67,18 @@ def part_columns(dims, part):
 
 @aggregate
 class Split:
-    """The split schedule's numbers: parts of a sequence, and the fewest tiles of one."""
+    """How work is shared. split: parts of a sequence, and the fewest tiles of one. stream_k: programs an item can have of its
+    own, 0 where there are too many items or none knows how many."""
 
     splits: gl.tensor
     least: gl.tensor
+    crew: gl.tensor
 
     @gluon.constexpr_function
-    def __init__(self, splits, least):
+    def __init__(self, splits, least, crew):
         self.splits = splits
         self.least = least
+        self.crew = crew
 
 
 @aggregate
@@ -434,12 +437,13 @@ def decode(
     k_map, k_tail, v_map, v_tail, q_ptr, out_ptr, lse_ptr, partial_out, partial_lse, sinks, tickets,
     seqlens, cu_q, leftpad, batch_index, page_table,
     batch, heads_kv, group, seqlen_q, added, capacity, row_blocks, slot_rows, left, right, table_stride, page_shift,
-    tickets_per_item, splits, least,
+    tickets_per_item, splits, least, crew,
     q_batch, q_row, q_head, head_dim, head_dim_v, scale, inner,
     CONFIG: gl.constexpr,
 ):  # fmt: skip
     """`*_tail`: the map of a narrower last part of a head dim, else None. Pointers that no feature needs are never read."""
     config: gl.constexpr = CONFIG
+    groups: gl.constexpr = config.warps // 4
     k_maps = _maps(k_map, k_tail, len(config.dims))
     v_maps = _maps(v_map, v_tail, len(config.dims_v))
     call = Call(
@@ -448,13 +452,13 @@ def decode(
             batch, heads_kv, group, seqlen_q, added, capacity, row_blocks, slot_rows, left, right, table_stride, page_shift,
             tickets_per_item,
         ),
-        Split(splits, least),
+        Split(splits, least, crew),
     )
     queries = Queries(q_ptr, q_batch, q_row, q_head, head_dim, scale, inner)
     results = Results(out_ptr, lse_ptr, partial_out, partial_lse, tickets, sinks, head_dim_v, seqlen_q)
     shared = Shared(
         _allocate(config, k_maps), _allocate(config, v_maps),
-        make_stream(config.stages, config.warps // 4, RING_BARRIERS), make_stream(config.stages, config.warps // 4, RING_BARRIERS),
+        make_stream(config.stages, groups, RING_BARRIERS), make_stream(config.stages, groups, RING_BARRIERS),
     )  # fmt: skip
     fence_async_shared()
     gl.warp_specialize([

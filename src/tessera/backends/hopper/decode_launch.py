@@ -26,7 +26,7 @@ _FAR = 1 << 30
 _PLACES = ("seqlens", "cu_q", "leftpad", "batch_index", "page_table")
 _SIZES = (
     "batch", "heads_kv", "group", "seqlen_q", "added", "capacity", "row_blocks", "slot_rows", "left", "right", "table_stride",
-    "page_shift", "tickets_per_item", "splits", "least",
+    "page_shift", "tickets_per_item", "splits", "least", "crew",
 )  # fmt: skip
 
 
@@ -132,7 +132,7 @@ class DecodeLaunch:
             shape.batch, shape.heads_kv, shape.group, shape.seqlen_q, added, shape.seqlen_k, plan.row_blocks, plan.slot_rows,
             _FAR if mask.left is None else min(mask.left, _FAR), _FAR if mask.right is None else min(mask.right, _FAR),
             0 if table is None or shape.batch == 1 else table.stride(0), 0 if pages is None else pages.size.bit_length() - 1,
-            plan.tickets_per_item, plan.splits, plan.least,
+            plan.tickets_per_item, plan.splits, plan.least, plan.crew,
         )  # fmt: skip
 
     def _dims_and_scales(self) -> tuple[int | float, ...]:

@@ -28,13 +28,15 @@ MOST_SPLITS = 128
 @dataclass(frozen=True)
 class DecodePlan:
     """One launch of the decode kernel: `programs` is its grid, `splits` and `least` are the split schedule's (parts of a
-    sequence, fewest tiles of a part), `row_blocks` blocks of query rows a key/value head (packed: at most), `slots` what the
-    workspace has room for, each `slot_rows` rows; `items` how many items there can be."""
+    sequence, fewest tiles of a part), `crew` stream-K's (programs that an item can have of its own, 0 for none), `row_blocks`
+    blocks of query rows a key/value head (packed: at most), `slots` what the workspace has room for, each `slot_rows` rows;
+    `items` how many items there can be."""
 
     config: DecodeConfig
     programs: tuple[int, int, int]
     splits: int
     least: int
+    crew: int
     row_blocks: int
     slot_rows: int
     slots: int
@@ -93,17 +95,19 @@ def decode_plan(problem: CacheProblem, device: Device) -> DecodePlan:
     row_blocks = rows // ROWS + 1 if packed else -(-rows // ROWS)
     lines = rows // ROWS + shape.batch + 1 if packed else shape.batch * row_blocks
     items = lines * shape.heads_kv
-    tile = _tile(sum(dims) + sum(dims_v), items * shape.seqlen_k / device.multiprocessors)
-    tiles = max(1, -(-shape.seqlen_k // tile.keys))
     schedule = _schedule(problem)
+    tile = _tile(sum(dims) + sum(dims_v), schedule, items * shape.seqlen_k / device.multiprocessors)
+    tiles = max(1, -(-shape.seqlen_k // tile.keys))
     resident = tile.blocks * device.multiprocessors
     splits, least = _splits(problem, tiles, items, resident)
     if schedule is Schedule.STREAM_K:
         programs = (min(resident, items * tiles), 1, 1)
         slots = 2 * programs[0]
+        crew = 0 if packed else programs[0] // items
+        crew *= 4 * crew * items >= 3 * programs[0]  # idle programs: memory is still busy
     else:
         programs = (splits, shape.heads_kv * row_blocks, shape.batch)
-        slots = items * splits if splits > 1 else 0
+        slots, crew = items * splits if splits > 1 else 0, 0
     parts = programs[0]  # at most, of one item
     pages = problem.cache.pages
     config = DecodeConfig(
@@ -112,7 +116,8 @@ def decode_plan(problem: CacheProblem, device: Device) -> DecodePlan:
         storage=Storage.E4M3 if problem.cache.is_quantised else Storage.HALF,
         features=_features(problem, schedule),
     )  # fmt: skip
-    return DecodePlan(config, programs, splits, least, row_blocks, min(ROWS, max(1, rows)), slots, items, 1 + -(-parts // PARTS_TOGETHER))
+    tickets = 1 + -(-parts // PARTS_TOGETHER)
+    return DecodePlan(config, programs, splits, least, crew, row_blocks, min(ROWS, max(1, rows)), slots, items, tickets)
 
 
 def _parts(words: int) -> tuple[int, ...]:
@@ -141,13 +146,19 @@ class Tile:
         return Tile(keys, warps, min(stages, MOST_STAGES), blocks, min(255, REGISTERS // (blocks * threads) // 8 * 8))
 
 
-def _tile(words: int, keys_of_sm: float) -> Tile:
-    """128 keys for 8 warps where three stages fit: half as many turns of the ring, so half as often the wait for S. Smaller tiles
-    where an SM has few keys, and for wide heads; two blocks an SM where one has not room for... """
-    large, small = Tile.of(words, 128, 8, 1), Tile.of(words, 64, 4, 1)
-    if keys_of_sm <= FEW_KEYS or large.stages < 3:
-        return small
-    return large
+def _tile(words: int, schedule: Schedule, keys_of_sm: float) -> Tile:
+    """The tile for rows of so many words, where an SM has so many keys at most.
+
+    H200, 2026-11-21, bf16 d128, microseconds with 64 keys and 4 warps (two blocks an SM; one) and with 128 keys and 8 warps:
+    split 1 x 8k 14.4, 12.2, 12.6; 16 x 8k 123.0, 120.4, 120.4; 1 x 128k of 2 heads 39.5, 38.2, 37.5;
+    stream-K, ragged 64 x 100..32k 350, 371, 358: a second block works while the first goes from one item to the next.
+    """
+    pair, lone, large = Tile.of(words, 64, 4, 2), Tile.of(words, 64, 4, 1), Tile.of(words, 128, 8, 1)
+    if schedule is Schedule.STREAM_K and pair.stages >= 3:
+        return pair
+    if large.stages >= 3 and keys_of_sm > FEW_KEYS:
+        return large
+    return lone
 
 
 def _schedule(problem: CacheProblem) -> Schedule:

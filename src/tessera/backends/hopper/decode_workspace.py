@@ -1,7 +1,8 @@
 """Scratch memory of decoding: partial results, and tickets that are 0 between launches.
 
-Launches of one stream follow one another, so they share their memory. A captured launch may be replayed beside anything, so it
-has its own: the partial results come from the graph's memory, the tickets from a stock that was zeroed before.
+Launches of one stream follow one another, so they share their memory. A graph may be replayed beside anything, so it has its
+own: partial results come from the graph's memory, tickets from a stock that was zeroed before, for all launches of the graph's
+stream the same ones.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import threading
 
 import torch
 from torch import Tensor
+
+from tessera.jit import driver
 
 STOCK = 1 << 16
 """Tickets that are zeroed at a time."""
@@ -22,8 +25,9 @@ class Workspace:
         self._lock = threading.Lock()
         self._partial: dict[tuple[int, int], Tensor] = {}
         self._tickets: dict[tuple[int, int], Tensor] = {}
-        self._stock: dict[int, list[Tensor]] = {}
+        self._stock: dict[int, Tensor] = {}
         self._taken: dict[int, int] = {}
+        self._captured: dict[tuple[int, int, int], Tensor] = {}
 
     def partial(self, device: int, stream: int, count: int) -> Tensor:
         """At least `count` float32. Kept for the next launch of the stream; under capture a new tensor of the graph's."""
@@ -38,30 +42,29 @@ class Workspace:
     def tickets(self, device: int, stream: int, count: int) -> Tensor:
         """At least `count` int32 that are 0, and that a launch leaves 0."""
         if torch._C._cuda_isCurrentStreamCapturing():
-            return self._take(device, count)
+            return self._of_capture((device, stream, driver.capture_id(stream)), count)
+        if self._taken.get(device, STOCK) > STOCK // 2:
+            with self._lock:  # a capture that comes next finds a stock
+                self._stock[device], self._taken[device] = _zeros(device, STOCK), 0
         found = self._tickets.get((device, stream))
         if found is None or found.numel() < count:
-            found = _zeros(device, max(count, 4096))
-            self._tickets[device, stream] = found
-            self._restock(device)
+            found = self._tickets[device, stream] = _zeros(device, max(count, 4096))
         return found
 
-    def _take(self, device: int, count: int) -> Tensor:
-        """Tickets for a captured launch: never given back (4 bytes each)."""
+    def _of_capture(self, key: tuple[int, int, int], count: int) -> Tensor:
+        """A captured stream's tickets. They are kept as long as the process: nobody says when a graph ends."""
+        device = key[0]
         with self._lock:
-            stock, taken = self._stock.get(device, []), self._taken.get(device, 0)
-            if stock and taken + count <= STOCK:
+            found = self._captured.get(key)
+            if found is not None and found.numel() >= count:
+                return found
+            stock, taken = self._stock.get(device), self._taken.get(device, 0)
+            if stock is not None and taken + count <= STOCK:
                 self._taken[device] = taken + count
-                return stock[-1][taken : taken + count]
-        # none left, and none can be zeroed aside of a capture: this launch's are zeroed by the graph, each time
+                found = self._captured[key] = stock[taken : taken + count]
+                return found
+        # none left, and none can be zeroed beside a capture: this launch's are zeroed by the graph, each time
         return torch.zeros(count, dtype=torch.int32, device=torch.device("cuda", device))
-
-    def _restock(self, device: int) -> None:
-        """See to it that a capture that comes next finds a stock."""
-        with self._lock:
-            if device not in self._stock or self._taken.get(device, 0) > STOCK // 2:
-                self._stock.setdefault(device, []).append(_zeros(device, STOCK))
-                self._taken[device] = 0
 
 
 def _zeros(device: int, count: int) -> Tensor:

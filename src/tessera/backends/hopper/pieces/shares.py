@@ -98,47 +98,62 @@ def _tiles_of(config: gl.constexpr, call, index):
 
 
 @gluon.jit
-def _crews(config: gl.constexpr, call, lane):
-    """(period, crew, all tiles). Where all items are equally long and can occupy the programs evenly, each has a crew of its own:
-    nobody then works on two items."""
+def _measure(config: gl.constexpr, call, lane):
+    """(all tiles, tiles of the longest item, of the shortest)."""
     total = call.sizes.batch * 0
-    items = total
     longest = total
     shortest = total + (1 << 30)
     for first in range(0, call.sizes.batch, SCANNED):
-        own, tiles = _items_and_tiles(config, call, first + lane)
-        total += gl.sum(own * tiles, axis=0)
-        items += gl.sum(own, axis=0)
-        longest = gl.maximum(longest, gl.max(gl.where(own > 0, tiles, 0), axis=0))
-        shortest = -gl.maximum(-shortest, gl.max(gl.where(own > 0, -tiles, -(1 << 30)), axis=0))
-    programs = gl.num_programs(0)
-    crew = gl.minimum(programs // gl.maximum(items, 1), gl.maximum(longest, 1))
-    even = (longest == shortest) & (crew > 0) & (4 * crew * items >= 3 * programs)
-    return gl.where(even, longest, gl.maximum(total, 1)), gl.where(even, crew, programs), total
+        items, tiles = _items_and_tiles(config, call, first + lane)
+        total += gl.sum(items * tiles, axis=0)
+        longest = gl.maximum(longest, gl.max(tiles, axis=0))  # past the batch the last sequence is seen again
+        shortest = gl.minimum(shortest, -gl.max(-tiles, axis=0))
+    return total, longest, shortest
 
 
 @gluon.jit
-def _stretch(config: gl.constexpr, call, warps: gl.constexpr):
-    """This program's stretch of the line of all tiles, and the sequence in which it begins."""
-    layout: gl.constexpr = gl.BlockedLayout([SCANNED // 32], [32], [warps], [0])  # every warp has all of them: no barriers
-    lane = gl.arange(0, SCANNED, layout)
-    period, crew, total = _crews(config, call, lane)
-    program = gl.program_id(0)
-    place = program % crew
-    quota = period // crew
-    longer = period - quota * crew
-    position = program // crew * period + place * quota + gl.minimum(place, longer)
-    stop = gl.minimum(position + quota + gl.where(place < longer, 1, 0), total)
-    index = total * 0
-    before = total * 0
-    seen = total * 0
+def _find(config: gl.constexpr, call, lane, position):
+    """The sequence that a tile is of, and its first tile."""
+    index = position * 0
+    before = position * 0
+    seen = position * 0
     for first in range(0, call.sizes.batch, SCANNED):
         upto = seen + gl.associative_scan(_tiles_of(config, call, first + lane), 0, _add)
         passed = upto <= position
         index += gl.sum(passed.to(gl.int32), axis=0)
         before = gl.maximum(before, gl.max(gl.where(passed, upto, 0), axis=0))
         seen = gl.max(upto, axis=0)
-    return Share(position, stop, index, before, period, crew)
+    return index, before
+
+
+@gluon.jit
+def _stretch(config: gl.constexpr, call, warps: gl.constexpr):
+    """This program's stretch of the line of all tiles, and the sequence in which it begins. Where all items are equally long,
+    each has a crew of `split.crew` programs of its own, if there are so many: nobody then works on two items."""
+    layout: gl.constexpr = gl.BlockedLayout([SCANNED // 32], [32], [warps], [0])  # every warp has all of them: no barriers
+    lane = gl.arange(0, SCANNED, layout)
+    program = gl.program_id(0)
+    own_crew = gl.maximum(call.split.crew, 1)
+    team = program // own_crew
+    member = program - team * own_crew
+    sequence = team // gl.maximum(call.sizes.heads_kv * call.sizes.row_blocks, 1)
+    total, longest, shortest = _measure(config, call, lane)
+    even = (longest == shortest) & (call.split.crew > 0)
+    period = gl.where(even, longest, gl.maximum(total, 1))
+    crew = gl.where(even, own_crew, gl.num_programs(0))
+    place = gl.where(even, member, program)
+    quota = period // crew
+    longer = period - quota * crew
+    position = place * quota + gl.minimum(place, longer)
+    stop = position + quota + gl.where(place < longer, 1, 0)
+    index = sequence
+    before = sequence * call.sizes.heads_kv * call.sizes.row_blocks * period
+    if even:
+        position += team * period
+        stop += team * period
+    else:
+        index, before = _find(config, call, lane, position)
+    return Share(position, gl.minimum(stop, total), index, before, period, crew)
 
 
 @gluon.jit
