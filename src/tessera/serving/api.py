@@ -68,80 +68,55 @@ def attention_with_kvcache(
 
 
 def attention_with_kvcache(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor | None = None,
-    *,
-    cache_seqlens: Tensor,
-    k: Tensor | None = None,
-    v: Tensor | None = None,
-    page_table: Tensor | None = None,
-    cache_batch_idx: Tensor | None = None,
-    cache_leftpad: Tensor | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    rotary_cos: Tensor | None = None,
-    rotary_sin: Tensor | None = None,
-    rotary_interleaved: bool = True,
-    head_dim_v: int | None = None,
-    causal: bool = False,
-    window: Window | None = None,
-    softmax_scale: float | None = None,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-    k_descale: Tensor | None = None,
-    v_descale: Tensor | None = None,
-    num_splits: int | None = None,
-    schedule: str | None = None,
-    batch_invariant: bool = False,
-    return_lse: bool = False,
-    backend: str | None = None,
+    q: Tensor, k_cache: Tensor, v_cache: Tensor | None = None, *, cache_seqlens: Tensor, k: Tensor | None = None,
+    v: Tensor | None = None, page_table: Tensor | None = None, cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None, cu_seqlens_q: Tensor | None = None, rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None, rotary_interleaved: bool = True, head_dim_v: int | None = None, causal: bool = False,
+    window: Window | None = None, softmax_scale: float | None = None, softcap: float = 0.0, sinks: Tensor | None = None,
+    k_descale: Tensor | None = None, v_descale: Tensor | None = None, num_splits: int | None = None,
+    schedule: str | None = None, batch_invariant: bool = False, return_lse: bool = False, backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of new queries to cached keys and values, after appending new ones to the cache in place.
 
-    Nothing on a device is read by the host: the call can be captured in a CUDA graph and replayed while sequences grow.
+    The host reads nothing from a device: the call can be captured in a CUDA graph and replayed while sequences grow.
 
     Args:
         q: (batch, seqlen_q, heads_q, head_dim), or packed (total_q, heads_q, head_dim) with cu_seqlens_q; float16, bfloat16
-            or float32. Not differentiable.
+            or float32. No gradients.
         k_cache: (batch, seqlen_cache, heads_kv, head_dim), or with page_table a pool (pages, page_size, heads_kv, head_dim), in
             q's dtype or float8_e4m3fn. heads_kv divides heads_q. Any strides with a last one of 1.
         v_cache: as k_cache with head_dim_v columns. None: the values are the first head_dim_v columns of k_cache (MLA in
             its absorbed form: head_dim up to 576, head_dim_v up to 512).
-        cache_seqlens: int32 (batch,) on q's device: how many rows each sequence has in the cache before this call. Rows past them
-            (and past the appended ones) may hold anything, NaN too.
-        k, v: new rows (batch, seqlen_new, heads_kv, dim), packed like q if that is; written behind the cached ones before
-            anything is read. Advance cache_seqlens yourself before the next call.
-        page_table: int32 (batch, max_pages): page n of a sequence holds its rows n * page_size and following. Entries past a
+        cache_seqlens: int32 (batch,) on q's device: how many rows each sequence has in the cache before this call. Rows past
+            them (and past the appended ones) may hold anything, NaN too.
+        k, v: new rows (batch, seqlen_new, heads_kv, dim), packed like q if that is, written behind the cached ones before
+            anything is read. The caller advances cache_seqlens.
+        page_table: int32 (batch, max_pages): page n of a sequence holds its rows from n * page_size on. Entries past a
             sequence's end may be anything.
-        cache_batch_idx: int32 (batch,): which entry of a contiguous cache each sequence has; None for its own number.
-        cache_leftpad: int32 (batch,): so many rows at the front hold nothing. They count as positions.
-        cu_seqlens_q: int32 (batch + 1,), rising from 0: packed queries, sequence b has the rows cu_seqlens_q[b] to [b + 1].
+        cache_batch_idx: int32 (batch,): each sequence's entry of a contiguous cache; None for its own number.
+        cache_leftpad: int32 (batch,): so many rows at the front hold nothing; they count as positions.
+        cu_seqlens_q: int32 (batch + 1,), rising from 0: sequence b has the packed rows cu_seqlens_q[b] to [b + 1].
         rotary_cos, rotary_sin: (positions, rotary_dim / 2), q's dtype or float32: q and the new k turn on their first
             rotary_dim columns, row i of either at position cache_seqlens + i. Needs k.
         rotary_interleaved: pairs are columns (0, 1), (2, 3), ... (GPT-J); False: column i and i + rotary_dim / 2 (Llama).
-        head_dim_v: with v_cache None, how many columns the values have.
         causal: row i attends to keys j <= i + seqlen_k - seqlen_q, seqlen_k counting the appended rows.
         window: (left, right), keys at most so far before and after that diagonal; None or -1 for no limit.
-        softmax_scale, softcap, sinks: as in `attention`; no gradients.
+        softmax_scale, softcap, sinks: as in `attention`.
         k_descale, v_descale: float32 factors of FP8 values: (heads_kv,), (batch, heads_kv), or one a block of rows, (pages or
             entries, blocks, heads_kv). None for 1. New rows are divided by them, saturated and rounded.
-        num_splits: in how many parts each sequence's keys are read; None (or 0): chosen. The answer is the same to rounding.
-        schedule: "split" or "stream_k", None: chosen.
+        num_splits: in how many parts each sequence's keys are read, None (or 0) for the planner's choice, as is `schedule`,
+            "split" or "stream_k". The answer is the same to rounding.
         batch_invariant: a sequence's result has the same bits whatever the batch around it.
-        return_lse: also return lse.
         backend: one of tessera.backend_names(), or None for the first that can.
 
-    Returns:
-        out, q's shape with head_dim_v columns, in q's dtype; with return_lse also lse, float32, (batch, heads_q, seqlen_q) or
-        (heads_q, total_q). Rows with nothing to attend to have out 0 and lse -inf (or their sink's logit).
+    Returns: out, q's shape with head_dim_v columns, in q's dtype; with return_lse also lse, float32, (batch, heads_q, seqlen_q)
+        or (heads_q, total_q). Rows with nothing to attend to have out 0 and lse -inf (or their sink's logit).
 
-    Raises:
-        ValueError, TypeError: an argument is wrong. Contents (lengths, pages, offsets) are checked on the CPU always and on a
-            device under `tessera.debug()`; otherwise kernels keep within their tensors, and what they return is undefined.
-        tessera.Unsupported: no backend can run this here, with each backend's reasons.
+    Raises: as `attention`. Contents (lengths, pages, offsets) are checked on the CPU always, on a device under `tessera.debug()`;
+        otherwise kernels keep within their tensors, and what they return for wrong ones is undefined.
 
-    Source: Flash-Decoding; PagedAttention (arXiv 2309.06180); Lean Attention (2405.10480); the interface follows
-    flash_attn_with_kvcache, but that here each row of q turns by its own position without a causal mask too.
+    Source: Flash-Decoding; PagedAttention (arXiv 2309.06180); Lean Attention (2405.10480). The interface follows
+    flash_attn_with_kvcache, but that each row of q turns by its own position without a causal mask too.
     """
     left, right = _band(causal, window)
     request = CacheRequest(
