@@ -13,7 +13,7 @@ import torch
 from tessera import attention_with_kvcache
 from tessera.bench import llama
 from tessera.bench.contexts import contexts
-from tessera.bench.llama import Cache, Llama, LlamaShape, eager_logits
+from tessera.bench.llama import Appending, Cache, Llama, LlamaShape, eager_logits
 from tessera.bench.server import Judged, Ragged, Request, Served, Server, judge
 
 SHAPE = LlamaShape(layers=2, hidden=64, heads_q=4, heads_kv=2, head_dim=16, width=96, vocabulary=97, positions=256)
@@ -24,15 +24,16 @@ def model(dtype: torch.dtype = torch.float32) -> Llama:
     return Llama(SHAPE, dtype, "cpu")
 
 
-def serve(dtype: torch.dtype = torch.float32, pages: int = 13, page_size: int = 8, seats: int = 3) -> tuple[Served, Judged]:
+def serve(dtype: torch.dtype = torch.float32, pages: int = 13, page_size: int = 8, **options: Any) -> tuple[Served, Judged]:
     """Few seats, and pages for about two sequences."""
-    server = Server(model(dtype), Cache.empty(model(dtype), pages, page_size), seats)
+    server = Server(model(dtype), Cache.empty(model(dtype), pages, page_size), **({"seats": 3} | options))
     served = server.run(LOAD)
     return served, judge(model(dtype), model(), LOAD, served)
 
 
-def test_answers_are_eager_attentions_own() -> None:
-    served, judged = serve()
+@pytest.mark.parametrize("appending", Appending)
+def test_answers_are_eager_attentions_own(appending: Appending) -> None:
+    served, judged = serve(appending=appending)
     assert judged == Judged(served.new_tokens, served.new_tokens, 0)
     assert judged.ok
     assert [len(answer) for answer in served.answers] == [request.new_tokens for request in LOAD]
@@ -101,8 +102,9 @@ def test_eager_logits_know_nothing_of_later_tokens() -> None:
     torch.testing.assert_close(eager_logits(model(), tokens)[:12], eager_logits(model(), tokens[:12]))
 
 
-def test_long_contexts_are_the_plain_formulas() -> None:
-    found = list(contexts(model(), (64, 192), chunk=32, page_size=8))
+@pytest.mark.parametrize("appending", Appending)
+def test_long_contexts_are_the_plain_formulas(appending: Appending) -> None:
+    found = list(contexts(model(), (64, 192), 32, 8, appending))
     assert [context.tokens for context in found] == [64, 192]
     assert all(context.ok for context in found)
     first, second = found

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from tessera.bench.llama import Cache, Cached, Llama
+from tessera.bench.llama import Appending, Cache, Cached, Llama
 
 _DECODED = 16
 _ALLOWED = {torch.bfloat16: 0.05, torch.float16: 0.01, torch.float32: 1e-4}
@@ -45,15 +45,20 @@ class Context:
 
 
 @torch.no_grad()
-def contexts(model: Llama, lengths: tuple[int, ...], chunk: int, page_size: int) -> Iterator[Context]:
-    """Each of the rising `lengths` (multiples of `chunk`) as it is measured; the pages lie in a random order."""
+def contexts(
+    model: Llama, lengths: tuple[int, ...], chunk: int, page_size: int, appending: Appending | None = None
+) -> Iterator[Context]:
+    """Each of the rising `lengths` (multiples of `chunk`) as it is measured; the pages lie in a random order.
+
+    `appending`: None for what suits the device.
+    """
     shape, device = model.shape, model.device
     pages = -(-(lengths[-1] + _DECODED) // page_size)
     cache = Cache.empty(model, pages, page_size)
     generator = torch.Generator(device).manual_seed(0)
     table = torch.randperm(pages, generator=generator, device=device)[None].int()
     held = torch.zeros(1, dtype=torch.int32, device=device)
-    cached = Cached(model, cache, held, table)
+    cached = Cached(model, cache, appending or Appending.suited(model, page_size), held, table)
     token = torch.zeros(1, 1, dtype=torch.int64, device=device)
     results = torch.zeros(1, 1, shape.hidden, dtype=model.dtype, device=device)
 
@@ -110,7 +115,7 @@ def _from_plain(model: Llama, cached: Cached, token: Tensor, results: Tensor) ->
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = (pool[layer, taken].flatten(0, 1)[: rows + 1] for pool in cached.cache)  # (rows + 1, heads_kv, head_dim)
-        query = model.rotated(q, rows)[0, 0].unflatten(0, (-1, group))  # (heads_kv, group, head_dim)
+        query = model.rotated(q, cached.lengths[:, None] - 1)[0, 0].unflatten(0, (-1, group))  # (heads_kv, group, head_dim)
         scores = torch.einsum("hgd,nhd->hgn", query.float(), keys.float()) * q.shape[-1] ** -0.5
         return torch.einsum("hgn,nhd->hgd", scores.softmax(-1), values.float()).flatten(0, 1)[None, None].to(q.dtype)
 

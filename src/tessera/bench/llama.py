@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tessera import attention_with_kvcache
+from tessera import attention_with_kvcache, plan_kvcache
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q, k, v) -> out: q (..., heads_q, head_dim), the new rows k and v (..., heads_kv, head_dim), not yet rotated."""
@@ -96,9 +97,9 @@ class Llama(nn.Module):
         """Float32 logits (..., vocabulary) of the last layer's results."""
         return functional.linear(self.last_norm(x), self.tokens.weight).float()
 
-    def rotated(self, x: Tensor, first: int = 0) -> Tensor:
-        """Rows (batch, seqlen, heads, head_dim) turned by their positions first, first + 1, ..., in float32; x's dtype."""
-        cos, sin = (table[first : first + x.shape[1], None] for table in (self.cos, self.sin))
+    def rotated(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Rows (..., heads, head_dim) turned by their `positions` (...), in float32; x's dtype."""
+        cos, sin = (table[positions][..., None, :] for table in (self.cos, self.sin))
         a, b = x.float().chunk(2, dim=-1)
         return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
@@ -117,8 +118,26 @@ class Cache(NamedTuple):
         return Cache(keys, values)
 
 
+class Appending(Enum):
+    """How new rows are rotated and get into the cache."""
+
+    INSIDE = "in the attention call"
+    BEFORE = "by torch's operators before it"
+
+    @staticmethod
+    def suited(model: Llama, page_size: int) -> Appending:
+        """INSIDE where a backend made for the device takes new rows (`torch`, which runs anywhere, waits for the device)."""
+        shape = model.shape
+        pool, new = (2, page_size, shape.heads_kv, shape.head_dim), (1, 1, shape.heads_kv, shape.head_dim)
+        planned = plan_kvcache(
+            (1, 1, shape.heads_q, shape.head_dim), pool, pool, k=new, v=new, page_table=(1, 2), rotary_cos=model.cos,
+            rotary_sin=model.sin, rotary_interleaved=False, causal=True, dtype=model.dtype, device=model.device,
+        )  # fmt: skip
+        return Appending.BEFORE if planned.backend == "torch" else Appending.INSIDE
+
+
 class Cached(NamedTuple):
-    """Attention by Tessera over paged sequences: the new rows are rotated and appended in the same call.
+    """Attention by Tessera over paged sequences, new rows rotated and appended.
 
     `lengths` int32 (batch,): rows before the call; `table` int32 (batch, max_pages); `offsets` int32 (batch + 1,) where the
     tokens are packed, None where they are (batch, seqlen).
@@ -126,24 +145,48 @@ class Cached(NamedTuple):
 
     model: Llama
     cache: Cache
+    appending: Appending
     lengths: Tensor
     table: Tensor
     offsets: Tensor | None = None
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.appending is Appending.BEFORE:
+            return self._attend_after(layer, q, k, v)
         return attention_with_kvcache(
             q, self.cache.keys[layer], self.cache.values[layer], k=k, v=v, cache_seqlens=self.lengths, page_table=self.table,
             cu_seqlens_q=self.offsets, rotary_cos=self.model.cos, rotary_sin=self.model.sin, rotary_interleaved=False,
             causal=True,
         )  # fmt: skip
 
+    def _attend_after(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        sequences, positions = self._places(q)
+        page_size = self.cache.keys.shape[2]
+        pages, slots = self.table[sequences, positions // page_size].long(), positions % page_size
+        self.cache.keys[layer].index_put_((pages, slots), self.model.rotated(k, positions))
+        self.cache.values[layer].index_put_((pages, slots), v)
+        new = q.shape[1] if self.offsets is None else self.offsets.diff()
+        return attention_with_kvcache(
+            self.model.rotated(q, positions), self.cache.keys[layer], self.cache.values[layer], cache_seqlens=self.lengths + new,
+            page_table=self.table, cu_seqlens_q=self.offsets, causal=True,
+        )  # fmt: skip
+
+    def _places(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """The sequence and the position of every new token, int64 of the tokens' shape."""
+        if self.offsets is None:
+            new = torch.arange(q.shape[1], device=q.device)
+            return torch.arange(q.shape[0], device=q.device)[:, None].expand(-1, q.shape[1]), self.lengths[:, None] + new
+        tokens = torch.arange(q.shape[0], device=q.device)
+        sequences = torch.searchsorted(self.offsets[1:].long(), tokens, right=True)
+        return sequences, self.lengths[sequences] + tokens - self.offsets[sequences]
+
 
 def eager_logits(model: Llama, tokens: Tensor) -> Tensor:
     """Float32 logits (seqlen, vocabulary) of one whole sequence of int64 tokens (seqlen,): no cache, every score in memory."""
-    group = model.shape.heads_q // model.shape.heads_kv
+    group, positions = model.shape.heads_q // model.shape.heads_kv, torch.arange(len(tokens), device=tokens.device)
 
     def attend(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k = model.rotated(q), model.rotated(k).repeat_interleave(group, dim=2)
+        q, k = model.rotated(q, positions), model.rotated(k, positions).repeat_interleave(group, dim=2)
         v = v.repeat_interleave(group, dim=2)
         scores = q.transpose(1, 2) @ k.permute(0, 2, 3, 1) * q.shape[-1] ** -0.5  # (1, heads_q, seqlen, seqlen)
         later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)

@@ -18,7 +18,7 @@ from functools import partial
 
 import torch
 
-from tessera.bench.llama import Cache, Cached, Llama, eager_logits
+from tessera.bench.llama import Appending, Cache, Cached, Llama, eager_logits
 
 _SPARE_PAGE = 0
 """Where empty seats write: a decoding step has one row for each seat, taken or not."""
@@ -84,10 +84,11 @@ class Served:
 
 
 class Server:
-    """A model, its cache, and `seats` places in the decoding batch."""
+    """A model, its cache, `seats` places in the decoding batch, and how rows get into the cache (None: as suits the device)."""
 
-    def __init__(self, model: Llama, cache: Cache, seats: int):
+    def __init__(self, model: Llama, cache: Cache, seats: int, appending: Appending | None = None):
         self.model, self.cache, self.page_size = model, cache, cache.keys.shape[2]
+        self.appending = appending or Appending.suited(model, self.page_size)
         self._free = list(range(cache.keys.shape[1] - 1, _SPARE_PAGE, -1))
         self._promised = 0  # pages that those seated will still ask for
         self._seats: list[_Seated | None] = [None] * seats
@@ -170,7 +171,7 @@ class Server:
         ends = torch.tensor([0, *(len(prompt) for prompt in prompts)], device=device).cumsum(0)
         tokens = torch.tensor([token for prompt in prompts for token in prompt], device=device)
         seats = torch.tensor(joining, device=device)
-        cached = Cached(self.model, self.cache, self._lengths[seats], self._table[seats], ends.int())
+        cached = Cached(self.model, self.cache, self.appending, self._lengths[seats], self._table[seats], ends.int())
         best = self.model.logits(self.model(tokens, cached.attend)[ends[1:] - 1]).argmax(-1)
         self._tokens[seats, 0] = best
         self._lengths[seats] = ends.diff().int()
@@ -193,7 +194,7 @@ class Server:
 
     def _decode_step(self) -> None:
         """Feed every seat its last token; the next one replaces it. Shapes and addresses never change."""
-        cached = Cached(self.model, self.cache, self._lengths, self._table)
+        cached = Cached(self.model, self.cache, self.appending, self._lengths, self._table)
         x = self.model(self._tokens, cached.attend)  # (seats, 1, hidden)
         self._tokens.copy_(self.model.logits(x).argmax(-1))
         self._lengths += 1
