@@ -69,7 +69,8 @@ class _Seated:
 
 @dataclass(frozen=True)
 class Served:
-    """What a run did. `answers`: the new tokens of each request; `peak_pages` of `pages` were taken at once."""
+    """What a run did. `answers`: the new tokens of each request; `waited`: the steps that arrived requests waited, in all;
+    `peak_pages` of `pages` were taken at once; `appending`: how rows got into the cache."""
 
     answers: tuple[tuple[int, ...], ...]
     steps: int
@@ -81,6 +82,7 @@ class Served:
     pages: int
     prefill_s: float
     decode_s: float
+    appending: str
 
 
 class Server:
@@ -125,7 +127,7 @@ class Server:
         ordered = tuple(answers[number] for number in range(len(requests)))
         return Served(
             ordered, steps, sum(len(r.prompt) for r in requests), sum(map(len, ordered)), most_seated, waited, peak_pages,
-            self.cache.keys.shape[1] - 1, seconds["prefill"], seconds["decode"],
+            self.cache.keys.shape[1] - 1, seconds["prefill"], seconds["decode"], self.appending.value,
         )  # fmt: skip
 
     def _check(self, request: Request) -> None:

@@ -99,7 +99,8 @@ def _read(scene: Scene, device: str) -> list[Context]:
 
 
 def _show_serving(console: Console, scene: Scene, served: Served, judged: Judged) -> None:
-    console.print(f"a Llama of random weights, {_sizes(scene, scene.serving)}; pages of {scene.page_size} rows", soft_wrap=True)
+    pages = f"pages of {scene.page_size} rows, filled {served.appending}"
+    console.print(f"a Llama of random weights, {_sizes(scene, scene.serving)}; {pages}", soft_wrap=True)
     tokens = f"{served.prompt_tokens} tokens of prompts and {served.new_tokens} new ones in {served.steps} steps"
     taken = f"{served.most_seated} of {scene.seats} seats and {served.peak_pages} of {served.pages} pages"
     console.print(f"{len(served.answers)} requests, {tokens}; up to {taken} taken at once", soft_wrap=True)
