@@ -28,8 +28,8 @@ _INTEGERS = (
     "batch", "heads", "group", "seqlen_q", "splits", "lines", "left_reach", "right_reach", "capacity", "appended",
     "table_stride", "pages_per_sequence", "page_count", "page_size",
 )  # fmt: skip
-COMBINE_ROWS, COMBINE_PARTS = 8, 8
-"""Rows of a program of combine.py, and parts that it reads at once."""
+COMBINE_ROWS, COMBINE_COLUMNS, COMBINE_PARTS = 4, 128, 16
+"""Rows and columns of a program of combine.py, and parts that it reads at once at most."""
 
 
 def kernel_spec(config: ChunkConfig | LatentConfig, dtype: torch.dtype) -> jit.KernelSpec:
@@ -61,18 +61,16 @@ def kernel_spec(config: ChunkConfig | LatentConfig, dtype: torch.dtype) -> jit.K
     return jit.KernelSpec.of(f"tessera.backends.hopper.{kernel}", arguments, constants)
 
 
-def combine_spec(width: int, dtype: torch.dtype, sinks: str) -> jit.KernelSpec:
-    """combine.py's kernel for rows of that many columns; `sinks` as its SINKS."""
+def combine_spec(splits: int, dtype: torch.dtype, sinks: str) -> jit.KernelSpec:
+    """combine.py's kernel for about that many parts; `sinks` as its SINKS."""
+    parts = 1 << (splits - 1).bit_length()
     arguments: dict[str, jit.Tiles | jit.Pointer | jit.Scalar] = {
         "parts": jit.Pointer("fp32"), "lses": jit.Pointer("fp32"), "sinks": jit.Pointer("fp32", align=4),
         "total_q": jit.Pointer("i32", align=4),
         "out": jit.Pointer(ELEMENTS[dtype]), "lse": jit.Pointer("fp32", align=4),
-        **{name: jit.Scalar("i32") for name in ("lines", "splits", "heads", "seqlen_q")},
+        **{name: jit.Scalar("i32") for name in ("lines", "splits", "heads", "seqlen_q", "width")},
     }  # fmt: skip
-    constants = {
-        "ROWS": COMBINE_ROWS, "AT_ONCE": COMBINE_PARTS, "WIDTH": width, "COLUMNS": max(128, 1 << (width - 1).bit_length()),
-        "SINKS": sinks,
-    }  # fmt: skip
+    constants = {"ROWS": COMBINE_ROWS, "PARTS": parts, "AT_ONCE": min(parts, COMBINE_PARTS), "SINKS": sinks}
     return jit.KernelSpec.of("tessera.backends.hopper.combine:combine", arguments, constants)
 
 
@@ -106,7 +104,7 @@ class ChunkLaunch:
         sinks = "none" if self.problem.score.sinks is None else "rows"
         if sinks == "rows" and self.problem.layout is Layout.VARLEN:
             sinks = "packed rows"
-        return first, combine_spec(self.problem.shape.head_dim_v, self.problem.dtype, sinks)
+        return first, combine_spec(self.plan.splits, self.problem.dtype, sinks)
 
     @cached_property
     def grid(self) -> tuple[int, int, int]:
@@ -145,9 +143,10 @@ class ChunkLaunch:
         if bound.combine is not None:
             shape, starts = problem.shape, operands.cu_seqlens_q
             total_q = 0 if starts is None else starts.data_ptr() + shape.batch * starts.element_size()
+            grid = (-(-self.lines // COMBINE_ROWS), -(-shape.head_dim_v // COMBINE_COLUMNS), 1)
             bound.combine(
-                stream, -(-self.lines // COMBINE_ROWS), 1, 1, parts.data_ptr(), lses.data_ptr(), _address(sinks), total_q,
-                out.data_ptr(), lse.data_ptr(), self.lines, self.plan.splits, shape.heads_q, shape.seqlen_q,
+                stream, *grid, parts.data_ptr(), lses.data_ptr(), _address(sinks), total_q, out.data_ptr(), lse.data_ptr(),
+                self.lines, self.plan.splits, shape.heads_q, shape.seqlen_q, shape.head_dim_v,
             )  # fmt: skip
         return out, lse
 

@@ -32,9 +32,9 @@ def variants() -> tuple[jit.Variant, ...]:
                 result.name.lower(), *(feature.value for feature in config.features),
             )  # fmt: skip
             found.setdefault(spec.text, jit.Variant(" ".join(words), spec))
-    for width in (64, 128, 256, 512):
-        spec = combine_spec(width, torch.bfloat16, "packed rows" if width == 128 else "none")
-        found.setdefault(spec.text, jit.Variant(f"combine bf16 d{width}", spec, wgmma=False, setmaxnreg=False))
+    for splits in (2, 8, 64, 256):
+        spec = combine_spec(splits, torch.bfloat16, "packed rows" if splits == 8 else "none")
+        found.setdefault(spec.text, jit.Variant(f"combine bf16 {splits} parts", spec, wgmma=False, setmaxnreg=False))
     return tuple(found.values())
 
 

@@ -18,53 +18,50 @@ def _weights(lses, top):
 
 @gluon.jit
 def combine(
-    parts, lses, sinks, total_q, out, lse, lines, splits, heads, seqlen_q,
-    ROWS: gl.constexpr, AT_ONCE: gl.constexpr, WIDTH: gl.constexpr, COLUMNS: gl.constexpr, SINKS: gl.constexpr,
+    parts, lses, sinks, total_q, out, lse, lines, splits, heads, seqlen_q, width,
+    ROWS: gl.constexpr, PARTS: gl.constexpr, AT_ONCE: gl.constexpr, SINKS: gl.constexpr,
 ):  # fmt: skip
-    """parts (splits, lines, WIDTH), lses (splits, lines), float32, natural logarithms; out (lines, WIDTH), lse (batch, heads,
-    seqlen_q): a line is (batch, position, head). One program does ROWS lines, AT_ONCE parts at a time; WIDTH <= COLUMNS. SINKS:
-    "none", "rows", or, where rows of no sequence may come after `total_q` packed ones and have no sink, "packed rows"."""
+    """parts (splits, lines, width), lses (splits, lines), float32, natural logarithms, splits <= PARTS; out (lines, width), lse
+    (batch, heads, seqlen_q): a line is (batch, position, head). One program does ROWS lines and 128 columns, AT_ONCE parts at a
+    time. SINKS: "none", "rows", or, where rows of no sequence may come after `total_q` packed ones and have no sink, "packed
+    rows"."""
     spread: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 1, 32], [1, 4, 1], [2, 1, 0])
     by_line: gl.constexpr = gl.SliceLayout(2, spread)
-    first = gl.program_id(0) * ROWS
-    part = gl.arange(0, AT_ONCE, gl.SliceLayout(1, by_line))[:, None]
-    line = first + gl.arange(0, ROWS, gl.SliceLayout(0, by_line))[None, :]
     flat: gl.constexpr = gl.SliceLayout(0, by_line)
-    own = first + gl.arange(0, ROWS, flat)
-    head = own % heads
+    first = gl.program_id(0) * ROWS
+    line = first + gl.arange(0, ROWS, flat)
+    head = line % heads
     sink = gl.full([ROWS], float("-inf"), gl.float32, flat)
     if SINKS != "none":
         last = lines
         if SINKS == "packed rows":
             last = gl.load(total_q) * heads
-        sink = gl.load(sinks + head, mask=own < last, other=float("-inf"))
+        sink = gl.load(sinks + head, mask=line < last, other=float("-inf"))
 
-    top = sink
+    part = gl.arange(0, PARTS, gl.SliceLayout(1, by_line))[:, None]
+    exists = (part < splits) & (line < lines)[None, :]
+    every = gl.load(lses + part.to(gl.int64) * lines + line[None, :], mask=exists, other=float("-inf"))
+    top = gl.maximum(sink, gl.max(every, axis=0))
+    total = _weights(sink, top) + gl.sum(_weights(every, top[None, :]), axis=0)
+
+    acc = gl.zeros([ROWS, 128], gl.float32, gl.SliceLayout(0, spread))
+    column = gl.program_id(1) * 128 + gl.arange(0, 128, gl.SliceLayout(0, gl.SliceLayout(0, spread)))[None, :]
+    some = gl.arange(0, AT_ONCE, gl.SliceLayout(1, by_line))[:, None]
     for begin in range(0, splits, AT_ONCE):
-        exists = (part + begin < splits) & (line < lines)
-        some = gl.load(lses + (part + begin).to(gl.int64) * lines + line, mask=exists, other=float("-inf"))
-        top = gl.maximum(top, gl.max(some, axis=0))
-    total = _weights(sink, top)
-    acc = gl.zeros([ROWS, COLUMNS], gl.float32, gl.SliceLayout(0, spread))
-    column = gl.expand_dims(gl.arange(0, COLUMNS, gl.SliceLayout(0, gl.SliceLayout(0, spread)))[None, :], 0)
-    for begin in range(0, splits, AT_ONCE):
-        exists = (part + begin < splits) & (line < lines)
-        place = (part + begin).to(gl.int64) * lines + line
-        some = gl.load(lses + place, mask=exists, other=float("-inf"))
-        weights = _weights(some, top[None, :])
-        total += gl.sum(weights, axis=0)
-        wanted = gl.expand_dims(some > float("-inf"), 2) & (column < WIDTH)
-        values = gl.load(parts + gl.expand_dims(place * WIDTH, 2) + column, mask=wanted, other=0.0)
-        acc += gl.sum(values * gl.expand_dims(weights, 2), axis=0)
+        place = (some + begin).to(gl.int64) * lines + line[None, :]
+        own = gl.load(lses + place, mask=(some + begin < splits) & (line < lines)[None, :], other=float("-inf"))
+        wanted = gl.expand_dims(own > float("-inf"), 2) & gl.expand_dims(column < width, 0)
+        values = gl.load(parts + gl.expand_dims(place * width, 2) + gl.expand_dims(column, 0), mask=wanted, other=0.0)
+        acc += gl.sum(values * gl.expand_dims(_weights(own, top[None, :]), 2), axis=0)
 
     factor = gl.where(total > 0.0, 1.0 / total, 0.0)
     rows: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
     result = acc * gl.convert_layout(factor, rows)[:, None]
-    lines_of_rows = first + gl.arange(0, ROWS, rows)
-    mask = (lines_of_rows < lines)[:, None] & (gl.arange(0, COLUMNS, gl.SliceLayout(0, acc.type.layout)) < WIDTH)[None, :]
-    places = (lines_of_rows.to(gl.int64) * WIDTH)[:, None] + gl.arange(0, COLUMNS, gl.SliceLayout(0, acc.type.layout))[None, :]
-    gl.store(out + places, result.to(out.dtype.element_ty), mask=mask)
-    token = own // heads
-    batch = token // seqlen_q
-    place = (batch * heads + head).to(gl.int64) * seqlen_q + token - batch * seqlen_q
-    gl.store(lse + place, gl.where(total > 0.0, log2(total) * LN_2 + top, float("-inf")), mask=own < lines)
+    written = first + gl.arange(0, ROWS, rows)
+    places = (written.to(gl.int64) * width)[:, None] + column
+    gl.store(out + places, result.to(out.dtype.element_ty), mask=(written < lines)[:, None] & (column < width))
+    if gl.program_id(1) == 0:
+        token = line // heads
+        batch = token // seqlen_q
+        place = (batch * heads + head).to(gl.int64) * seqlen_q + token - batch * seqlen_q
+        gl.store(lse + place, gl.where(total > 0.0, log2(total) * LN_2 + top, float("-inf")), mask=line < lines)

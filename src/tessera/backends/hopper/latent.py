@@ -138,8 +138,8 @@ def producer(config: gl.constexpr, maps, shared, call, pages, rows):
 
 
 @gluon.jit
-def _scores(me, n):
-    """S = Q K^T of the n-th tile, (64, keys) float32; the right half last, because it comes last."""
+def _issue_scores(me, n):
+    """Start S = Q K^T of the n-th tile, (64, keys) float32, as three products; the right half last, because it comes last."""
     keys: gl.constexpr = me.config.keys
     shared = me.shared
     slot = shared.outer.slot(n)
@@ -149,8 +149,7 @@ def _scores(me, n):
     s = warpgroup_mma(shared.q[0].index(only), shared.k[0].index(slot).permute((1, 0)), s, use_acc=False, is_async=True)
     s = warpgroup_mma(shared.q[2].index(only), shared.k[2].index(slot).permute((1, 0)), s, is_async=True)
     shared.right.wait(n)
-    s = warpgroup_mma(shared.q[1].index(only), shared.k[1].index(slot).permute((1, 0)), s, is_async=True)
-    return warpgroup_mma_wait(0, deps=(s,))
+    return warpgroup_mma(shared.q[1].index(only), shared.k[1].index(slot).permute((1, 0)), s, is_async=True)
 
 
 @gluon.jit
@@ -165,10 +164,10 @@ def _pass_on(shared, n, p, factor):
 
 
 @gluon.jit
-def _left_block(me, n, bounds, first_key, state, CUT: gl.constexpr):
-    o, m, l = state
+def _left_values(me, n, bounds, first_key, state, CUT: gl.constexpr):
+    """m, l and P from S of the n-th tile, P passed on, and O += P V started."""
+    o, m, l, s = state
     shared = me.shared
-    s = _scores(me, n)
     if has(me.config, "softcap"):
         s = tanh(s * me.score.inner)
     if CUT is not None:
@@ -181,49 +180,62 @@ def _left_block(me, n, bounds, first_key, state, CUT: gl.constexpr):
     o = rescale(o, alpha)
     columns: gl.constexpr = o.shape[1]
     values = shared.k[0].index(shared.outer.slot(n))
-    o = warpgroup_mma(gl.convert_layout(p, operand_layout(columns)), values, o, is_async=True)
-    o = warpgroup_mma_wait(0, deps=(o,))
-    shared.outer.release(n)
-    return o, m, l
+    return warpgroup_mma(gl.convert_layout(p, operand_layout(columns)), values, o, is_async=True), m, l
 
 
 @gluon.jit
 def _left_blocks(me, n, bounds, block, state, count, CUT: gl.constexpr):
+    """`count` tiles from block `block` down; the products of S of each one's next follow its own O += P V at once."""
     for i in range(count):
-        state = _left_block(me, n, bounds, (block - i) * me.config.keys, state, CUT)
+        o, m, l = _left_values(me, n, bounds, (block - i) * me.config.keys, state, CUT)
+        s = _issue_scores(me, n + 1)
+        o = warpgroup_mma_wait(3, deps=(o,))
+        me.shared.outer.release(n)
+        state = (o, m, l, warpgroup_mma_wait(0, deps=(s,)))
         n += 1
     return state, n
 
 
 @gluon.jit
-def left(me, outcome):
+def _left_loop(me, tile, first):
+    """O, m and l over all tiles of the rows from position `first` on; the last one, with no next, is always masked."""
     config: gl.constexpr = me.config
     keys: gl.constexpr = config.keys
     half: gl.constexpr = config.parts.dims[0]
-    tile = locate_cache_tile(config, me.call)
     seq = tile.seq
+    last = gl.minimum(first + (config.positions - 1), seq.q_rows - 1)
+    full_begin, full_end = full_block_range(config, me.call.reach, seq, first, last)
+    bounds = row_bounds(config, me.call.reach, seq, first, config.packing.heads)
+    n = tile.end * 0
+    s = warpgroup_mma_wait(0, deps=(_issue_scores(me, n),))
+    empty = gl.zeros([M, keys], gl.float32, accumulator_layout(keys))
+    o = gl.zeros([M, half], gl.float32, accumulator_layout(half))
+    state = (o, gl.max(empty, axis=1) + float("-inf"), partial_sums(empty), s)
+    begin = tile.begin + 1
+    block = tile.end - 1
+    upper = gl.maximum(block + 1 - gl.maximum(full_end, begin), 0)  # blocks that upper bounds cut
+    state, n = _left_blocks(me, n, bounds, block, state, upper, "upper")
+    block -= upper
+    full = block + 1 - begin
+    if has_lower_bound(config):
+        full = gl.maximum(block + 1 - gl.maximum(full_begin, begin), 0)
+    state, n = _left_blocks(me, n, bounds, block, state, full, None)
+    if has_lower_bound(config):
+        block -= full
+        state, n = _left_blocks(me, n, bounds, block, state, block + 1 - begin, "lower")
+    o, m, l = _left_values(me, n, bounds, tile.begin * keys, state, "upper")
+    return warpgroup_mma_wait(0, deps=(o,)), m, l, n + 1
+
+
+@gluon.jit
+def left(me, outcome):
+    config: gl.constexpr = me.config
+    half: gl.constexpr = config.parts.dims[0]
+    tile = locate_cache_tile(config, me.call)
     unit = unit_of(config, tile, 0)
     if tile.begin < tile.end:
-        last = gl.minimum(unit[0] + (config.positions - 1), seq.q_rows - 1)
-        full_begin, full_end = full_block_range(config, me.call.reach, seq, unit[0], last)
-        bounds = row_bounds(config, me.call.reach, seq, unit[0], config.packing.heads)
-        s = gl.zeros([M, keys], gl.float32, accumulator_layout(keys))
-        o = gl.zeros([M, half], gl.float32, accumulator_layout(half))
-        state = (o, gl.max(s, axis=1) + float("-inf"), partial_sums(s))
         me.shared.q_ring.wait(0)
-        n = tile.end * 0
-        block = tile.end - 1
-        upper = gl.maximum(block + 1 - gl.maximum(full_end, tile.begin), 0)  # blocks that upper bounds cut
-        state, n = _left_blocks(me, n, bounds, block, state, upper, "upper")
-        block -= upper
-        full = block + 1 - tile.begin
-        if has_lower_bound(config):
-            full = gl.maximum(block + 1 - gl.maximum(full_begin, tile.begin), 0)
-        state, n = _left_blocks(me, n, bounds, block, state, full, None)
-        if has_lower_bound(config):
-            block -= full
-            state, n = _left_blocks(me, n, bounds, block, state, block + 1 - tile.begin, "lower")
-        o, m, l = state
+        o, m, l, n = _left_loop(me, tile, unit[0])
         factor = finish_rows(me, tile, unit, m, l, outcome)
         _pass_on(me.shared, n, None, factor)
         store_out(config, me.call, tile, unit, outcome, o * gl.convert_layout(factor, row_layout(half))[:, None], 0)
