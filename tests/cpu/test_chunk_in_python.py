@@ -45,7 +45,7 @@ def run(request: CacheRequest) -> tuple[Tensor, Tensor]:
     if problem.append is not None:
         GatheringRunner(problem).run(gather(request))  # it writes the new rows
     with torch.no_grad(), in_python():
-        return ChunkLaunch(problem, chunk_plan(problem, MULTIPROCESSORS))(gather(request))
+        return ChunkLaunch(problem, chunk_plan(problem, MULTIPROCESSORS)).run(gather(request))
 
 
 @pytest.mark.parametrize("case", [*filter(is_served, CACHE_CASES.values()), *MORE], ids=lambda case: case.name)

@@ -60,10 +60,10 @@ def is_served(case: CacheCase) -> bool:
 @pytest.mark.parametrize("case", [*filter(is_served, CACHE_CASES.values()), *LARGE], ids=lambda case: case.name)
 def test_cases(case: CacheCase, dtype: torch.dtype) -> None:
     request = case.request("cuda", dtype)
-    run = launch(request)
-    results = run(gather(request))
+    chunk = launch(request)
+    results = chunk.run(gather(request))
     check(request, results)
-    for first, second in zip(results, run(gather(request)), strict=True):
+    for first, second in zip(results, chunk.run(gather(request)), strict=True):
         assert torch.equal(first, second)
 
 
@@ -73,11 +73,11 @@ def test_a_captured_graph_serves_sequences_as_they_grow(dims: dict[str, int], sp
     case = CacheCase("growing", cached=(900, 700), seqlen_q=20, page_size=64, num_splits=splits, **dims)
     request = case.request("cuda", torch.bfloat16)
     full = request.cache_seqlens.clone()
-    run, operands = launch(request), gather(request)
-    run(operands)
+    chunk, operands = launch(request), gather(request)
+    chunk.run(operands)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        results = run(operands)
+        results = chunk.run(operands)
     for left in (0, 1, 63, 64, 500, 700):
         request.cache_seqlens.copy_(full - left)
         graph.replay()
@@ -88,15 +88,15 @@ def test_pages_out_of_range_are_not_read() -> None:
     request = CacheCase("wrong", cached=(500, 300), seqlen_q=64, page_size=16, **GQA).request("cuda", torch.bfloat16)
     table = request.page_table.clone()
     table[0] = torch.where(torch.arange(table.shape[1], device="cuda") % 2 == 0, -5, 1 << 30).int()
-    out, _ = launch(request)(gather(request._replace(page_table=table)))
+    out, _ = launch(request).run(gather(request._replace(page_table=table)))
     torch.cuda.synchronize()
-    assert torch.equal(out[1], launch(request)(gather(request))[0][1])
+    assert torch.equal(out[1], launch(request).run(gather(request))[0][1])
 
 
 def test_splits_agree() -> None:
     request = CacheCase("chunk", cached=(4000, 130), seqlen_q=64, **GQA).request("cuda", torch.float16)
-    whole, whole_lse = launch(request._replace(num_splits=1))(gather(request))
+    whole, whole_lse = launch(request._replace(num_splits=1)).run(gather(request))
     for splits in (2, 3, 8, 64):
-        out, lse = launch(request._replace(num_splits=splits))(gather(request))
+        out, lse = launch(request._replace(num_splits=splits)).run(gather(request))
         torch.testing.assert_close(out, whole, atol=1e-3, rtol=1e-3)
         torch.testing.assert_close(lse, whole_lse, atol=1e-5, rtol=1e-5)

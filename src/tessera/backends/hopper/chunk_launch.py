@@ -71,7 +71,8 @@ def combine_spec(splits: int, dtype: torch.dtype, sinks: str) -> jit.KernelSpec:
         **{name: jit.Scalar("i32") for name in ("lines", "splits", "heads", "seqlen_q", "width")},
     }  # fmt: skip
     constants = {"ROWS": COMBINE_ROWS, "PARTS": parts, "AT_ONCE": min(parts, COMBINE_PARTS), "SINKS": sinks}
-    return jit.KernelSpec.of("tessera.backends.hopper.combine:combine", arguments, constants)
+    kernel = "tessera.backends.hopper.combine:combine"
+    return jit.KernelSpec(kernel, tuple(arguments.items()), tuple(constants.items()), early=True)
 
 
 class Bound(NamedTuple):
@@ -117,7 +118,9 @@ class ChunkLaunch:
         shape = self.problem.shape
         return shape.heads_q * shape.seqlen_q * (1 if self.problem.layout is Layout.VARLEN else shape.batch)
 
-    def __call__(self, operands: CacheOperands) -> tuple[Tensor, Tensor]:
+    def run(self, operands: CacheOperands) -> tuple[Tensor, Tensor]:
+        """(out, lse) as CacheProblem.out_shape and lse_shape say, contiguous. New rows are in the cache, and q is rotated. Raises
+        Unsupported where TMA can't reach the cache: rows, heads or pages whose strides are not multiples of 16 bytes."""
         problem, device = self.problem, operands.q.device
         out = torch.empty(problem.out_shape, dtype=problem.dtype, device=device)
         lse = torch.empty(problem.lse_shape, dtype=torch.float32, device=device)

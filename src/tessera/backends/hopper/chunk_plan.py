@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from tessera.backends.hopper.chunk_config import (
@@ -35,6 +36,11 @@ class ChunkPlan:
     config: ChunkConfig | LatentConfig
     splits: int
 
+    def workspace_bytes(self, problem: CacheProblem) -> int:
+        """The parts and their log-sum-exps, float32."""
+        rows = math.prod(problem.out_shape[:-1])
+        return 4 * self.splits * rows * (problem.shape.head_dim_v + 1) if self.splits > 1 else 0
+
     def __str__(self) -> str:
         return f"{self.config}" + (f", {self.splits} splits and a combine" if self.splits > 1 else "")
 
@@ -46,6 +52,9 @@ def why_not(problem: CacheProblem) -> tuple[Reason, ...]:
         reasons.append(Reason("q.dtype", str(problem.dtype), "the tensor cores take 16-bit operands here", "use bfloat16"))
     if cache.is_quantised:
         reasons.append(Reason("k_cache.dtype", str(cache.dtype), "many rows are multiplied in 16 bits here", "store bfloat16"))
+    for name, dim in (("head_dim", shape.head_dim), ("head_dim_v", shape.head_dim_v)):
+        if dim % 8:
+            reasons.append(Reason(name, str(dim), "TMA moves multiples of 16 bytes", "pad q and the cache"))
     if problem.score.scale <= 0 and not problem.score.softcap:
         why = "the row maximum is taken before the scale is applied"
         reasons.append(Reason("softmax_scale", str(problem.score.scale), why, "scale q by it and pass 1.0"))

@@ -6,7 +6,7 @@ not read: nothing was written there.
 
 from tessera.backends.hopper.pieces.epilogue import LN_2, LOG2_E, log2
 from tessera.backends.hopper.pieces.softmax import exp2
-from tessera.jit.compat import gl, gluon
+from tessera.jit.compat import gl, gluon, wait_for_previous
 
 
 @gluon.jit
@@ -25,6 +25,7 @@ def combine(
     (batch, heads, seqlen_q): a line is (batch, position, head). One program does ROWS lines and 128 columns, AT_ONCE parts at a
     time. SINKS: "none", "rows", or, where rows of no sequence may come after `total_q` packed ones and have no sink, "packed
     rows"."""
+    wait_for_previous()
     spread: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 1, 32], [1, 4, 1], [2, 1, 0])
     by_line: gl.constexpr = gl.SliceLayout(2, spread)
     flat: gl.constexpr = gl.SliceLayout(0, by_line)

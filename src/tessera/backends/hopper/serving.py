@@ -1,4 +1,8 @@
-"""Attention over a KV cache on Hopper: which kernel serves a problem."""
+"""Attention over a KV cache on Hopper: which kernel serves a problem.
+
+decode.py does 16 query rows a key/value head, as fast as memory delivers the keys; chunk.py and latent.py 128 and 64, as fast as
+the tensor cores multiply, and they also take what decode.py does not: MLA's latent rows, and pages of any size.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,10 @@ import torch
 from torch import Tensor
 
 from tessera import jit
-from tessera.backends.hopper import decode_plan
+from tessera.backends.hopper import chunk_plan, decode_plan
+from tessera.backends.hopper.chunk_launch import ChunkLaunch
+from tessera.backends.hopper.chunk_plan import ChunkPlan
+from tessera.backends.hopper.decode_config import ROWS
 from tessera.backends.hopper.decode_launch import DecodeLaunch, kernel_spec
 from tessera.backends.hopper.decode_plan import DecodePlan
 from tessera.device import Device
@@ -19,38 +26,68 @@ from tessera.problem import Layout
 from tessera.serving.dispatch import CacheRunner
 from tessera.serving.operands import CacheOperands
 from tessera.serving.plan import CachePlan
-from tessera.serving.problem import CacheProblem
+from tessera.serving.problem import CacheProblem, Schedule
 
 DECODE = "hopper-decode"
+CHUNK = "hopper-chunk"
+LATENT = "hopper-latent"
 
 
 class HopperServing:
-    """16-bit queries over a KV cache on sm_90a: few rows a key/value head by decode.py."""
+    """16-bit queries over a KV cache on sm_90a."""
 
     name = "hopper"
 
     def why_not(self, problem: CacheProblem, device: Device) -> tuple[Reason, ...]:
         if device.kind != "cuda" or device.capability != (9, 0):
             return (Reason("device", str(device), "the kernels are sm_90a machine code", "use an H100 or H200"),)
-        return decode_plan.why_not(problem)
+        if problem.append is not None:
+            return (Reason("k", "given", "this backend appends nothing yet", "write the cache before the call"),)
+        return chunk_plan.why_not(problem) if takes_many_rows(problem) else decode_plan.why_not(problem)
 
     def plan(self, problem: CacheProblem, device: Device) -> Choices:
+        if takes_many_rows(problem):
+            many = chunk_plan.chunk_plan(problem, device.multiprocessors)
+            name = LATENT if chunk_plan.is_latent(problem) else CHUNK
+            why = f"{rows_a_head(problem):.0f} query rows a key/value head share each tile of keys"
+            return Choices(Choice(name, many, why), None, many.workspace_bytes(problem))
         plan = decode_plan.decode_plan(problem, device)
         why = "memory bounds it: 16 rows a tile of keys, every SM with an equal share"
         return Choices(Choice(DECODE, plan, why), None, plan.workspace_bytes())
 
     def kernels(self, plan: CachePlan) -> tuple[jit.KernelSpec, ...]:
         """The kernels that a plan launches."""
-        return (kernel_spec(_decoding(plan).config, plan.problem.dtype),)
+        launch = launch_of(plan)
+        if isinstance(launch, ChunkLaunch):
+            return launch.specs
+        return (kernel_spec(launch.plan.config, plan.problem.dtype),)
 
     def prepare(self, plan: CachePlan) -> CacheRunner:
-        return HopperServingRunner(plan.problem, DecodeLaunch(plan.problem, _decoding(plan)))
+        return HopperServingRunner(plan.problem, launch_of(plan))
 
 
-def _decoding(plan: CachePlan) -> DecodePlan:
-    if not isinstance(plan.choice.config, DecodePlan):
-        raise TypeError(f"plan.choice.config={plan.choice.config}: a plan of this backend carries a DecodePlan")
-    return plan.choice.config
+def rows_a_head(problem: CacheProblem) -> float:
+    """Query rows of one key/value head of a sequence; of packed ones the mean."""
+    rows = problem.shape.seqlen_q * problem.shape.group
+    return rows / max(1, problem.shape.batch) if problem.layout is Layout.VARLEN else rows
+
+
+def takes_many_rows(problem: CacheProblem) -> bool:
+    """Whether chunk.py or latent.py does it: more rows than decode.py's tile has, or what decode.py does not take."""
+    if chunk_plan.why_not(problem):
+        return False
+    wanted = problem.schedule is Schedule.STREAM_K  # decode.py's alone
+    return bool(decode_plan.why_not(problem)) or (rows_a_head(problem) > ROWS and not wanted)
+
+
+def launch_of(plan: CachePlan) -> DecodeLaunch | ChunkLaunch:
+    """The launch that a plan describes."""
+    config = plan.choice.config
+    if isinstance(config, ChunkPlan):
+        return ChunkLaunch(plan.problem, config)
+    if isinstance(config, DecodePlan):
+        return DecodeLaunch(plan.problem, config)
+    raise TypeError(f"plan.choice.config={config}: a plan of this backend carries a DecodePlan or a ChunkPlan")
 
 
 @dataclass(frozen=True)
@@ -58,7 +95,7 @@ class HopperServingRunner:
     """A planned problem on Hopper."""
 
     problem: CacheProblem
-    launch: DecodeLaunch
+    launch: DecodeLaunch | ChunkLaunch
 
     def run(self, operands: CacheOperands) -> tuple[Tensor, Tensor]:
         if operands.q.numel() == 0 or operands.k_cache.numel() == 0 or self.problem.shape.seqlen_k == 0:
