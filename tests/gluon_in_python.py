@@ -22,14 +22,15 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
-from gluon_tensors import associative_scan, mma_v2, unpack_e4m3
+from gluon_tensors import associative_scan, div_rn, mma_v2, unpack_e4m3
 from torch import Tensor
 
 from tessera import jit
 
 PATIENCE = 20.0
 """Seconds after which a wait counts as a deadlock."""
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "i32": torch.int32, "i16": torch.int16}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "i32": torch.int32, "i16": torch.int16,
+          "fp8e4nv": torch.float8_e4m3fn}  # fmt: skip
 REACH = 1 << 30
 """Bytes after an address that a kernel may touch, as far as this file knows."""
 
@@ -229,10 +230,10 @@ def _load(pointer: Pointer, mask: Any = None, other: Any = None, cache_modifier:
             return Integer(other)
         value = pointer.memory[pointer.offset].item()
         return Integer(value) if isinstance(value, int) else value
-    mask = torch.as_tensor(True if mask is None else mask).expand(pointer.offset.shape)
+    offset, mask = torch.broadcast_tensors(pointer.offset, torch.as_tensor(True if mask is None else mask))
     kind = pointer.memory.dtype if pointer.memory.dtype.is_floating_point else torch.int64
-    value = torch.full(pointer.offset.shape, 0 if other is None else other, dtype=kind)
-    value[mask] = pointer.memory[pointer.offset[mask]].to(kind)
+    value = torch.full(offset.shape, 0 if other is None else other, dtype=kind)
+    value[mask] = pointer.memory[offset[mask]].to(kind)
     return value
 
 
@@ -468,7 +469,8 @@ def _language() -> ModuleType:
         convert_layout=lambda x, layout, assert_trivial=False: x,
         sum=lambda x, axis: _scalar(x.sum(dim=axis)), max=lambda x, axis: _scalar(x.amax(dim=axis)),
         load=_load, store=_store, allocate_shared_memory=_allocate, inline_asm_elementwise=_assembly,
-        warp_specialize=_warp_specialize, atomic_add=_atomic_add, associative_scan=associative_scan,
+        warp_specialize=_warp_specialize, atomic_add=_atomic_add, associative_scan=associative_scan, div_rn=div_rn,
+        float8e4nv=torch.float8_e4m3fn,
     )  # fmt: skip
     return gl
 

@@ -80,8 +80,6 @@ def why_not(problem: CacheProblem) -> tuple[Reason, ...]:
         reasons.append(Reason("page_size", str(cache.pages.size), why, "use a power of two from 8 on"))
     if cache.is_quantised:
         reasons.append(Reason("k_cache.dtype", str(cache.dtype), "this kernel reads 16-bit caches", "use another backend"))
-    if problem.append is not None:
-        reasons.append(Reason("k", "given", "this kernel appends nothing yet", "write the cache before the call"))
     return tuple(reasons)
 
 

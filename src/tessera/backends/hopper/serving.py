@@ -1,7 +1,8 @@
 """Attention over a KV cache on Hopper: which kernel serves a problem.
 
 decode.py does 16 query rows a key/value head, as fast as memory delivers the keys; chunk.py and latent.py 128 and 64, as fast as
-the tensor cores multiply, and they also take what decode.py does not: MLA's latent rows, and pages of any size.
+the tensor cores multiply, and they also take what decode.py does not: MLA's latent rows, and pages of any size. Where rows are
+appended, or q and k turned, append.py does it first.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from torch import Tensor
 
 from tessera import jit
 from tessera.backends.hopper import chunk_plan, decode_plan
+from tessera.backends.hopper.append_launch import AppendLaunch, append_spec
 from tessera.backends.hopper.chunk_launch import ChunkLaunch
 from tessera.backends.hopper.chunk_plan import ChunkPlan
 from tessera.backends.hopper.decode_config import ROWS
-from tessera.backends.hopper.decode_launch import DecodeLaunch, kernel_spec
+from tessera.backends.hopper.decode_launch import DecodeLaunch
 from tessera.backends.hopper.decode_plan import DecodePlan
 from tessera.device import Device
 from tessera.dispatch import Choices
@@ -41,8 +43,6 @@ class HopperServing:
     def why_not(self, problem: CacheProblem, device: Device) -> tuple[Reason, ...]:
         if device.kind != "cuda" or device.capability != (9, 0):
             return (Reason("device", str(device), "the kernels are sm_90a machine code", "use an H100 or H200"),)
-        if problem.append is not None:
-            return (Reason("k", "given", "this backend appends nothing yet", "write the cache before the call"),)
         return chunk_plan.why_not(problem) if takes_many_rows(problem) else decode_plan.why_not(problem)
 
     def plan(self, problem: CacheProblem, device: Device) -> Choices:
@@ -58,12 +58,12 @@ class HopperServing:
     def kernels(self, plan: CachePlan) -> tuple[jit.KernelSpec, ...]:
         """The kernels that a plan launches."""
         launch = launch_of(plan)
-        if isinstance(launch, ChunkLaunch):
-            return launch.specs
-        return (kernel_spec(launch.plan.config, plan.problem.dtype),)
+        specs = launch.specs if isinstance(launch, ChunkLaunch) else (launch.spec,)
+        return specs if plan.problem.append is None else (append_spec(plan.problem), *specs)
 
     def prepare(self, plan: CachePlan) -> CacheRunner:
-        return HopperServingRunner(plan.problem, launch_of(plan))
+        append = None if plan.problem.append is None else AppendLaunch(plan.problem)
+        return HopperServingRunner(plan.problem, append, launch_of(plan))
 
 
 def rows_a_head(problem: CacheProblem) -> float:
@@ -95,9 +95,12 @@ class HopperServingRunner:
     """A planned problem on Hopper."""
 
     problem: CacheProblem
+    append: AppendLaunch | None
     launch: DecodeLaunch | ChunkLaunch
 
     def run(self, operands: CacheOperands) -> tuple[Tensor, Tensor]:
+        if self.append is not None and operands.k_cache.numel() > 0:
+            operands = self.append.run(operands)
         if operands.q.numel() == 0 or operands.k_cache.numel() == 0 or self.problem.shape.seqlen_k == 0:
             return _without_scores(self.problem, operands)
         return self.launch.run(operands)
