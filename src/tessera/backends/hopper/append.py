@@ -6,6 +6,7 @@ nowhere that does not exist: past the cache's capacity, or by a page number out 
 """
 
 from tessera.backends.hopper.append_config import HEADS
+from tessera.backends.hopper.pieces.scales import Scales
 from tessera.backends.hopper.pieces.tiles import has
 from tessera.jit.compat import aggregate, gl, gluon, let_next_begin, wait_for_previous
 
@@ -32,26 +33,6 @@ class Rows:
     def at(self, entry, row, head):
         """Offsets of rows' beginnings; `head` is a vector."""
         return entry.to(gl.int64) * self.entry + row.to(gl.int64) * self.row + head.to(gl.int64) * self.head
-
-
-@aggregate
-class Scales:
-    """Scales of an FP8 cache, float32 (..., heads): strides from sequence to sequence, cache entry to entry, block to block of
-    `rows` rows; 0 where they do not differ."""
-
-    pointer: gl.tensor
-    sequence: gl.tensor
-    entry: gl.tensor
-    block: gl.tensor
-    rows: gl.tensor
-
-    @gluon.constexpr_function
-    def __init__(self, pointer, sequence, entry, block, rows):
-        self.pointer = pointer
-        self.sequence = sequence
-        self.entry = entry
-        self.block = block
-        self.rows = rows
 
 
 @aggregate

@@ -35,6 +35,7 @@ from tessera.backends.hopper.pieces.cached import (
     highest_key,
     load_box,
     locate_box,
+    locate_keys,
     lowest_key,
 )
 from tessera.backends.hopper.pieces.channel import Stream, make_stream
@@ -47,6 +48,7 @@ from tessera.backends.hopper.pieces.parts import (
     write_part,
     write_rows,
 )
+from tessera.backends.hopper.pieces.scales import CacheScales, Scales, scale_of_item, scales_of_keys
 from tessera.backends.hopper.pieces.shares import after, first_share, last_of, segment_of
 from tessera.backends.hopper.pieces.softmax import exp2, tanh
 from tessera.backends.hopper.pieces.tiles import allocate_tiles, has, head_bytes
@@ -83,17 +85,19 @@ class Split:
 
 @aggregate
 class Call:
-    """What one launch is asked: where sequences stand, how large things are, how the work is shared."""
+    """What one launch is asked: where sequences stand, how large things are, how the work is shared, an FP8 cache's scales."""
 
     places: Places
     sizes: Sizes
     split: Split
+    scales: CacheScales
 
     @gluon.constexpr_function
-    def __init__(self, places, sizes, split):
+    def __init__(self, places, sizes, split, scales):
         self.places = places
         self.sizes = sizes
         self.split = split
+        self.scales = scales
 
 
 @aggregate
@@ -195,6 +199,40 @@ class Bounds:
         self.last = last
 
 
+@aggregate
+class Item:
+    """What the tiles of one item need to know of it: sequence, cache entry, head; and the factors of its scores (Queries)."""
+
+    call: Call
+    index: gl.tensor
+    entry: gl.tensor
+    head: gl.tensor
+    scale: gl.tensor
+    inner: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, call, index, entry, head, scale, inner):
+        self.call = call
+        self.index = index
+        self.entry = entry
+        self.head = head
+        self.scale = scale
+        self.inner = inner
+
+
+@gluon.jit
+def _item(config: gl.constexpr, call, queries, segment):
+    index = segment.seq.index
+    entry = index
+    if has(config, "block_scales"):
+        entry = cache_entry(config, call.places, index)
+    factor = scale_of_item(config, call.scales.k, index, segment.head, "k_scales")
+    if has(config, "softcap"):
+        return Item(call, index, entry, segment.head, queries.scale, queries.inner * factor)
+    else:
+        return Item(call, index, entry, segment.head, queries.scale * factor, queries.inner)
+
+
 @gluon.constexpr_function
 def has_lower_bound(config):
     return has(config, "left") or has(config, "leftpad")
@@ -277,16 +315,33 @@ def _valid_values(config: gl.constexpr, bounds, first_key):
 
 
 @gluon.jit
-def _tile(config: gl.constexpr, tiles, queries, q, bounds, spot, state, MASKED: gl.constexpr):
+def _own_scales(config: gl.constexpr, item, bounds, first_key):
+    """The scales of a tile's keys in K and in V, each (warps, 1, keys a warp)."""
+    call = item.call
+    layout: gl.constexpr = sums_layout(config.warps)
+    width: gl.constexpr = config.keys // config.warps
+    key = first_key + along_warps(config.warps, layout) * width + along_columns(width, layout)
+    live = (key < bounds.last) & (key >= bounds.first)
+    place = locate_keys(config, call.places, call.sizes, item, key, live)
+    k_scales = scales_of_keys(config, call.scales.k, place, item.head, live, "k_scales")
+    return k_scales, scales_of_keys(config, call.scales.v, place, item.head, live, "v_scales")
+
+
+@gluon.jit
+def _tile(config: gl.constexpr, tiles, item, q, bounds, spot, state, MASKED: gl.constexpr):
     """One tile of keys. `tiles`: the rings and their buffers as (keys, columns); `spot`: use of the ring, first key."""
     k, v, k_stream, v_stream = tiles
     n, first_key = spot
     o, m, l = state
+    if has(config, "block_scales"):  # asked for before K is waited for
+        k_scales, v_scales = _own_scales(config, item, bounds, first_key)
     k_stream.wait(n)
     s = scores(config, q, k, k_stream.slot(n))
+    if has(config, "block_scales"):
+        s = s * k_scales
     if has(config, "softcap"):
-        s = tanh(s * queries.inner)
-    s = s * queries.scale
+        s = tanh(s * item.inner)
+    s = s * item.scale
     if MASKED:
         s = _masked(config, s, bounds, first_key)
     top = gl.maximum(m, gl.max(s, axis=2))
@@ -299,6 +354,8 @@ def _tile(config: gl.constexpr, tiles, queries, q, bounds, spot, state, MASKED: 
     scaled = ()
     for i in gl.static_range(len(o)):
         scaled = scaled + (o[i] * alpha,)
+    if has(config, "block_scales"):
+        p = p * v_scales
     operand = gl.convert_layout(p.to(q[0].dtype), left_layout(config.warps))
     keep = None
     if MASKED:
@@ -310,11 +367,11 @@ def _tile(config: gl.constexpr, tiles, queries, q, bounds, spot, state, MASKED: 
 
 
 @gluon.jit
-def _tiles(config: gl.constexpr, tiles, queries, q, bounds, span, state, MASKED: gl.constexpr):
+def _tiles(config: gl.constexpr, tiles, item, q, bounds, span, state, MASKED: gl.constexpr):
     """Tiles `span[1]` .. `span[2]`, the first of them the n-th use of the ring, n = `span[0]`."""
     n, begin, end = span
     for tile in range(begin, end):
-        state = _tile(config, tiles, queries, q, bounds, (n + tile - begin, tile * config.keys), state, MASKED)
+        state = _tile(config, tiles, item, q, bounds, (n + tile - begin, tile * config.keys), state, MASKED)
     return state, n + end - begin
 
 
@@ -331,10 +388,24 @@ def _nothing(config: gl.constexpr):
 
 
 @gluon.jit
+def _scaled_values(config: gl.constexpr, call, segment, sums):
+    """O in V's own units."""
+    if has(config, "v_scales") and not has(config, "block_scales"):
+        o, m, l = sums
+        factor = scale_of_item(config, call.scales.v, segment.seq.index, segment.head, "v_scales")
+        scaled = ()
+        for i in gl.static_range(len(o)):
+            scaled = scaled + (o[i] * factor,)
+        return scaled, m, l
+    else:
+        return sums
+
+
+@gluon.jit
 def _finish(config: gl.constexpr, results, call, segment, state):
     """Results of a segment: of the whole item, or its part of them."""
     o, m, l = state
-    sums = merge_warps(config, o, m, gl.sum(l, axis=2))
+    sums = _scaled_values(config, call, segment, merge_warps(config, o, m, gl.sum(l, axis=2)))
     layout: gl.constexpr = sums[1].type.layout
     rows = gl.arange(0, M, layout)
     if segment.parts == 1:
@@ -371,12 +442,13 @@ def consumer(config: gl.constexpr, shared, call, queries, results):
     q = _load_queries(config, queries, call, segment)
     while share.position < share.stop:
         bounds = _bounds(config, call, segment)
+        item = _item(config, call, queries, segment)
         begin, end = _full_tiles(config, call, segment)
         state = _nothing(config)
         if has_lower_bound(config):
-            state, n = _tiles(config, tiles, queries, q, bounds, (n, segment.begin, begin), state, True)
-        state, n = _tiles(config, tiles, queries, q, bounds, (n, begin, end), state, False)
-        state, n = _tiles(config, tiles, queries, q, bounds, (n, end, segment.end), state, True)
+            state, n = _tiles(config, tiles, item, q, bounds, (n, segment.begin, begin), state, True)
+        state, n = _tiles(config, tiles, item, q, bounds, (n, begin, end), state, False)
+        state, n = _tiles(config, tiles, item, q, bounds, (n, end, segment.end), state, True)
         done = segment
         share = after(config, call, share, segment)
         if has(config, "stream_k"):  # the next item's Q comes while this one's results are written
@@ -437,8 +509,9 @@ def decode(
     k_map, k_tail, v_map, v_tail, q_ptr, out_ptr, lse_ptr, partial_out, partial_lse, sinks, tickets,
     seqlens, cu_q, leftpad, batch_index, page_table,
     batch, heads_kv, group, seqlen_q, added, capacity, row_blocks, slot_rows, left, right, table_stride, page_shift,
-    tickets_per_item, splits, least, crew,
-    q_batch, q_row, q_head, head_dim, head_dim_v, scale, inner,
+    tickets_per_item, entries, splits, least, crew,
+    q_batch, q_row, q_head, head_dim, head_dim_v, scale, inner, k_scales, v_scales,
+    k_scale_sequence, k_scale_entry, k_scale_block, k_scale_rows, v_scale_sequence, v_scale_entry, v_scale_block, v_scale_rows,
     CONFIG: gl.constexpr,
 ):  # fmt: skip
     """`*_tail`: the map of a narrower last part of a head dim, else None. Pointers that no feature needs are never read."""
@@ -450,9 +523,13 @@ def decode(
         Places(seqlens, cu_q, leftpad, batch_index, page_table),
         Sizes(
             batch, heads_kv, group, seqlen_q, added, capacity, row_blocks, slot_rows, left, right, table_stride, page_shift,
-            tickets_per_item,
+            tickets_per_item, entries,
         ),
         Split(splits, least, crew),
+        CacheScales(
+            Scales(k_scales, k_scale_sequence, k_scale_entry, k_scale_block, k_scale_rows),
+            Scales(v_scales, v_scale_sequence, v_scale_entry, v_scale_block, v_scale_rows),
+        ),
     )
     queries = Queries(q_ptr, q_batch, q_row, q_head, head_dim, scale, inner)
     results = Results(out_ptr, lse_ptr, partial_out, partial_lse, tickets, sinks, head_dim_v, seqlen_q)

@@ -26,6 +26,10 @@ class DecodeFeature(Enum):
     RIGHT = "right"
     SOFTCAP = "softcap"
     SINKS = "sinks"
+    K_SCALES = "k_scales"
+    V_SCALES = "v_scales"
+    BLOCK_SCALES = "block_scales"
+    """Scales differ from block to block of rows, not only from head to head or sequence to sequence."""
 
 
 class Storage(Enum):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tessera import jit
+from tessera.backends.hopper.append_launch import scale_strides
 from tessera.backends.hopper.decode_config import DecodeConfig, Storage
 from tessera.backends.hopper.decode_plan import DecodePlan
 from tessera.backends.hopper.decode_workspace import workspace
@@ -26,8 +27,9 @@ _FAR = 1 << 30
 _PLACES = ("seqlens", "cu_q", "leftpad", "batch_index", "page_table")
 _SIZES = (
     "batch", "heads_kv", "group", "seqlen_q", "added", "capacity", "row_blocks", "slot_rows", "left", "right", "table_stride",
-    "page_shift", "tickets_per_item", "splits", "least", "crew",
+    "page_shift", "tickets_per_item", "entries", "splits", "least", "crew",
 )  # fmt: skip
+_SCALES = tuple(f"{name}_scale_{step}" for name in ("k", "v") for step in ("sequence", "entry", "block", "rows"))
 
 
 def kernel_spec(config: DecodeConfig, dtype: torch.dtype) -> jit.KernelSpec:
@@ -54,6 +56,9 @@ def kernel_spec(config: DecodeConfig, dtype: torch.dtype) -> jit.KernelSpec:
     for name in ("q_row", "q_head", "head_dim", "head_dim_v"):
         arguments[name] = jit.Scalar("i32", align=8)
     arguments["scale"] = arguments["inner"] = jit.Scalar("fp32")
+    arguments["k_scales"] = arguments["v_scales"] = jit.Pointer("fp32", align=4)
+    for name in _SCALES:
+        arguments[name] = jit.Scalar("i32")
     return jit.KernelSpec(KERNEL, tuple(arguments.items()), tuple(constants.items()), config.warps, maxnreg=config.registers,
                           early=True)
 
@@ -65,6 +70,7 @@ class Bound(NamedTuple):
     kernel: jit.Kernel
     places: tuple[tuple[jit.Place, int], ...]
     numbers: tuple[int | float, ...]
+    scale_strides: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -100,12 +106,14 @@ class DecodeLaunch:
         bound = self.bound[0]
         addresses = tuple(cache.data_ptr() for cache in caches)
         partial_lse = partial.data_ptr() + 4 * self.plan.slots * self.plan.slot_rows * self.plan.slot_columns
+        scales = [None if x is None else x.contiguous() for x in (operands.k_descale, operands.v_descale)]
         sinks = None if operands.sinks is None else operands.sinks.float().contiguous()
         bound.kernel(
             stream, *self.plan.programs, *[place[addresses[which]] for place, which in bound.places],
             q.data_ptr(), out.data_ptr(), lse.data_ptr(), partial.data_ptr(), partial_lse, _address(sinks), tickets.data_ptr(),
             operands.cache_seqlens.data_ptr(), _address(operands.cu_seqlens_q), _address(operands.cache_leftpad),
             _address(operands.cache_batch_idx), _address(operands.page_table), *bound.numbers,
+            _address(scales[0]), _address(scales[1]), *bound.scale_strides,
         )  # fmt: skip
         return out, lse
 
@@ -122,7 +130,10 @@ class DecodeLaunch:
         places = tuple(
             (encode.bind(*_as_words(caches[index], words)), index) for encode, index in zip(kernel.tiles, which, strict=True)
         )
-        return Bound(kernel, places, (*self._sizes(operands), *_query_strides(q), *self._dims_and_scales()))
+        cache, heads = self.problem.cache, self.problem.shape.heads_kv
+        strides = (scale_strides(descale, heads, operands.k_cache.shape[1]) for descale in (cache.k_descale, cache.v_descale))
+        numbers = (*self._sizes(operands), *_query_strides(q), *self._dims_and_scales())
+        return Bound(kernel, places, numbers, tuple(stride for own in strides for stride in own))
 
     def _sizes(self, operands: CacheOperands) -> tuple[int, ...]:
         problem, plan = self.problem, self.plan
@@ -132,7 +143,7 @@ class DecodeLaunch:
             shape.batch, shape.heads_kv, shape.group, shape.seqlen_q, added, shape.seqlen_k, plan.row_blocks, plan.slot_rows,
             _FAR if mask.left is None else min(mask.left, _FAR), _FAR if mask.right is None else min(mask.right, _FAR),
             0 if table is None or shape.batch == 1 else table.stride(0), 0 if pages is None else pages.size.bit_length() - 1,
-            plan.tickets_per_item, plan.splits, plan.least, plan.crew,
+            plan.tickets_per_item, operands.k_cache.shape[0], plan.splits, plan.least, plan.crew,
         )  # fmt: skip
 
     def _dims_and_scales(self) -> tuple[int | float, ...]:

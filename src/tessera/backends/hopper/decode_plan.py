@@ -10,7 +10,7 @@ from tessera.backends.hopper.decode_config import COLUMNS, PARTS_TOGETHER, ROWS,
 from tessera.device import Device
 from tessera.errors import Reason
 from tessera.problem import MAX_HEAD_DIM, Layout, Reproducibility
-from tessera.serving.problem import CacheProblem, Schedule, Values
+from tessera.serving.problem import CacheProblem, Granularity, Schedule, Values
 
 FEW_KEYS = 1024
 """Keys an SM up to which tiles of 64 are better than tiles of 128."""
@@ -78,8 +78,6 @@ def why_not(problem: CacheProblem) -> tuple[Reason, ...]:
     if cache.pages is not None and (cache.pages.size & (cache.pages.size - 1) or cache.pages.size < 8):
         why = "a page is copied as whole swizzle patterns of 8 rows, and a tile's pages are counted by shifts"
         reasons.append(Reason("page_size", str(cache.pages.size), why, "use a power of two from 8 on"))
-    if cache.is_quantised:
-        reasons.append(Reason("k_cache.dtype", str(cache.dtype), "this kernel reads 16-bit caches", "use another backend"))
     return tuple(reasons)
 
 
@@ -191,5 +189,11 @@ def _features(problem: CacheProblem, schedule: Schedule) -> tuple[DecodeFeature,
         DecodeFeature.RIGHT: mask.right is not None and (problem.layout is Layout.VARLEN or problem.shape.seqlen_q > 1),
         DecodeFeature.SOFTCAP: score.softcap > 0,
         DecodeFeature.SINKS: score.sinks is not None,
+        DecodeFeature.K_SCALES: problem.cache.k_descale is not None,
+        DecodeFeature.V_SCALES: problem.cache.v_descale is not None,
+        DecodeFeature.BLOCK_SCALES: any(
+            descale is not None and descale.granularity is Granularity.BLOCK
+            for descale in (problem.cache.k_descale, problem.cache.v_descale)
+        ),
     }
     return tuple(feature for feature, needed in wanted.items() if needed)

@@ -34,7 +34,8 @@ class Sizes:
     """Numbers that no tensor holds. `seqlen_q`: query rows of a sequence (packed: of all); `added`: keys that were appended
     (packed: as many as query rows, where it is not 0); `capacity`: rows that a sequence can have; `row_blocks`: blocks of query
     rows a head (packed: at most); `slot_rows`: rows of a partial result; `left`, `right`: the window;
-    `table_stride`, `page_shift`: page_table's rows, log2 of a page's; `tickets`: an item's."""
+    `table_stride`, `page_shift`: page_table's rows, log2 of a page's; `tickets`: an item's;
+    `entries`: how many the cache or the pool has."""
 
     batch: gl.tensor
     heads_kv: gl.tensor
@@ -49,11 +50,12 @@ class Sizes:
     table_stride: gl.tensor
     page_shift: gl.tensor
     tickets: gl.tensor
+    entries: gl.tensor
 
     @gluon.constexpr_function
     def __init__(
         self, batch, heads_kv, group, seqlen_q, added, capacity, row_blocks, slot_rows, left, right, table_stride, page_shift,
-        tickets,
+        tickets, entries,
     ):
         self.batch = batch
         self.heads_kv = heads_kv
@@ -68,6 +70,7 @@ class Sizes:
         self.table_stride = table_stride
         self.page_shift = page_shift
         self.tickets = tickets
+        self.entries = entries
 
 
 @aggregate
@@ -168,6 +171,16 @@ def locate_box(config: gl.constexpr, places, sizes, seq, entry, key):
         return page, key & ((1 << sizes.page_shift) - 1)
     else:
         return entry, key
+
+
+@gluon.jit
+def locate_keys(config: gl.constexpr, places, sizes, item, key, live):
+    """The same for each of a tensor of keys, those that are `live`."""
+    if has(config, "paged"):
+        page = gl.load(places.page_table + item.index * sizes.table_stride + (key >> sizes.page_shift), mask=live, other=0)
+        return gl.minimum(gl.maximum(page, 0), sizes.entries - 1), key & ((1 << sizes.page_shift) - 1)
+    else:
+        return gl.minimum(gl.maximum(item.entry, 0), sizes.entries - 1), key
 
 
 @gluon.jit
