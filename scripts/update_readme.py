@@ -154,7 +154,8 @@ def _contexts(record: dict[str, Any], name: str) -> str:
     place = here["gpus"][0]["name"] if record["device"] != "cpu" else here["cpu"]["name"]
     decoded = served["new_tokens"] - served["answers"]  # the first token of each comes with its prompt
     prefill, decode = served["prompt_tokens"] / served["prefill_s"], decoded / served["decode_s"]
-    near = f", the other {judged['near']} as good within {record['dtype']}'s rounding" if judged["near"] else ""
+    exact = f"float32's choice: ours {judged['exact']} times, eager's in {record['dtype']} {judged['eager_exact']}"
+    near = f", the other {judged['near']} as good within {record['dtype']}'s rounding ({exact})" if judged["near"] else ""
     head = (
         f"{place}, {record['dtype']}, random weights (`benchmarks/results/{name}`). A Llama of {_model(record, 'serving')} "
         f"serves {served['answers']} requests of many lengths, in continuous batches over a paged cache: "

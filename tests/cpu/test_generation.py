@@ -34,7 +34,8 @@ def serve(dtype: torch.dtype = torch.float32, pages: int = 13, page_size: int = 
 @pytest.mark.parametrize("appending", Appending)
 def test_answers_are_eager_attentions_own(appending: Appending) -> None:
     served, judged = serve(appending=appending)
-    assert judged == Judged(served.new_tokens, served.new_tokens, 0)
+    new = served.new_tokens
+    assert judged == Judged(tokens=new, equal=new, near=0, exact=new, eager_exact=new)
     assert judged.ok
     assert [len(answer) for answer in served.answers] == [request.new_tokens for request in LOAD]
     assert served.prompt_tokens == sum(len(request.prompt) for request in LOAD)
@@ -63,6 +64,7 @@ def test_bfloat16_answers_are_as_good() -> None:
     served, judged = serve(torch.bfloat16)
     assert judged.ok
     assert judged.equal > 0.8 * served.new_tokens
+    assert abs(judged.exact - judged.eager_exact) < 0.1 * served.new_tokens
 
 
 def test_a_wrong_token_is_noticed() -> None:

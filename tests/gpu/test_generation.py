@@ -26,6 +26,7 @@ def test_answers_are_as_good_as_eager_attentions(page_size: int) -> None:
     judged = judge(model, exact, requests, served)
     assert judged.ok, judged
     assert judged.equal > 0.8 * judged.tokens
+    assert judged.exact > 0.9 * judged.eager_exact
     assert served.waited > 0
     assert server.run(requests).answers == served.answers  # replayed on pages that hold what was there before
 

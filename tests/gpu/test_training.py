@@ -93,6 +93,7 @@ def test_compiled_by_inductor() -> None:
 @pytest.mark.parametrize("name", FORMS)
 def test_a_graph_holds_forward_and_backward(name: str) -> None:
     leaves = inputs()
+    torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):  # the first run compiles, and gives autograd its stream
         gradients(FORMS[name], *leaves)
     torch.cuda.synchronize()

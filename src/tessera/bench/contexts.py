@@ -16,8 +16,11 @@ import torch
 from torch import Tensor
 
 from tessera.bench.llama import Appending, Cache, Cached, Llama
+from tessera.bench.replay import replayable
 
 _DECODED = 16
+_PATIENCE_S = 40.0
+"""No length is begun that would take the prompt longer than this, extrapolated by the square from the length before."""
 _ALLOWED = {torch.bfloat16: 0.05, torch.float16: 0.01, torch.float32: 1e-4}
 """The largest relative distance of a step's logits from the plain formula's: 16 bits round at every layer."""
 
@@ -48,9 +51,9 @@ class Context:
 def contexts(
     model: Llama, lengths: tuple[int, ...], chunk: int, page_size: int, appending: Appending | None = None
 ) -> Iterator[Context]:
-    """Each of the rising `lengths` (multiples of `chunk`) as it is measured; the pages lie in a random order.
+    """Each of the rising `lengths` (multiples of `chunk`) as it is measured, until one would take too long.
 
-    `appending`: None for what suits the device.
+    The pages lie in a random order. `appending`: None for what suits the device.
     """
     shape, device = model.shape, model.device
     pages = -(-(lengths[-1] + _DECODED) // page_size)
@@ -66,9 +69,13 @@ def contexts(
         results.copy_(model(token, cached.attend))
         held.add_(1)
 
-    step = _captured(decode, held, device)
+    step = replayable(decode, device)
+    held.zero_()
+    model(torch.zeros(1, chunk, dtype=torch.int64, device=device), cached.attend)  # compiles what reads a chunk
     seconds, done = 0.0, 0
     for length in lengths:
+        if done and seconds * (length / done) ** 2 > _PATIENCE_S:
+            return
         for start in range(done, length, chunk):
             text = torch.randint(shape.vocabulary, (1, min(chunk, length - start)), generator=generator, device=device)
             seconds += _timed(partial(model, text, cached.attend), device)
@@ -83,20 +90,6 @@ def contexts(
             length, seconds, min(times), shape.cache_bytes(length, model.dtype), peak,
             shape.heads_q * length**2 * model.dtype.itemsize, difference, _ALLOWED[model.dtype],
         )  # fmt: skip
-
-
-def _captured(decode: Callable[[], None], held: Tensor, device: torch.device) -> Callable[[], None]:
-    """The step itself on a CPU, on a GPU a graph of it."""
-    if device.type != "cuda":
-        return decode
-    with torch.cuda.stream(torch.cuda.Stream(device)):
-        decode()  # compiles, and lets libraries choose
-        torch.cuda.synchronize(device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            decode()
-    held.zero_()
-    return graph.replay
 
 
 def _timed(work: Callable[[], object], device: torch.device) -> float:

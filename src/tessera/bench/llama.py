@@ -20,6 +20,7 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q, k, v) -> out: q (..., heads_q, head_dim), the new rows k and v (..., heads_kv, head_dim), not yet rotated."""
 
 _ROTARY_BASE = 500_000.0
+_GAIN = 1.5
 
 
 @dataclass(frozen=True)
@@ -75,12 +76,14 @@ class Llama(nn.Module):
             self.last_norm = nn.RMSNorm(shape.hidden, eps=1e-5, dtype=dtype)
         self.to_empty(device=device)
         generator = torch.Generator(device).manual_seed(seed)
-        for weight in self.parameters():
+        for name, weight in self.named_parameters():
             weight.requires_grad_(False)
             if weight.dim() == 1:
                 nn.init.ones_(weight)
-            else:  # scores and residuals of about 1: attention is far from uniform, a wrong key shows
-                nn.init.normal_(weight, std=2.0 * weight.shape[1] ** -0.5, generator=generator)
+                continue
+            # Scores are far from uniform, so that a wrong key shows; many layers add up to about as much as one.
+            shrunk = (2 * shape.layers) ** -0.5 if name.endswith(("project.weight", "down.weight")) else 1.0
+            nn.init.normal_(weight, std=_GAIN * shrunk * weight.shape[1] ** -0.5, generator=generator)
         turns = torch.arange(shape.positions, device=device, dtype=torch.float64)[:, None] * (
             _ROTARY_BASE ** -(torch.arange(0, shape.head_dim, 2, device=device, dtype=torch.float64) / shape.head_dim)
         )

@@ -19,6 +19,7 @@ from functools import partial
 import torch
 
 from tessera.bench.llama import Appending, Cache, Cached, Llama, eager_logits
+from tessera.bench.replay import replayable
 
 _SPARE_PAGE = 0
 """Where empty seats write: a decoding step has one row for each seat, taken or not."""
@@ -99,7 +100,9 @@ class Server:
         self._table = torch.full((seats, most_pages), _SPARE_PAGE, dtype=torch.int32, device=device)
         self._lengths = torch.zeros(seats, dtype=torch.int32, device=device)
         self._tokens = torch.zeros(seats, 1, dtype=torch.int64, device=device)
-        self._decode = self._graph() if device.type == "cuda" else self._decode_step
+        with torch.no_grad():
+            self._decode = replayable(self._decode_step, device)
+        self._lengths.zero_()
 
     @torch.no_grad()
     def run(self, requests: Sequence[Request]) -> Served:
@@ -201,16 +204,6 @@ class Server:
         self._tokens.copy_(self.model.logits(x).argmax(-1))
         self._lengths += 1
 
-    def _graph(self) -> Callable[[], None]:
-        with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream(self.model.device)):
-            self._decode_step()  # compiles, and lets libraries choose
-            torch.cuda.synchronize(self.model.device)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._decode_step()
-        self._lengths.zero_()
-        return graph.replay
-
     def _dismiss(self, answers: dict[int, tuple[int, ...]]) -> None:
         """Whoever has the whole answer leaves; the pages are free for others, and hold what they held."""
         for seat, seated in enumerate(self._seats):
@@ -234,11 +227,16 @@ class Server:
 
 @dataclass(frozen=True)
 class Judged:
-    """Answers beside eager attention's on the same tokens: `equal` are its own choice, `near` as good to its dtype's rounding."""
+    """Answers beside eager attention's on the same tokens: `equal` are its own choice, `near` as good to its dtype's rounding.
+
+    `exact` are the choice of the same weights in float32, `eager_exact` how often eager attention in our dtype makes that choice.
+    """
 
     tokens: int
     equal: int
     near: int
+    exact: int
+    eager_exact: int
 
     @property
     def ok(self) -> bool:
@@ -250,19 +248,18 @@ def judge(model: Llama, exact: Llama, requests: Sequence[Request], served: Serve
     """Whether greedy answers are eager attention's.
 
     Each is fed to the model again whole, without a cache: the answer is eager's own where every token is the best of the logits
-    before it. Where one is not (two nearly equal ones, in 16 bits), it may fall short of the best by twice as much as the logits
-    of `model` differ from those of `exact`, the same weights in float32.
+    before it. Where one is not (two nearly equal ones, in 16 bits), it may fall short of the best of `exact`, the same weights in
+    float32, by twice as much as eager's logits differ from those.
     """
-    tokens = equal = near = 0
+    counts = [0] * 5
     for request, answer in zip(requests, served.answers, strict=True):
         whole = torch.tensor([*request.prompt, *answer], device=model.device)
-        logits = eager_logits(model, whole[:-1])[len(request.prompt) - 1 :]  # (new tokens, vocabulary)
-        chosen = whole[len(request.prompt) :]
-        same = logits.argmax(-1) == chosen
-        tokens, equal = tokens + len(answer), equal + int(same.sum())
-        if not same.all():
-            right = eager_logits(exact, whole[:-1])[len(request.prompt) - 1 :]
-            allowed = 2 * (logits - right).abs().amax(-1)
-            short = right.amax(-1) - right.gather(-1, chosen[:, None])[:, 0]
-            near += int((~same & (short <= allowed)).sum())
-    return Judged(tokens, equal, near)
+        before = len(request.prompt) - 1
+        eager, right = (eager_logits(each, whole[:-1])[before:] for each in (model, exact))  # (new tokens, vocabulary)
+        chosen, best = whole[before + 1 :], right.argmax(-1)
+        same = eager.argmax(-1) == chosen
+        short = right.amax(-1) - right.gather(-1, chosen[:, None])[:, 0]
+        near = ~same & (short <= 2 * (eager - right).abs().amax(-1))
+        found = (torch.ones_like(same), same, near, chosen == best, eager.argmax(-1) == best)
+        counts = [count + int(mask.sum()) for count, mask in zip(counts, found, strict=True)]
+    return Judged(*counts)

@@ -80,6 +80,7 @@ def _serve(scene: Scene, device: str) -> tuple[Served, Judged]:
     exact.load_state_dict(model.state_dict())
     requests = scene.load.requests(scene.serving.vocabulary)
     server = Server(model, Cache.empty(model, scene.pages, scene.page_size), scene.seats)
+    server.run(requests[: scene.seats])  # compiles; and leaves pages that others have used
     served = server.run(requests)
     return served, judge(model, exact, requests, served)
 
@@ -109,7 +110,11 @@ def _show_serving(console: Console, scene: Scene, served: Served, judged: Judged
     verdict = "[good]eager's own[/]" if judged.ok else "[bad]DIFFERENT[/]"
     near = f", {judged.near} as good within {_short(scene)}'s rounding" if judged.near else ""
     equal = f"{judged.equal} of {judged.tokens} tokens equal{near}"
-    console.print(f"the same model with eager attention, without a cache: {equal}: {verdict}\n", soft_wrap=True)
+    console.print(f"the same model with eager attention, without a cache: {equal}: {verdict}", soft_wrap=True)
+    if scene.dtype is not torch.float32:
+        same = f"ours {judged.exact} times, eager in {_short(scene)} {judged.eager_exact}"
+        console.print(f"[dim]what the same weights choose in float32: {same}[/]")
+    console.print()
 
 
 def _show_contexts(console: Console, scene: Scene, read: list[Context]) -> None:

@@ -1,0 +1,24 @@
+"""A step that is run over and over on tensors that stay where they are: as it is on a CPU, as a CUDA graph on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+
+def replayable(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """What to call instead of `step`. On a GPU `step` is run once first: kernels compile, and libraries choose theirs.
+
+    Its tensors may be changed between the calls, in place.
+    """
+    if device.type != "cuda":
+        return step
+    torch.cuda.synchronize(device)  # the stream below does not wait for what made the step's tensors
+    with torch.cuda.stream(torch.cuda.Stream(device)):
+        step()
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
