@@ -81,6 +81,23 @@ def test_a_sequence_has_the_same_bits_in_any_batch(page_size: int | None) -> Non
     assert torch.equal(lone_lse[0], lse[0])
 
 
+@pytest.mark.parametrize("width", [72, 65], ids=["strides in 16 bytes", "strides in 2 bytes"])
+def test_queries_that_tma_cannot_reach_are_copied(width: int) -> None:
+    request = CacheCase("chunk", cached=(90, 30), seqlen_q=20).request("cpu", torch.bfloat16)
+    q = request.q
+    problem = describe(request)
+    chunk = ChunkLaunch(problem, chunk_plan(problem, MULTIPROCESSORS))
+    memory = torch.empty(*q.shape[:-1], width, dtype=q.dtype)
+    with torch.no_grad(), in_python():
+        expected = chunk.run(gather(request))[0]
+        chunk.bound.clear()
+        for first in (0, 1):  # an aligned address, then another
+            view = memory[..., first : first + q.shape[-1]]
+            view.copy_(q)
+            assert torch.equal(chunk.run(gather(request)._replace(q=view))[0], expected)
+            assert (chunk.bound[0].q_place is None) == (width == 65)
+
+
 @pytest.mark.parametrize("splits", [1, 2])
 def test_rows_of_no_sequence(splits: int) -> None:
     case = CacheCase("packed", lengths_q=(20, 3), cached=(90, 30), sinks=True, num_splits=splits)

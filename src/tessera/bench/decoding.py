@@ -1,4 +1,6 @@
-"""Decoding from a KV cache beside its peers, in GB/s of K and V: `python -m tessera.bench.decoding --fa3-dir DIR --json FILE`.
+"""Attention over a KV cache beside its peers: `python -m tessera.bench.decoding --grid GRID --fa3-dir DIR --json FILE`.
+
+Grids: decode (one query, GB/s of K and V), chunk (chunks of a prompt, TFLOP/s), latent (MLA's absorbed form).
 
 Every contender's calls are captured into a CUDA graph that goes through enough buffers to leave nothing in L2, and the graphs are
 replayed in turns (timing.py says why). The yardstick is a copy of 2 GB in the same turns: what the memory can move.
@@ -34,7 +36,8 @@ Step = Callable[[int], object]
 
 @dataclass(frozen=True)
 class Cell:
-    """One step of a server: `lengths` of the batch's sequences, in a cache of the longest one's capacity."""
+    """One step of a server: `lengths` of the batch's sequences, in a cache of the longest one's capacity; `seqlen_q` queries
+    each. `head_dim_v` where the values are the keys' first columns."""
 
     name: str
     lengths: tuple[int, ...]
@@ -42,11 +45,19 @@ class Cell:
     heads_kv: int = 8
     head_dim: int = 128
     page_size: int | None = None
+    seqlen_q: int = 1
+    head_dim_v: int | None = None
 
     @property
     def bytes(self) -> int:
         """Of K and V, bfloat16, that have to be read."""
-        return sum(self.lengths) * self.heads_kv * self.head_dim * 4
+        return sum(self.lengths) * self.heads_kv * self.head_dim * (4 if self.head_dim_v is None else 2)
+
+    @property
+    def flops(self) -> int:
+        """Of both products, without a mask."""
+        dims = self.head_dim + (self.head_dim_v or self.head_dim)
+        return 2 * sum(self.lengths) * self.seqlen_q * self.heads_q * dims
 
     @property
     def capacity(self) -> int:
@@ -74,20 +85,47 @@ def cells() -> Iterator[Cell]:
         yield Cell(f"16/2 heads, {batch} x {length}", (length,) * batch, heads_q=16, heads_kv=2)
 
 
+def chunk_cells() -> Iterator[Cell]:
+    """Many rows: 64 queries a sequence and fewer and more, contiguous and in pages."""
+    for batch in (1, 4, 16):
+        yield Cell(f"64 queries, {batch} x 16k", (16384,) * batch, seqlen_q=64)
+    for page in (256, 64, 16, 8, 1):
+        yield Cell(f"64 queries, 1 x 16k pages of {page}", (16384,), seqlen_q=64, page_size=page)
+    for queries in (16, 32, 128, 1024):
+        yield Cell(f"{queries} queries, 1 x 16k", (16384,), seqlen_q=queries)
+    for dim in (64, 256):
+        yield Cell(f"64 queries, 1 x 16k, d{dim}", (16384,), seqlen_q=64, head_dim=dim)
+
+
+def latent_cells() -> Iterator[Cell]:
+    """MLA's absorbed form: one latent row of 512 + 64 columns a key."""
+    mla = {"heads_kv": 1, "head_dim": 576, "head_dim_v": 512}
+    for batch, length in ((128, 4096), (66, 8192), (16, 8192), (4, 16384), (1, 32768)):
+        yield Cell(f"128 heads, {batch} x {length // 1024}k pages of 64", (length,) * batch, heads_q=128, page_size=64, **mla)
+    yield Cell("128 heads, 66 x 8k", (8192,) * 66, heads_q=128, **mla)
+    yield Cell("128 heads, 66 x 8k pages of 1", (8192,) * 66, heads_q=128, page_size=1, **mla)
+    yield Cell("128 heads, 2 queries, 66 x 4k pages of 64", (4096,) * 66, heads_q=128, page_size=64, seqlen_q=2, **mla)
+    yield Cell("16 heads, 128 x 8k pages of 64", (8192,) * 128, heads_q=16, page_size=64, **mla)
+
+
+GRIDS = {"decode": cells, "chunk": chunk_cells, "latent": latent_cells}
+
+
 @dataclass
 class Caches:
-    """A cell's tensors: `q`, and as many (k, v, page_table) as leave nothing in L2, cut from one large random tensor."""
+    """A cell's tensors: `q`, and as many (k, v, page_table) as leave nothing in L2, cut from one large random tensor; v is None
+    where the values are columns of k."""
 
     cell: Cell
     storage: Tensor
     q: Tensor = field(init=False)
     lengths: Tensor = field(init=False)
-    buffers: list[tuple[Tensor, Tensor, Tensor | None]] = field(init=False)
+    buffers: list[tuple[Tensor, Tensor | None, Tensor | None]] = field(init=False)
 
     def __post_init__(self) -> None:
         cell, device = self.cell, self.storage.device
         batch = len(cell.lengths)
-        self.q = torch.randn(batch, 1, cell.heads_q, cell.head_dim, dtype=torch.bfloat16, device=device)
+        self.q = torch.randn(batch, cell.seqlen_q, cell.heads_q, cell.head_dim, dtype=torch.bfloat16, device=device)
         self.lengths = torch.tensor(cell.lengths, dtype=torch.int32, device=device)
         shape: tuple[int, ...] = (batch, cell.capacity, cell.heads_kv, cell.head_dim)
         table = None
@@ -97,9 +135,10 @@ class Caches:
             table = torch.randperm(count, device=device).int().view(batch, -1)
         size = math.prod(shape)
         wanted = max(1, math.ceil(ROTATED_BYTES / cell.bytes))
-        count = min(wanted, self.storage.numel() // (2 * size))
-        parts = self.storage[: 2 * size * count].view(count, 2, *shape)
-        self.buffers = [(part[0], part[1], table) for part in parts]
+        each = 2 if cell.head_dim_v is None else 1
+        count = min(wanted, self.storage.numel() // (each * size))
+        parts = self.storage[: each * size * count].view(count, each, *shape)
+        self.buffers = [(part[0], part[1] if each == 2 else None, table) for part in parts]
 
 
 def contenders(caches: Caches, fa3: Any | None) -> dict[str, Step]:
@@ -108,38 +147,51 @@ def contenders(caches: Caches, fa3: Any | None) -> dict[str, Step]:
 
     def ours(schedule: str | None, i: int) -> object:
         k, v, table = caches.buffers[i]
-        return attention_with_kvcache(q, k, v, cache_seqlens=lengths, page_table=table, schedule=schedule, causal=True)
+        return attention_with_kvcache(
+            q, k, v, cache_seqlens=lengths, page_table=table, head_dim_v=cell.head_dim_v, schedule=schedule, causal=True
+        )
 
     steps: dict[str, Step] = {"tessera": partial(ours, None)}
-    steps |= {f"tessera {schedule}": partial(ours, schedule) for schedule in ("split", "stream_k")}
-    if fa3 is not None and (cell.page_size is None or cell.page_size >= 64):
+    one_row = cell.seqlen_q == 1 and cell.head_dim_v is None
+    if one_row:
+        steps |= {f"tessera {schedule}": partial(ours, schedule) for schedule in ("split", "stream_k")}
+    if fa3 is not None and (not one_row or cell.page_size is None or cell.page_size >= 64):
         steps["fa3"] = _fa3_step(caches, fa3)
-    if cell.page_size is None and len(set(cell.lengths)) == 1:
+    if one_row and cell.page_size is None and len(set(cell.lengths)) == 1:
         for name, backend in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("fa2", SDPBackend.FLASH_ATTENTION)):
             steps[name] = partial(_sdpa_step, caches, backend)
     return steps
 
 
 def _fa3_step(caches: Caches, fa3: Any) -> Step:
+    """FlashAttention-3 with scheduler metadata; MLA's queries in two parts, those for the 64 columns with positions first."""
     cell, q, lengths = caches.cell, caches.q, caches.lengths
+    latent = cell.head_dim_v or 0
+    dims = (cell.head_dim - latent, latent or cell.head_dim)
+    causal = cell.seqlen_q > 1
     metadata = fa3.get_scheduler_metadata(
-        len(cell.lengths), 1, cell.capacity, cell.heads_q, cell.heads_kv, cell.head_dim, cell.head_dim, q.dtype, lengths,
-        is_causal=False, num_splits=0, **({} if cell.page_size is None else {"page_size": cell.page_size}),
+        len(cell.lengths), cell.seqlen_q, cell.capacity, cell.heads_q, cell.heads_kv, *dims, q.dtype, lengths,
+        is_causal=causal, num_splits=0, **({} if cell.page_size is None else {"page_size": cell.page_size}),
     )  # fmt: skip
+    options = {"seqused_k": lengths, "scheduler_metadata": metadata, "num_splits": 0, "is_causal": causal}
+    options["softmax_scale"] = cell.head_dim**-0.5
 
     def step(i: int) -> object:
         k, v, table = caches.buffers[i]
         paged = {} if table is None else {"page_table": table}
-        return fa3.fwd(q, k, v, seqused_k=lengths, scheduler_metadata=metadata, num_splits=0, is_causal=False, **paged)
+        if v is None:
+            return fa3.fwd(q[..., latent:], k[..., latent:], k[..., :latent], q_v=q[..., :latent], **options, **paged)
+        return fa3.fwd(q, k, v, **options, **paged)
 
     return step
 
 
 def _sdpa_step(caches: Caches, backend: SDPBackend, i: int) -> object:
     k, v, _ = caches.buffers[i]
+    values = k if v is None else v
     with sdpa_kernel(backend):
         return torch.nn.functional.scaled_dot_product_attention(
-            caches.q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), enable_gqa=True
+            caches.q.transpose(1, 2), k.transpose(1, 2), values.transpose(1, 2), enable_gqa=True
         )
 
 
@@ -176,11 +228,12 @@ class Graph:
 
 @dataclass(frozen=True)
 class Timed:
-    """A cell's outcome: microseconds a call and GB/s of K and V by contender; why some could not run."""
+    """A cell's outcome by contender: microseconds a call, GB/s of K and V, TFLOP/s; why some could not run."""
 
     cell: str
     microseconds: dict[str, float]
     gigabytes_per_second: dict[str, float]
+    teraflops_per_second: dict[str, float]
     absent: dict[str, str]
 
     def against(self) -> dict[str, float]:
@@ -213,6 +266,7 @@ def time_cell(cell: Cell, storage: Tensor, fa3: Any | None, rounds: int) -> Time
         cell.name,
         {name: seconds * 1e6 for name, seconds in medians.items()},
         {name: moved[name] / seconds / 1e9 for name, seconds in medians.items()},
+        {name: cell.flops / seconds / 1e12 for name, seconds in medians.items() if name != "copy"},
         absent,
     )
 
@@ -220,14 +274,17 @@ def time_cell(cell: Cell, storage: Tensor, fa3: Any | None, rounds: int) -> Time
 def line(timed: Timed) -> str:
     """One cell in one line."""
     ratios = timed.against() | {"copy": math.nan}
-    words = [f"{name} {timed.microseconds[name]:.1f}us {rate:.0f}" + (f" x{ratios[name]:.2f}" if name in ratios else "")
+    work = timed.teraflops_per_second
+    words = [f"{name} {timed.microseconds[name]:.1f}us {rate:.0f}" + (f"/{work[name]:.0f}" if name in work else "")
+             + (f" x{ratios[name]:.3f}" if name in ratios else "")
              for name, rate in timed.gigabytes_per_second.items()]  # fmt: skip
-    return f"{timed.cell:<26} " + "  ".join(words + [f"{name}: {why}" for name, why in timed.absent.items()])
+    return f"{timed.cell:<34} " + "  ".join(words + [f"{name}: {why}" for name, why in timed.absent.items()])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Time the cells; prints a line each and writes the JSON after each."""
     parser = argparse.ArgumentParser(prog="python -m tessera.bench.decoding", description=__doc__)
+    parser.add_argument("--grid", choices=tuple(GRIDS), default="decode", help="which cells")
     parser.add_argument("-k", dest="only", default="", help="only cells whose name contains this")
     parser.add_argument("--fa3-dir", type=Path, help="a folder with FlashAttention-3's fa3.so")
     parser.add_argument("--json", type=Path, help="write the results here, after every cell")
@@ -235,7 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--deadline", type=float, default=math.inf, help="seconds after which no cell is begun")
     asked = parser.parse_args(arguments)
     fa3 = None if asked.fa3_dir is None else load_fa3(asked.fa3_dir)
-    chosen = [cell for cell in cells() if asked.only in cell.name]
+    chosen = [cell for cell in GRIDS[asked.grid]() if asked.only in cell.name]
     largest = max(2 * len(cell.lengths) * cell.capacity * cell.heads_kv * cell.head_dim for cell in chosen)
     storage = torch.empty(max(largest, COPIED_BYTES // 2, ROTATED_BYTES), dtype=torch.bfloat16, device="cuda")
     for piece in storage.split(1 << 30):

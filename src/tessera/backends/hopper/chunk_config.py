@@ -185,6 +185,8 @@ class LatentConfig:
 
 def _described(config: ChunkConfig | LatentConfig, work: str) -> str:
     dim = "+".join(map(str, config.parts.dims))
-    boxes = "" if config.box == config.keys else f" in {config.reading.value} of {config.box}"
+    boxes = "" if config.box == config.keys else f" in boxes of {config.box}"
+    if config.reading is Reading.ROWS:
+        boxes = " row by row"
     text = f"{config.rows}x{config.keys}{boxes} d{dim}, {work}, {config.stages} stages, {config.packing}, {config.result.value}"
     return text + "".join(f", {feature.value}" for feature in config.features)

@@ -76,10 +76,13 @@ def combine_spec(splits: int, dtype: torch.dtype, sinks: str) -> jit.KernelSpec:
 
 
 class Bound(NamedTuple):
-    """What a runner's one set of shapes and strides decides."""
+    """What a runner's one set of shapes and strides decides: the kernels, the maps' places (`q_place` None where TMA can't reach
+    q, `copy_place` for a copy of it, `places` of the caches), and all the first kernel's numbers."""
 
     kernel: jit.Kernel
     combine: jit.Kernel | None
+    q_place: jit.Place | None
+    copy_place: jit.Place
     places: tuple[jit.Place, ...]
     numbers: tuple[int | float, ...]
 
@@ -128,20 +131,18 @@ class ChunkLaunch:
         if self.plan.splits > 1:
             parts = torch.empty((self.plan.splits, self.lines, problem.shape.head_dim_v), dtype=torch.float32, device=device)
             lses = torch.empty((self.plan.splits, self.lines), dtype=torch.float32, device=device)
-        q = operands.q
-        if q.data_ptr() % 16 or jit.why_not_tma(0, tuple(q.shape), q.stride(), q.element_size()):
-            q = q.clone(memory_format=torch.contiguous_format)
-        if not self.bound:
-            self.bound.append(self._bind(operands._replace(q=q)))
+        addresses = [tensor.data_ptr() for _, tensor in self._caches(operands)]
+        if not self.bound or any(address % 16 for address in addresses):
+            self.bound[:] = [self._bind(operands)]
         bound = self.bound[0]
+        q, place = operands.q, bound.q_place
+        if place is None or q.data_ptr() % 16:  # TMA can't reach it, and it is small
+            q, place = q.clone(memory_format=torch.contiguous_format), bound.copy_place
         sinks = None if operands.sinks is None else operands.sinks.float().contiguous()
-        addresses = [q.data_ptr(), operands.k_cache.data_ptr()]
-        if isinstance(self.config, ChunkConfig):
-            addresses.append(self._values(operands).data_ptr())
         stream = jit.current_stream(bound.kernel.device)
         bound.kernel(
-            stream, *self.grid, *[place[address] for place, address in zip(bound.places, addresses, strict=False)],
-            *addresses[1:], parts.data_ptr(), lses.data_ptr(), _address(sinks), *self._pointers(operands), *bound.numbers,
+            stream, *self.grid, place[q.data_ptr()], *[place[at] for place, at in zip(bound.places, addresses, strict=False)],
+            *addresses, parts.data_ptr(), lses.data_ptr(), _address(sinks), *self._pointers(operands), *bound.numbers,
         )  # fmt: skip
         if bound.combine is not None:
             shape, starts = problem.shape, operands.cu_seqlens_q
@@ -153,9 +154,12 @@ class ChunkLaunch:
             )  # fmt: skip
         return out, lse
 
-    def _values(self, operands: CacheOperands) -> Tensor:
-        """The values' tensor: the keys' own, where they are its first columns."""
-        return operands.k_cache if operands.v_cache is None else operands.v_cache
+    def _caches(self, operands: CacheOperands) -> tuple[tuple[str, Tensor], ...]:
+        """The tensors that the kernel reads keys and values from, by name: latent.py takes both from one."""
+        keys = ("k_cache", operands.k_cache)
+        if isinstance(self.config, LatentConfig):
+            return (keys,)
+        return keys, ("v_cache", operands.k_cache if operands.v_cache is None else operands.v_cache)
 
     def _pointers(self, operands: CacheOperands) -> tuple[int, ...]:
         tensors = (
@@ -167,16 +171,16 @@ class ChunkLaunch:
         """The kernels and their arguments for these strides. Raises Unsupported where TMA can't reach a cache."""
         index = operands.q.device.index
         kernel, *combine = [jit.load(spec, index) for spec in self.specs]
+        rows = [CacheRows.of(name, tensor, self.problem.shape.head_dim_v) for name, tensor in self._caches(operands)]
+        places = [encode.bind(row.shape, row.strides) for encode, row in zip(kernel.tiles[1:], rows, strict=False)]
         q = operands.q if operands.q.dim() == 4 else operands.q[None]
-        caches = [("k_cache", operands.k_cache)]
-        if isinstance(self.config, ChunkConfig):
-            caches.append(("v_cache", self._values(operands)))
-        rows = [CacheRows.of(name, tensor, self.problem.shape.head_dim_v) for name, tensor in caches]
-        places = [kernel.tiles[0].bind(tuple(q.shape), q.stride())]
-        places += [encode.bind(row.shape, row.strides) for encode, row in zip(kernel.tiles[1:], rows, strict=False)]
+        shape, (_, positions, heads, dim) = tuple(q.shape), q.shape
+        can_reach = not jit.why_not_tma(0, shape, q.stride(), q.element_size())
+        q_place = kernel.tiles[0].bind(shape, q.stride()) if can_reach else None
+        copy_place = kernel.tiles[0].bind(shape, (positions * heads * dim, heads * dim, dim, 1))
         steps = [step for row in rows for step in row.steps]
         numbers = (*self._integers(operands), *steps, *self._scales())
-        return Bound(kernel, combine[0] if combine else None, tuple(places), numbers)
+        return Bound(kernel, combine[0] if combine else None, q_place, copy_place, tuple(places), numbers)
 
     def _integers(self, operands: CacheOperands) -> tuple[int, ...]:
         problem, shape, table = self.problem, self.problem.shape, operands.page_table
