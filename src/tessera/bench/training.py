@@ -163,11 +163,11 @@ class Course:
             if why is not None:
                 results[contender.name] = StepResult(Outcome.REFUSED, note=why)
                 continue
-            lesson = _Lesson(trainer, contender, attend_by(contender.peer, problem), text)
-            results[contender.name], gradients = lesson.first(right)
+            turn = _Turn(trainer, contender, attend_by(contender.peer, problem), text)
+            results[contender.name], gradients = turn.first(right)
             right = gradients if right is None else right
             if results[contender.name].outcome is Outcome.TIMED:
-                calls[contender.name] = lesson.step
+                calls[contender.name] = turn.step
         times = interleaved(calls, clock_for(self.device), Schedule(self.rounds, turn_s=0.0, limit_s=600.0)) if calls else {}
         flops = shape.flops(batch * seqlen, seqlen)
         results |= {name: self._timed(results[name], times, name, flops) for name in times}
@@ -213,7 +213,7 @@ class TrainingOrder:
 
 
 @dataclass(frozen=True)
-class _Lesson:
+class _Turn:
     """One contender's step on a text, (batch, seqlen + 1)."""
 
     trainer: Trainer
