@@ -61,21 +61,22 @@ def _cell(column: Column, features: list[Feature]) -> str:
 
 
 def benchmarks() -> str:
-    """The newest forward record: TFLOP/s of ours and the ratio to the best peer, cell by cell, losing cells first."""
+    """The newest record of each direction: TFLOP/s of ours and the ratio to the best peer, cell by cell, losing cells first."""
     parts = []
-    for path in sorted(RESULTS.glob("forward_*.json"))[-1:]:
-        parts.append(_paper_grid(json.loads(path.read_text()), path.name))
+    for direction in ("forward", "backward"):
+        for path in sorted(RESULTS.glob(f"{direction}_*.json"))[-1:]:
+            parts.append(_paper_grid(direction.capitalize(), json.loads(path.read_text()), path.name))
     return "\n\n".join(parts) or "Nothing measured yet."
 
 
-def _paper_grid(record: dict[str, Any], name: str) -> str:
+def _paper_grid(direction: str, record: dict[str, Any], name: str) -> str:
     cells = [cell for cell in record["cells"] if cell["sec"] == "paper"]
     ratios = {id(cell): min(ratio[0] for ratio in cell["ratio"].values()) for cell in cells}
     lengths = sorted({cell["S"] for cell in cells})
     head = (
-        f"Forward, bf16, {record['gpu']}, torch {record['torch']}, Triton {record['triton']}, {record['date']}; 16384 tokens, "
-        f"hidden 2048; interleaved with FA3 and cuDNN in one run (`benchmarks/results/{name}`). TFLOP/s, and in brackets the "
-        "ratio to the faster of the two peers."
+        f"{direction}, bf16, {record['gpu']}, torch {record['torch']}, Triton {record['triton']}, {record['date']}; 16384 "
+        f"tokens, hidden 2048; interleaved with FA3 and cuDNN in one run (`benchmarks/results/{name}`). TFLOP/s, and in "
+        "brackets the ratio to the faster of the two peers."
     )
     lines = [head, "", "| | " + " | ".join(_thousands(s) for s in lengths) + " |", "|---" * (len(lengths) + 1) + "|"]
     cells.sort(key=lambda cell: (cell["D"], cell["causal"], cell["S"]))

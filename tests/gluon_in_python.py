@@ -380,7 +380,13 @@ def _assembly(text: str, constraints: str, arguments: list[Any], dtype: Any, is_
             drawn = _load(arguments[0])
             _store(arguments[0], drawn + 1)
         return drawn
-    if text.startswith("{ .reg .pred never;"):  # softmax.finish_before
+    if text.startswith(("{ .reg .pred never;", "fence.")):  # softmax.finish_before
+        return Integer(0)
+    if text.startswith("ld.acquire"):  # sums.read_mark
+        return _load(arguments[0])
+    if "st.release" in text:  # sums.set_mark
+        _tma_store_wait(0)
+        _store(*arguments)
         return Integer(0)
     functions: dict[str, Callable[[Tensor], Tensor]] = {
         "ex2.": torch.exp2, "tanh.": torch.tanh, "lg2.": torch.log2, "{ .reg .b32 s, e, c;": lambda x: unpack_e4m3(x, dtype[0]),

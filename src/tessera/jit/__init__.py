@@ -12,11 +12,12 @@ from tessera.jit.cache import clear as clear_cache
 from tessera.jit.cache import info as cache_info
 from tessera.jit.compiler import compile, compiles, warmup
 from tessera.jit.launcher import Kernel, current_stream, load
-from tessera.jit.spec import Dtype, KernelSpec, Pointer, Scalar, Tiles, Variant
+from tessera.jit.spec import Arrangement, Dtype, KernelSpec, Pointer, Scalar, Tiles, Variant
 from tessera.jit.tensormap import Place, TileEncoder, why_not_tma
 from tessera.jit.toolchain import NoTritonError
 
 __all__ = [
-    "Binary", "Descriptor", "Dtype", "Kernel", "KernelSpec", "NoTritonError", "Place", "Pointer", "Scalar", "TileEncoder",
-    "Tiles", "Variant", "cache_info", "clear_cache", "compile", "compiles", "current_stream", "load", "warmup", "why_not_tma",
+    "Arrangement", "Binary", "Descriptor", "Dtype", "Kernel", "KernelSpec", "NoTritonError", "Place", "Pointer", "Scalar",
+    "TileEncoder", "Tiles", "Variant", "cache_info", "clear_cache", "compile", "compiles", "current_stream", "load", "warmup",
+    "why_not_tma",
 ]  # fmt: skip

@@ -38,7 +38,7 @@ from triton.language import core
 from triton.runtime.jit import JITCallable
 
 from tessera.jit.binary import Descriptor
-from tessera.jit.spec import Dtype, KernelSpec, Pointer, Scalar, Tiles
+from tessera.jit.spec import Arrangement, Dtype, KernelSpec, Pointer, Scalar, Tiles
 
 __all__ = [
     "aggregate", "arrive_after_copies", "barrier", "copy_to_shared", "fence_async_shared", "gl", "gluon", "let_next_begin",
@@ -180,8 +180,11 @@ def _type_name(argument: Pointer | Scalar | Tiles) -> str:
         return "*" + argument.element
     if isinstance(argument, Scalar):
         return argument.element
-    block = list(argument.block)
-    layout = gl.NVMMASharedLayout.get_default_for(block, _GLUON_DTYPES[argument.element])
+    block, dtype = list(argument.block), _GLUON_DTYPES[argument.element]
+    if argument.arrangement is Arrangement.ROWS:
+        layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=dtype.primitive_bitwidth, rank=len(block))
+    else:
+        layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
     return f"tensordesc<{argument.element}{block},{layout!r}>"
 
 

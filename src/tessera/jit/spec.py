@@ -69,16 +69,25 @@ class Scalar:
             raise bad_value("Scalar", repr(self.element), "not a scalar type", f"use one of {', '.join(_SCALAR_CODES)}")
 
 
+class Arrangement(Enum):
+    """How a block lies in shared memory."""
+
+    SWIZZLED = "swizzled"
+    """As products read it: Gluon's default for the block, the widest swizzle that fits."""
+    ROWS = "rows"
+    """Row after row, as in a plain array."""
+
+
 @dataclass(frozen=True)
 class Tiles:
     """A tensor that TMA reads or writes in blocks: the kernel receives a tensor descriptor.
 
-    `block` is the block of one copy, outermost dimension first, powers of two. The shared-memory layout is Gluon's
-    default for this block (the widest swizzle that fits).
+    `block` is the block of one copy, outermost dimension first, powers of two.
     """
 
     element: str
     block: tuple[int, ...]
+    arrangement: Arrangement = Arrangement.SWIZZLED
 
     def __post_init__(self) -> None:
         _known_element("Tiles", self.element)

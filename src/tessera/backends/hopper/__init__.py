@@ -21,7 +21,7 @@ from tessera.dropout import DRAWS, threshold
 from tessera.errors import Reason
 from tessera.operands import Operands
 from tessera.plan import Choice, Plan
-from tessera.problem import Gradients, Layout, Problem, Reproducibility, Score
+from tessera.problem import Gradients, Layout, Problem, Score
 
 FORWARD = "hopper-forward"
 BACKWARD = "hopper-backward"
@@ -46,9 +46,6 @@ class HopperBackend:
         if problem.layout is Layout.DENSE and problem.lengths:
             names = ", ".join(problem.lengths)
             reasons.append(Reason(names, "tensor", "lengths of dense tensors are a mask here", "use Mask.padding"))
-        if problem.gradients is Gradients.INPUTS and problem.reproducibility is Reproducibility.BITWISE:
-            why = "the backward sums dQ in the order in which tiles finish"
-            reasons.append(Reason("deterministic", "True", why, "use torch.no_grad(), or deterministic=False"))
         return tuple(reasons)
 
     def plan(self, problem: Problem, device: Device) -> Choices:

@@ -1,5 +1,6 @@
 """The backward pass on Hopper: FlashAttention-2's Algorithm 2 (arXiv 2307.08691), its warps specialised as FlashAttention-3's
-(arXiv 2407.08608, section 3.1). One program a tile of keys, a `producer` warp and two or three consumer warpgroups:
+(arXiv 2407.08608, section 3.1). One program a tile of keys, a `producer` warp, two or three consumer warpgroups and a warp that
+writes dQ:
 
     producer    K, V, then for each block of rows that sees the tile: Q with lse, dO with D, by TMA into rings
     consumers   for each block of rows (of each query head that shares these keys):
@@ -9,24 +10,28 @@
                     dV  += P^T dO
                     dS^T = P^T (dP^T - D)
                     dK  += dS^T Q
-                    dQ   = dS K        added in float32 to the workspace by TMA
+                    dQ   = dS K        to the writer
 
                 then dK and dV through shared memory and TMA to global memory
+    writer      dQ of each block, added in float32 to the workspace by TMA
 
 Scores stand transposed so that P^T and dS^T are operands from registers, as wgmma leaves its results. How consumers share this
-work is backward_turns.py (head dim 64), backward_keys.py (128) and backward_products.py (256). lse and D come from
-backward_rows.py, in base 2 and with lse +inf for rows that see nothing: their P is then 0 without a mask.
+work is backward_turns.py (head dim 64), backward_keys.py (128) and backward_products.py (256); the writer is
+backward_writer.py. lse and D come from backward_rows.py, in base 2 and with lse +inf for rows that see nothing: their P is then
+0 without a mask.
 """
 
 from tessera.backends.hopper.backward_keys import consumer_of_keys, make_halves
 from tessera.backends.hopper.backward_products import consumer_of_dk, consumer_of_dq, consumer_of_dv, make_exchange
-from tessera.backends.hopper.backward_turns import consumer_in_turn, make_thirds
+from tessera.backends.hopper.backward_turns import consumer_in_turn, make_parts
+from tessera.backends.hopper.backward_writer import writer_of_dq
 from tessera.backends.hopper.pieces.channel import NAMED_BARRIER_K, NAMED_BARRIER_V, make_stream
 from tessera.backends.hopper.pieces.gradients import Score, Shared
 from tessera.backends.hopper.pieces.key_tiles import Call, Order, locate_keys
 from tessera.backends.hopper.pieces.kv_source import Lengths, Pitch, load_rows
 from tessera.backends.hopper.pieces.masking import Band
 from tessera.backends.hopper.pieces.row_ranges import row_blocks
+from tessera.backends.hopper.pieces.sums import adds_in_order
 from tessera.backends.hopper.pieces.tiles import M, allocate_tiles
 from tessera.jit.compat import fence_async_shared, gl, gluon, mbarrier, tma_load
 
@@ -35,12 +40,6 @@ from tessera.jit.compat import fence_async_shared, gl, gluon, mbarrier, tma_load
 def divided_by(config, name):
     """How the consumers share the work. By name: a kernel's source then shows the word."""
     return config.division.value == name
-
-
-@gluon.constexpr_function
-def readers_of(config):
-    """How many warpgroups read each block of Q, and of dO: the one that does nothing but dQ reads neither."""
-    return 3 if divided_by(config, "keys, dQ in turn") else 2
 
 
 # ----------------------------------------------------------------------------------------------------------- producer
@@ -66,7 +65,7 @@ def _load_block(config: gl.constexpr, map_, buffer, stats_map, stats, stream, n,
 @gluon.jit
 def producer(config: gl.constexpr, maps, stats_map, shared, call):
     q_map, k_map, v_map, do_map = maps
-    tile = locate_keys(config, gl.program_id(0), call)
+    tile = locate_keys(config, call)
     begin, count = row_blocks(config, call.band, tile.seq, tile.first)
     heads = call.heads_kv * call.group
     if count > 0:
@@ -102,21 +101,30 @@ def _allocate(config: gl.constexpr, maps, stats_map):
     v_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(k_full, count=1)
     mbarrier.init(v_full, count=1)
-    q_stream = make_stream(config.q_stages, readers_of(config), NAMED_BARRIER_K)
-    do_stream = make_stream(config.do_stages, readers_of(config), NAMED_BARRIER_V)
+    q_stream = make_stream(config.q_stages, config.readers, NAMED_BARRIER_K)
+    do_stream = make_stream(config.do_stages, config.readers, NAMED_BARRIER_V)
     return Shared(k, v, q, do, lse, d, k_full, v_full, q_stream, do_stream)
+
+
+@gluon.jit
+def _drawn(config: gl.constexpr, counter):
+    """The number of this program's tile. Where tiles wait for those before them it is drawn, so that those are running."""
+    if adds_in_order(config):
+        return gl.atomic_add(counter, 1, sem="relaxed", scope="gpu")
+    else:
+        return gl.program_id(0)
 
 
 @gluon.jit
 def attention_backward(
     q_map, k_map, v_map, do_map, stats_map, dk_map, dv_map, dq_map,
-    cu_q, cu_k, used_q, used_k, key_start, key_end, query_end, document_begin, document_end,
+    marks_ptr, cu_q, cu_k, used_q, used_k, key_start, key_end, query_end, document_begin, document_end,
     batch, heads_kv, group, seqlen_q, seqlen_k, left, right, document_stride, blocks, section, line,
     q_pitch, k_pitch, v_pitch, do_pitch, scale, inner, factor,
     CONFIG: gl.constexpr,
 ):  # fmt: skip
-    """`stats` is lse of every head, then D of every head, each a line of the workspace. Pointers that no feature needs are never
-    read."""
+    """`stats` is lse of every head, then D of every head, each a line of the workspace. `marks`: a counter of tiles, then those
+    of pieces/sums.py. Pointers that no feature needs are never read."""
     config: gl.constexpr = CONFIG
     maps = (q_map, k_map, v_map, do_map)
     call = Call(
@@ -124,9 +132,10 @@ def attention_backward(
         Band(left, right, document_begin, document_end, document_stride),
         Lengths(cu_q, cu_k, used_q, used_k, key_start, key_end, query_end),
         Pitch(q_pitch, k_pitch, v_pitch, do_pitch),
-        Order(blocks, section, line),
+        Order(_drawn(config, marks_ptr), blocks, section, line),
     )  # fmt: skip
     score = Score(scale, inner, factor)
+    marks = marks_ptr + 1
     shared = _allocate(config, maps, stats_map)
     if divided_by(config, "keys"):
         halves = make_halves(config, dq_map, q_map.dtype)
@@ -135,16 +144,26 @@ def attention_backward(
             (consumer_of_keys, (config, 0, dq_map, dk_map, dv_map, shared, halves, score, call)),
             (consumer_of_keys, (config, 1, dq_map, dk_map, dv_map, shared, halves, score, call)),
             (producer, (config, maps, stats_map, shared, call)),
-        ], [4, 1], [240, 24])  # fmt: skip
+            (writer_of_dq, (config, dq_map, halves.sums, marks, call)),
+        ], [4, 1, 1], [240, 24, 24])  # fmt: skip
     elif divided_by(config, "keys, dQ in turn"):
-        thirds = make_thirds(config, dq_map, q_map.dtype)
+        parts = make_parts(config, dq_map, q_map.dtype)
         fence_async_shared()
-        gl.warp_specialize([
-            (consumer_in_turn, (config, 0, dq_map, dk_map, dv_map, shared, thirds, score, call)),
-            (consumer_in_turn, (config, 1, dq_map, dk_map, dv_map, shared, thirds, score, call)),
-            (consumer_in_turn, (config, 2, dq_map, dk_map, dv_map, shared, thirds, score, call)),
-            (producer, (config, maps, stats_map, shared, call)),
-        ], [4, 4, 1], [160, 160, 24])  # fmt: skip
+        if config.consumers == 2:
+            gl.warp_specialize([
+                (consumer_in_turn, (config, 0, dq_map, dk_map, dv_map, shared, parts, score, call)),
+                (consumer_in_turn, (config, 1, dq_map, dk_map, dv_map, shared, parts, score, call)),
+                (producer, (config, maps, stats_map, shared, call)),
+                (writer_of_dq, (config, dq_map, parts.sums, marks, call)),
+            ], [4, 1, 1], [240, 24, 24])  # fmt: skip
+        else:
+            gl.warp_specialize([
+                (consumer_in_turn, (config, 0, dq_map, dk_map, dv_map, shared, parts, score, call)),
+                (consumer_in_turn, (config, 1, dq_map, dk_map, dv_map, shared, parts, score, call)),
+                (consumer_in_turn, (config, 2, dq_map, dk_map, dv_map, shared, parts, score, call)),
+                (producer, (config, maps, stats_map, shared, call)),
+                (writer_of_dq, (config, dq_map, parts.sums, marks, call)),
+            ], [4, 4, 1, 1], [160, 160, 24, 24])  # fmt: skip
     else:
         # Of the splits of the registers 208/208/72 is clean, 200/200/88 serialises the products (Triton 3.6, d256).
         exchange = make_exchange(config, dq_map, q_map.dtype)
@@ -154,4 +173,5 @@ def attention_backward(
             (consumer_of_dk, (config, dk_map, shared, exchange, score, call)),
             (consumer_of_dq, (config, dq_map, shared, exchange, call)),
             (producer, (config, maps, stats_map, shared, call)),
-        ], [4, 4, 1], [208, 72, 24])  # fmt: skip
+            (writer_of_dq, (config, dq_map, exchange.sums, marks, call)),
+        ], [4, 4, 1, 1], [208, 72, 24, 24])  # fmt: skip

@@ -3,7 +3,7 @@
 Each of two warpgroups does everything for its own 64 keys of the tile's 128, and half of dQ. dQ needs all of dS, so both write
 their dS to shared memory and meet once a block:
 
-    S^T, dP^T issued;  P^T from S under dP;  dS^T from dP;  dV issued;  dS^T written, meet;  dQ, dK issued;  dQ added under dK
+    S^T, dP^T issued;  P^T from S under dP;  dS^T from dP;  dV issued;  dS^T written, meet;  dQ, dK issued;  dQ out under dK
 
 Nothing is in flight at the end of a turn: a product carried over the loop's back edge is serialised by ptxas (C7514).
 """
@@ -11,7 +11,6 @@ Nothing is in flight at the end of a turn: a product carried over the loop's bac
 from tessera.backends.hopper.pieces.gradients import (
     BARRIER_DS,
     BARRIER_K,
-    add_to_dq,
     fresh_zero,
     issue_transposed,
     meet,
@@ -23,6 +22,7 @@ from tessera.backends.hopper.pieces.key_tiles import locate_keys
 from tessera.backends.hopper.pieces.masking import has_lower_bound
 from tessera.backends.hopper.pieces.row_ranges import cut_and_full, key_bounds, row_blocks
 from tessera.backends.hopper.pieces.softmax import to_16_bit
+from tessera.backends.hopper.pieces.sums import Sums, add_part, make_sums, row_block
 from tessera.backends.hopper.pieces.tiles import M, accumulator_layout, empty_accumulator, matrix, operand_layout
 from tessera.jit.compat import (
     aggregate,
@@ -39,29 +39,28 @@ from tessera.jit.compat import (
 @aggregate
 class Halves:
     """What the consumers tell each other: dS^T of a block as two tiles (64 keys, rows), twice, so that one meeting a block is
-    enough; and where each consumer's part of dQ waits to be added."""
+    enough; and their parts of dQ, half of the columns each."""
 
     ds: gl.shared_memory_descriptor
-    dq: gl.shared_memory_descriptor
+    sums: Sums
 
     @gluon.constexpr_function
-    def __init__(self, ds, dq):
+    def __init__(self, ds, sums):
         self.ds = ds
-        self.dq = dq
+        self.sums = sums
 
 
 @gluon.jit
 def make_halves(config: gl.constexpr, dq_map, dtype: gl.constexpr):
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, config.rows], dtype)
     ds = gl.allocate_shared_memory(dtype, [4, M, config.rows], layout)
-    dq = gl.allocate_shared_memory(gl.float32, [2] + dq_map.block_type.shape, dq_map.layout)
-    return Halves(ds, dq)
+    return Halves(ds, make_sums(config, dq_map))
 
 
 @gluon.jit
 def _issue_dq(config: gl.constexpr, consumer: gl.constexpr, shared, ds, place, zero):
     """Start this consumer's half of the columns of dQ = dS K: (64 rows, columns)."""
-    columns: gl.constexpr = config.dim // 2
+    columns: gl.constexpr = config.part_columns
     dq = gl.zeros([M, columns], gl.float32, accumulator_layout(columns))
     for half in gl.static_range(2):
         k = matrix(shared.k.index(half + zero)).slice(consumer * columns, columns, dim=1)
@@ -71,9 +70,10 @@ def _issue_dq(config: gl.constexpr, consumer: gl.constexpr, shared, ds, place, z
 
 @gluon.jit
 def _block(
-    config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, halves, score, bounds, n, row, line, state, MASKED: gl.constexpr
-):
-    """One turn of the main loop: the block of rows from `row` on, which lies at `line` of the workspace."""
+    config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, halves, score, bounds, n, row, block, state,
+    MASKED: gl.constexpr,
+):  # fmt: skip
+    """One turn of the main loop: the rows from `row` on, which are row block `block` of the workspace."""
     dk, dv = state
     dtype: gl.constexpr = shared.q.dtype
     zero = fresh_zero()
@@ -104,7 +104,7 @@ def _block(
     dk = warpgroup_mma(gl.convert_layout(ds, operand_layout(config.dim)), q, dk, is_async=True)
     dq, dv = warpgroup_mma_wait(1, deps=(dq, dv))
     shared.do_stream.release(n)
-    add_to_dq(dq_map, halves.dq, consumer, dq, [line, consumer * (config.dim // 2)], 0)
+    add_part(config, dq_map, halves.sums, 2 * n + consumer, dq, block, consumer)
     dk = warpgroup_mma_wait(0, deps=(dk,))
     shared.q_stream.release(n)
     return dk, dv
@@ -124,29 +124,29 @@ def _main_loop(config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, hal
         n = 0
         for member in range(call.group):
             row = begin * config.rows
-            line = (tile.head * call.group + member) * call.order.line + tile.work + row
+            block = row_block(call, tile, member, begin)
             for i in range(cut):
-                state = _block(config, consumer, dq_map, shared, halves, score, bounds, n, row, line, state, True)
+                state = _block(config, consumer, dq_map, shared, halves, score, bounds, n, row, block, state, True)
                 n += 1
                 row += config.rows
-                line += config.rows
+                block += 1
             for i in range(full):
-                state = _block(config, consumer, dq_map, shared, halves, score, bounds, n, row, line, state, False)
+                state = _block(config, consumer, dq_map, shared, halves, score, bounds, n, row, block, state, False)
                 n += 1
                 row += config.rows
-                line += config.rows
+                block += 1
             if has_lower_bound(config):
                 for i in range(count - cut - full):
-                    state = _block(config, consumer, dq_map, shared, halves, score, bounds, n, row, line, state, True)
+                    state = _block(config, consumer, dq_map, shared, halves, score, bounds, n, row, block, state, True)
                     n += 1
                     row += config.rows
-                    line += config.rows
+                    block += 1
     return state
 
 
 @gluon.jit
 def consumer_of_keys(config: gl.constexpr, consumer: gl.constexpr, dq_map, dk_map, dv_map, shared, halves, score, call):
-    tile = locate_keys(config, gl.program_id(0), call)
+    tile = locate_keys(config, call)
     dk, dv = _main_loop(config, consumer, dq_map, shared, halves, score, call, tile)
     row = tile.first + consumer * M
     store_gradient(dv_map, shared.v, consumer, dv, tile, row)  # nobody else reads these rows of V

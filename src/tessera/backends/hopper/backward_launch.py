@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tessera import jit
-from tessera.backends.hopper.backward_plan import BackwardConfig, Division, RowsConfig, work_lines
+from tessera.backends.hopper.backward_plan import PART_LINE, BackwardConfig, PartLayout, RowsConfig, work_lines
 from tessera.backends.hopper.config import Feature
 from tessera.backends.hopper.launch import ELEMENTS, L2_BYTES, LOG2_E, Rows
 from tessera.dispatch import InputGradients, Upstream
@@ -38,8 +38,11 @@ def main_spec(config: BackwardConfig, dtype: torch.dtype) -> jit.KernelSpec:
     arguments["stats_map"] = jit.Tiles("fp32", (1, config.rows))
     arguments["dk_map"] = jit.Tiles(element, (1, 1, 1, _PIECE, config.dim))
     arguments["dv_map"] = jit.Tiles(element, (1, 1, 1, _PIECE, config.dim_v))
-    arguments["dq_map"] = jit.Tiles("fp32", (64, _dq_columns(config)))
-    for name in (*_LENGTHS, "document_begin", "document_end"):
+    if config.part_layout is PartLayout.ROWS:
+        arguments["dq_map"] = jit.Tiles("fp32", (_PIECE, config.part_columns))
+    else:
+        arguments["dq_map"] = jit.Tiles("fp32", (1, config.part_columns // 4, PART_LINE), jit.Arrangement.ROWS)
+    for name in ("marks_ptr", *_LENGTHS, "document_begin", "document_end"):
         arguments[name] = jit.Pointer("i32", align=4)
     for name in (
         "batch", "heads_kv", "group", "seqlen_q", "seqlen_k", "left", "right", "document_stride", "blocks", "section", "line",
@@ -51,21 +54,14 @@ def main_spec(config: BackwardConfig, dtype: torch.dtype) -> jit.KernelSpec:
     return jit.KernelSpec.of("tessera.backends.hopper.backward:attention_backward", arguments, {"CONFIG": config})
 
 
-def _dq_columns(config: BackwardConfig) -> int:
-    """Columns of the parts in which dQ is added (64 rows each)."""
-    if config.division is Division.PRODUCTS:
-        return 64
-    return config.dim if config.division is Division.TURNS else config.dim // 2
-
-
 def prepare_spec(config: RowsConfig, dtype: torch.dtype) -> jit.KernelSpec:
     """The kernel before the main one."""
     element = ELEMENTS[dtype]
     arguments: dict[str, jit.Tiles | jit.Pointer | jit.Scalar] = {
         "out_ptr": jit.Pointer(element), "do_ptr": jit.Pointer(element),
         "lse_ptr": jit.Pointer("fp32", align=4), "dlse_ptr": jit.Pointer("fp32", align=4),
-        "sinks_ptr": jit.Pointer("fp32", align=4), "stats_ptr": jit.Pointer("fp32"), "dq_ptr": jit.Pointer("fp32"),
-        "dsinks_ptr": jit.Pointer("fp32", align=4),
+        "sinks_ptr": jit.Pointer("fp32", align=4), "stats_ptr": jit.Pointer("fp32"), "sum_ptr": jit.Pointer("fp32"),
+        "marks_ptr": jit.Pointer("i32"), "dsinks_ptr": jit.Pointer("fp32", align=4),
     }  # fmt: skip
     arguments |= {name: jit.Pointer("i32", align=4) for name in _LENGTHS}
     arguments |= {name: jit.Scalar("i32") for name in ("batch", "heads", "seqlen_q", "seqlen_k", "line")}
@@ -78,7 +74,7 @@ def prepare_spec(config: RowsConfig, dtype: torch.dtype) -> jit.KernelSpec:
 def finish_spec(config: RowsConfig, dtype: torch.dtype) -> jit.KernelSpec:
     """The kernel after it."""
     arguments: dict[str, jit.Tiles | jit.Pointer | jit.Scalar] = {
-        "sum_ptr": jit.Pointer("fp32"), "dq_ptr": jit.Pointer(ELEMENTS[dtype]),
+        "sum_ptr": jit.Pointer("fp32"), "marks_ptr": jit.Pointer("i32"), "dq_ptr": jit.Pointer(ELEMENTS[dtype]),
     }  # fmt: skip
     arguments |= {name: jit.Pointer("i32", align=4) for name in _LENGTHS}
     arguments |= {name: jit.Scalar("i32") for name in ("batch", "heads", "seqlen_q", "seqlen_k", "line")}
@@ -103,6 +99,14 @@ class BackwardLaunch:
     @cached_property
     def line(self) -> int:
         return work_lines(self.problem)
+
+    @cached_property
+    def sums_shape(self) -> tuple[int, ...]:
+        """dQ in float32 in the workspace, as the main kernel's TMA sees it."""
+        shape = self.problem.shape
+        if self.config.part_layout is PartLayout.ROWS:
+            return (shape.heads_q * self.line, shape.head_dim)
+        return (shape.heads_q * self.line // _PIECE, shape.head_dim // 4, PART_LINE)
 
     @cached_property
     def blocks(self) -> int:
@@ -151,29 +155,31 @@ class BackwardLaunch:
         dk = make(k.shape, dtype=k.dtype, device=device)
         dv = make(v.shape, dtype=v.dtype, device=device)
         stats = torch.empty((2 * heads, self.line), dtype=torch.float32, device=device)
-        sums = torch.empty((heads * self.line, q.shape[-1]), dtype=torch.float32, device=device)
+        sums = torch.empty(self.sums_shape, dtype=torch.float32, device=device)
+        marks = torch.empty(1 + heads * self.line // _PIECE, dtype=torch.int32, device=device)
         kept = Kept(operands)
         dout = Rows.of(upstream.dout if _is_plain(upstream.dout) else upstream.dout.contiguous())
-        dsinks = self._prepare(operands, upstream, dout, stats, sums, kept)
-        self._differentiate(operands, dout, stats, sums, (dk, dv), kept)
-        self._finish(sums, dq, kept)
+        dsinks = self._prepare(operands, upstream, dout, (stats, sums, marks), kept)
+        self._differentiate(operands, dout, (stats, sums, marks), (dk, dv), kept)
+        self._finish(sums, marks, dq, kept)
         return InputGradients(dq, dk, dv, None, dsinks)
 
     def _prepare(
-        self, operands: Operands, upstream: Upstream, dout: Rows, stats: Tensor, sums: Tensor, kept: Kept
+        self, operands: Operands, upstream: Upstream, dout: Rows, work: tuple[Tensor, Tensor, Tensor], kept: Kept
     ) -> Tensor | None:
-        """lse, D and zeros into the workspace; returns the sinks' gradient, if it is wanted."""
+        """What the main kernel needs into the workspace; returns the sinks' gradient, if it is wanted."""
+        stats, sums, marks = work
         shape, sinks = self.problem.shape, operands.sinks
         blocks = -(-self.line // (_ELEMENTS_A_PROGRAM // self.config.dim_v))
-        partial = None if sinks is None else torch.empty((shape.heads_q, blocks), dtype=torch.float32, device=sums.device)
+        partial = None if sinks is None else torch.empty((shape.heads_q, blocks), dtype=torch.float32, device=stats.device)
         out, lse = kept.keep(upstream.out.contiguous()), kept.keep(upstream.lse.contiguous())
         dlse = 0 if upstream.dlse is None else kept.keep(upstream.dlse.float().contiguous())
-        index = sums.device.index
+        index = stats.device.index
         kernel = jit.load(self.specs[0], index)
         kernel(
-            jit.current_stream(index), blocks, shape.heads_q, 1,
+            jit.current_stream(index), blocks * shape.heads_q, 1, 1,
             out, dout.address, lse, dlse, 0 if sinks is None else kept.keep(sinks.float().contiguous()),
-            stats.data_ptr(), sums.data_ptr(), 0 if partial is None else partial.data_ptr(), *kept.lengths,
+            stats.data_ptr(), sums.data_ptr(), marks.data_ptr(), 0 if partial is None else partial.data_ptr(), *kept.lengths,
             shape.batch, shape.heads_q, shape.seqlen_q, shape.seqlen_k, self.line, shape.head_dim, shape.head_dim_v,
             dout.pitch, int(dlse != 0), dout.strides[3], dout.strides[2],
         )  # fmt: skip
@@ -181,8 +187,9 @@ class BackwardLaunch:
         return partial.sum(dim=1).to(sinks.dtype) if wanted and partial is not None and sinks is not None else None
 
     def _differentiate(
-        self, operands: Operands, dout: Rows, stats: Tensor, sums: Tensor, gradients: tuple[Tensor, Tensor], kept: Kept
+        self, operands: Operands, dout: Rows, work: tuple[Tensor, Tensor, Tensor], gradients: tuple[Tensor, Tensor], kept: Kept
     ) -> None:
+        stats, sums, marks = work
         shape, index = self.problem.shape, sums.device.index
         kernel = jit.load(self.specs[1], index)
         inputs = [Rows.of(tensor) for tensor in (operands.q, operands.k, operands.v)]
@@ -193,17 +200,17 @@ class BackwardLaunch:
         maps += [kernel.tiles[5 + i](rows.address, rows.shape, rows.strides) for i, rows in enumerate(outputs)]
         maps.append(kernel.tiles[7](sums.data_ptr(), sums.shape, sums.stride()))
         kernel(
-            jit.current_stream(index), self.tiles, 1, 1, *maps, *kept.lengths, *kept.documents, *self.integers,
+            jit.current_stream(index), self.tiles, 1, 1, *maps, marks.data_ptr(), *kept.lengths, *kept.documents, *self.integers,
             shape.seqlen_q if kept.documents_vary else 0, self.blocks, self.section, self.line,
             *(rows.pitch for rows in tensors), *self.scales,
         )  # fmt: skip
 
-    def _finish(self, sums: Tensor, dq: Tensor, kept: Kept) -> None:
+    def _finish(self, sums: Tensor, marks: Tensor, dq: Tensor, kept: Kept) -> None:
         shape, index = self.problem.shape, sums.device.index
         kernel = jit.load(self.specs[2], index)
-        blocks = -(-self.line // (_ELEMENTS_A_PROGRAM // self.config.dim))
+        programs = self.line // _PIECE * shape.heads_q * -(-shape.head_dim // _PIECE)
         kernel(
-            jit.current_stream(index), blocks, shape.heads_q, 1, sums.data_ptr(), dq.data_ptr(), *kept.lengths,
+            jit.current_stream(index), programs, 1, 1, sums.data_ptr(), marks.data_ptr(), dq.data_ptr(), *kept.lengths,
             shape.batch, shape.heads_q, shape.seqlen_q, shape.seqlen_k, self.line, shape.head_dim, self.problem.score.scale,
         )  # fmt: skip
 

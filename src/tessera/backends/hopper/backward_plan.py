@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
-from tessera.backends.hopper.config import Feature
+from tessera.backends.hopper.config import ROWS, Feature
 from tessera.backends.hopper.plan import features_of
-from tessera.problem import Layout, Problem
+from tessera.problem import Layout, Problem, Reproducibility
 
+PART_LINE = 256
+"""Values in a line of the workspace, where parts of dQ lie as in registers: 64 rows of four columns (pieces/sums.py)."""
 WORK_ROWS = 128
 """Every sequence's rows begin at a multiple of this in the workspace: a multiple of every kernel's row block."""
 
@@ -24,6 +26,16 @@ class Division(Enum):
     """Three consumers on 64 keys: one has S and dV, one dP and dK, one dQ. For head dims up to 256."""
 
 
+class PartLayout(Enum):
+    """How a part of dQ lies in shared memory and in the workspace."""
+
+    REGISTERS = "registers"
+    """As wgmma leaves it, thread after thread: no conflict between shared memory's banks. Ours / FA3 went from 0.91 .. 0.94 to
+    0.96 .. 0.99 at head dim 128, and from 0.85 .. 0.94 to 0.93 .. 0.98 at 64 (H200, 1k and 16k, 2026-11-21)."""
+    ROWS = "rows"
+    """As rows of dQ. At head dim 256 additions in L2 are the limit: so ours / FA3 was 1.01 at 16k, and 0.94 with the other."""
+
+
 @dataclass(frozen=True)
 class BackwardConfig:
     """One variant of the backward. `rows`: query rows of a block; `keys`: keys of a tile; `dim`, `dim_v`: padded head dims."""
@@ -35,11 +47,47 @@ class BackwardConfig:
     dim_v: int
     q_stages: int
     do_stages: int
+    reproducibility: Reproducibility = Reproducibility.ANY_ORDER
     features: tuple[Feature, ...] = ()
+
+    @property
+    def consumers(self) -> int:
+        """Warpgroups that compute."""
+        return 3 if self.division is Division.PRODUCTS else self.keys // ROWS
+
+    @property
+    def readers(self) -> int:
+        """Consumers that read each block of Q, and of dO: one that does nothing but dQ reads neither."""
+        return 2 if self.division is Division.PRODUCTS else self.consumers
+
+    @property
+    def adders(self) -> int:
+        """Consumers that compute parts of dQ."""
+        return 1 if self.division is Division.PRODUCTS else self.consumers
+
+    @property
+    def part_buffers(self) -> int:
+        """Buffers for parts of dQ, over all adders. In turns there is one each."""
+        return self.adders if self.division is Division.TURNS else 2 * self.adders
+
+    @property
+    def part_columns(self) -> int:
+        """Columns of the parts in which dQ is added up."""
+        return {Division.KEYS: self.dim // 2, Division.TURNS: self.dim, Division.PRODUCTS: 64}[self.division]
+
+    @property
+    def part_layout(self) -> PartLayout:
+        return PartLayout.ROWS if self.division is Division.PRODUCTS else PartLayout.REGISTERS
+
+    @property
+    def parts(self) -> int:
+        """Parts of a block of rows."""
+        return self.dim // self.part_columns
 
     def __str__(self) -> str:
         dim = str(self.dim) if self.dim == self.dim_v else f"{self.dim}/{self.dim_v}"
         text = f"{self.rows}x{self.keys} d{dim}, divided by {self.division.value}, {self.q_stages}+{self.do_stages} stages"
+        text += ", dQ summed in a fixed order" if self.reproducibility is Reproducibility.BITWISE else ""
         return text + "".join(f", {feature.value}" for feature in self.features)
 
 
@@ -49,28 +97,35 @@ class RowsConfig:
 
     dim: int
     dim_v: int
+    reproducibility: Reproducibility
+    part_layout: PartLayout
     features: tuple[Feature, ...]
 
     @staticmethod
     def of(config: BackwardConfig) -> RowsConfig:
         """Of a configuration's features, those that say which rows there are, and the sinks."""
         wanted = {Feature.VARLEN, Feature.SEQUSED_Q, Feature.QUERY_END, Feature.SINKS}
-        return RowsConfig(config.dim, config.dim_v, tuple(x for x in config.features if x in wanted))
+        features = tuple(x for x in config.features if x in wanted)
+        return RowsConfig(config.dim, config.dim_v, config.reproducibility, config.part_layout, features)
 
 
 def backward_config(problem: Problem) -> BackwardConfig:
     """The configuration for a problem."""
-    shape = problem.shape
-    dim, dim_v = _padded(shape.head_dim), _padded(shape.head_dim_v)
     features = features_of(problem)
+    dim, dim_v = _padded(problem.shape.head_dim), _padded(problem.shape.head_dim_v)
+    config = BackwardConfig(Division.KEYS, 64, 128, dim, dim_v, 2, 2, problem.reproducibility, features)
     if max(dim, dim_v) == 256:
         # One stage of dO leaves room to double the buffers of P, dS and dQ: 3 to 6% over two (H200, 4k and 16k, 2026-11-21).
-        return BackwardConfig(Division.PRODUCTS, 64, 64, dim, dim_v, q_stages=2, do_stages=1, features=features)
+        return replace(config, division=Division.PRODUCTS, keys=64, do_stages=1)
     if max(dim, dim_v) == 64 and not {Feature.SOFTCAP, Feature.LEFT, Feature.DOCUMENTS} & set(features):
         # Over two consumers and 128 keys: 1.05 to 1.13 (H200, 1k and 16k, 2026-11-21). With a softcap's slope, or with masks at
         # both ends, 160 registers spill in the loop.
-        return BackwardConfig(Division.TURNS, 64, 192, dim, dim_v, q_stages=3, do_stages=3, features=features)
-    return BackwardConfig(Division.KEYS, 64, 128, dim, dim_v, q_stages=2, do_stages=2, features=features)
+        return replace(config, division=Division.TURNS, keys=192, q_stages=3, do_stages=3)
+    if max(dim, dim_v) == 128 and problem.reproducibility is Reproducibility.BITWISE:
+        # A tile that waits for another's dQ then holds up one consumer and not both: 1.02 to 1.06 over in step (H200, 1k and 16k,
+        # 2026-11-21). In any order in step is better: 0.99 to 1.04.
+        return replace(config, division=Division.TURNS)
+    return config
 
 
 def _padded(dim: int) -> int:
@@ -87,5 +142,6 @@ def work_lines(problem: Problem) -> int:
 
 
 def workspace_bytes(problem: Problem) -> int:
-    """dQ in float32, and lse and D of each row."""
-    return 4 * problem.shape.heads_q * work_lines(problem) * (problem.shape.head_dim + 2)
+    """dQ in float32, lse and D of each row, a mark for every 64 rows and a counter."""
+    rows = problem.shape.heads_q * work_lines(problem)
+    return 4 * (rows * (problem.shape.head_dim + 2) + rows // 64 + 1)

@@ -3,7 +3,7 @@ the products are divided among three, and nothing is computed twice:
 
     dv    S^T, P^T, dV += P^T dO       P in 16 bits to dk through shared memory
     dk    dP^T, dS^T, dK += dS^T Q     dS to dq through shared memory
-    dq    dQ = dS K                    in parts of 64 columns, added to the workspace
+    dq    dQ = dS K                    in parts of 64 columns to the writer
 
 S of the next block runs beside dV of this one, dP of the next beside dK of this one. Products with 256 columns from registers do
 not compile in a block of 416 threads (C7602), so dK and dV are done in two products of 128.
@@ -13,7 +13,6 @@ from tessera.backends.hopper.pieces.channel import Ring, make_ring
 from tessera.backends.hopper.pieces.gradients import (
     BARRIER_K,
     BARRIER_V,
-    add_to_dq,
     fresh_zero,
     issue_transposed,
     meet,
@@ -24,6 +23,7 @@ from tessera.backends.hopper.pieces.gradients import (
 from tessera.backends.hopper.pieces.key_tiles import locate_keys
 from tessera.backends.hopper.pieces.row_ranges import cut_and_full, key_bounds, row_blocks
 from tessera.backends.hopper.pieces.softmax import to_16_bit
+from tessera.backends.hopper.pieces.sums import Sums, add_part, make_sums, row_block
 from tessera.backends.hopper.pieces.tiles import M, accumulator_layout, matrix
 from tessera.jit.compat import (
     aggregate,
@@ -40,21 +40,21 @@ from tessera.jit.compat import (
 @aggregate
 class Exchange:
     """What the consumers hand on: P (or, with a softcap, P times its slope) and dS, both (64 keys, 64 rows) in 16 bits; and
-    where parts of dQ wait to be added."""
+    parts of dQ."""
 
     p: gl.shared_memory_descriptor
     ds: gl.shared_memory_descriptor
-    dq: gl.shared_memory_descriptor
     p_ring: Ring
     ds_ring: Ring
+    sums: Sums
 
     @gluon.constexpr_function
-    def __init__(self, p, ds, dq, p_ring, ds_ring):
+    def __init__(self, p, ds, p_ring, ds_ring, sums):
         self.p = p
         self.ds = ds
-        self.dq = dq
         self.p_ring = p_ring
         self.ds_ring = ds_ring
+        self.sums = sums
 
 
 @gluon.jit
@@ -62,8 +62,7 @@ def make_exchange(config: gl.constexpr, dq_map, dtype: gl.constexpr):
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, config.rows], dtype)
     p = gl.allocate_shared_memory(dtype, [2, M, config.rows], layout)
     ds = gl.allocate_shared_memory(dtype, [2, M, config.rows], layout)
-    dq = gl.allocate_shared_memory(gl.float32, [2] + dq_map.block_type.shape, dq_map.layout)
-    return Exchange(p, ds, dq, make_ring(2, 1), make_ring(2, 1))
+    return Exchange(p, ds, make_ring(2, 1), make_ring(2, 1), make_sums(config, dq_map))
 
 
 @gluon.constexpr_function
@@ -109,7 +108,7 @@ def _issue_s(shared, n):
 
 @gluon.jit
 def consumer_of_dv(config: gl.constexpr, dv_map, shared, exchange, score, call):
-    tile = locate_keys(config, gl.program_id(0), call)
+    tile = locate_keys(config, call)
     begin, count = row_blocks(config, call.band, tile.seq, tile.first)
     dv = _empty_sum(config.dim_v)
     if count > 0:
@@ -119,12 +118,13 @@ def consumer_of_dv(config: gl.constexpr, dv_map, shared, exchange, score, call):
         s = warpgroup_mma_wait(0, deps=(_issue_s(shared, 0),))
         p = _next_p(config, shared, exchange, score, bounds, s, 0, begin * config.rows, True)
         for n in range(1, count * call.group):
-            s = _issue_s(shared, n)
             do_slot = shared.do_stream.slot(n - 1)
             shared.do_stream.wait(n - 1)
-            dv = _issue_sum(p, matrix(shared.do.index(do_slot)), dv)
-            s, dv = warpgroup_mma_wait(0, deps=(s, dv))
+            dv = _issue_sum(p, matrix(shared.do.index(do_slot)), dv)  # first: the next dO waits for its buffer
+            s = _issue_s(shared, n)
+            dv = warpgroup_mma_wait(1, deps=(dv,))
             shared.do_stream.release(n - 1)
+            s = warpgroup_mma_wait(0, deps=(s,))
             block = n % count
             is_cut = (block < cut) | (block >= cut + full)
             p = _next_p(config, shared, exchange, score, bounds, s, n, (begin + block) * config.rows, is_cut)
@@ -166,7 +166,7 @@ def _issue_dp(shared, n):
 
 @gluon.jit
 def consumer_of_dk(config: gl.constexpr, dk_map, shared, exchange, score, call):
-    tile = locate_keys(config, gl.program_id(0), call)
+    tile = locate_keys(config, call)
     begin, count = row_blocks(config, call.band, tile.seq, tile.first)
     dk = _empty_sum(config.dim)
     if count > 0:
@@ -196,17 +196,15 @@ def consumer_of_dk(config: gl.constexpr, dk_map, shared, exchange, score, call):
 
 @gluon.jit
 def consumer_of_dq(config: gl.constexpr, dq_map, shared, exchange, call):
-    part: gl.constexpr = 64
-    parts: gl.constexpr = config.dim // part
+    part: gl.constexpr = config.part_columns
+    parts: gl.constexpr = config.parts
     layout: gl.constexpr = accumulator_layout(part)
-    tile = locate_keys(config, gl.program_id(0), call)
+    tile = locate_keys(config, call)
     begin, count = row_blocks(config, call.band, tile.seq, tile.first)
     if count > 0:
         mbarrier.wait(shared.k_full, 0)
         for n in range(count * call.group):
-            member = n // count
-            row = (begin + n - member * count) * config.rows
-            line = (tile.head * call.group + member) * call.order.line + tile.work + row
+            block = row_block(call, tile, n // count, begin + n % count)
             exchange.ds_ring.wait(n)
             ds = exchange.ds.index(exchange.ds_ring.slot(n)).permute((1, 0))
             for j in gl.static_range(parts):
@@ -215,6 +213,6 @@ def consumer_of_dq(config: gl.constexpr, dq_map, shared, exchange, call):
                 dq = warpgroup_mma_wait(0, deps=(dq,))
                 if j == parts - 1:
                     exchange.ds_ring.release(n)
-                add_to_dq(dq_map, exchange.dq, (n * parts + j) % 2, dq, [line, j * part], 1)
+                add_part(config, dq_map, exchange.sums, n * parts + j, dq, block, j)
     meet("arrive", BARRIER_K, 384)
     tma_store_wait(0)

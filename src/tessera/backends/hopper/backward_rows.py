@@ -1,13 +1,15 @@
 """Before and after the backward's main kernel: what it needs of each row, and dQ from float32 (FlashAttention-2, section 3.1.2).
 
 `prepare_rows` writes, for every row of the workspace, lse in base 2 (+inf for a row that sees no key, and for padding: its P is
-then 0), D = rowsum(dO * O) - dlse, and zeros for dQ to be added to. `finish_queries` scales dQ and rounds it.
+then 0), D = rowsum(dO * O) - dlse, and zeros for dQ to be added to (or, where its first part is stored, for the marks).
+`finish_queries` takes dQ from the order in which its parts lie there (pieces/sums.py), scales it and rounds it.
 """
 
 from tessera.backends.hopper.pieces.epilogue import LOG2_E
 from tessera.backends.hopper.pieces.key_tiles import locate_rows
 from tessera.backends.hopper.pieces.kv_source import Lengths
 from tessera.backends.hopper.pieces.softmax import exp2
+from tessera.backends.hopper.pieces.sums import LINE, PART_ROWS, adds_in_order, lies_in_rows
 from tessera.backends.hopper.pieces.tiles import has
 from tessera.jit.compat import gl, gluon
 
@@ -25,10 +27,18 @@ def _layout(columns):
 
 
 @gluon.constexpr_function
-def _wide_layout(columns):
-    """The same for float32: four columns a thread."""
-    across = columns // 4 if columns < 128 else 32
-    return gl.BlockedLayout([1, 4], [32 // across, across], [4, 1], [1, 0])
+def _lines_layout():
+    """Two lines of a part over four warps, four values a thread."""
+    return gl.BlockedLayout([1, 4], [1, 32], [2, 2], [1, 0])
+
+
+@gluon.jit
+def _backwards(columns):
+    """This program's (block, column), the last block first: what the main kernel begins with then lies in L2 when it begins, and
+    what it ends with is taken from L2 before that is overwritten."""
+    number = gl.num_programs(0) - 1 - gl.program_id(0)
+    block = number // columns
+    return block, number - block * columns
 
 
 @gluon.jit
@@ -40,18 +50,18 @@ def _sink_gradient(sink, lse, d):
 
 @gluon.jit
 def prepare_rows(
-    out_ptr, do_ptr, lse_ptr, dlse_ptr, sinks_ptr, stats_ptr, dq_ptr, dsinks_ptr,
+    out_ptr, do_ptr, lse_ptr, dlse_ptr, sinks_ptr, stats_ptr, sum_ptr, marks_ptr, dsinks_ptr,
     cu_q, cu_k, used_q, used_k, key_start, key_end, query_end,
     batch, heads, seqlen_q, seqlen_k, line, dim, dim_v, do_pitch, with_dlse, do_row, do_head,
     CONFIG: gl.constexpr,
 ):  # fmt: skip
-    """Program (block of rows of the workspace, head). dsinks: one partial sum a program."""
+    """A program for each block of rows of the workspace and head. dsinks: one partial sum a program."""
     config: gl.constexpr = CONFIG
     count: gl.constexpr = rows_of(config.dim_v)
     layout: gl.constexpr = _layout(config.dim_v)
     lengths = Lengths(cu_q, cu_k, used_q, used_k, key_start, key_end, query_end)
-    start = gl.program_id(0) * count
-    head = gl.program_id(1)
+    block, head = _backwards(heads)
+    start = block * count
     seq, first = locate_rows(config, start, batch, seqlen_q, seqlen_k, lengths)
     rows = first + gl.arange(0, count, gl.SliceLayout(1, layout))
     columns = gl.arange(0, config.dim_v, gl.SliceLayout(0, layout))
@@ -71,44 +81,87 @@ def prepare_rows(
     d = gl.where(lse == float("-inf"), 0.0, d)
     if has(config, "sinks"):
         sink = gl.load(sinks_ptr + head)
-        gl.store(dsinks_ptr + head * gl.num_programs(0) + gl.program_id(0), _sink_gradient(sink, lse, d))
+        gl.store(dsinks_ptr + head * (gl.num_programs(0) // heads) + block, _sink_gradient(sink, lse, d))
     seen = live & (lse > float("-inf"))
     place = head.to(gl.int64) * line + start + gl.arange(0, count, gl.SliceLayout(1, layout))
     gl.store(stats_ptr + place, gl.where(seen, lse * LOG2_E, float("inf")))
     gl.store(stats_ptr + heads.to(gl.int64) * line + place, gl.where(seen, d, 0.0))
-    _clear_dq(config, dq_ptr, head.to(gl.int64) * line + start, dim)
+    if adds_in_order(config):
+        _clear_marks(marks_ptr, head, line, start)
+    else:
+        _clear_sums(config, sum_ptr, head.to(gl.int64) * line + start, dim)
 
 
 @gluon.jit
-def _clear_dq(config: gl.constexpr, dq_ptr, first, dim):
-    rows: gl.constexpr = rows_of(config.dim_v)
-    width: gl.constexpr = config.dim
-    layout: gl.constexpr = _wide_layout(width)
-    place = first + gl.arange(0, rows, gl.SliceLayout(1, layout))
-    columns = gl.arange(0, width, gl.SliceLayout(0, layout))
-    zeros = gl.zeros([rows, width], gl.float32, layout)
-    gl.store(dq_ptr + place[:, None] * dim + columns[None, :], zeros, mask=(columns < dim)[None, :])
+def _clear_marks(marks_ptr, head, line, start):
+    """The marks of these rows, and the counter before all marks."""
+    if start % PART_ROWS == 0:
+        gl.store(marks_ptr + 1 + head * (line // PART_ROWS) + start // PART_ROWS, 0)
+    if head + start == 0:
+        gl.store(marks_ptr, 0)
+
+
+@gluon.jit
+def _clear_sums(config: gl.constexpr, sum_ptr, first, dim):
+    """Zeros for `dim` columns of as many rows as a program has, from row `first` on: four columns of 64 rows are a line."""
+    size: gl.constexpr = rows_of(config.dim_v) * config.dim
+    layout: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
+    place = gl.arange(0, size, layout)
+    gl.store(sum_ptr + first * dim + place, gl.zeros([size], gl.float32, layout), mask=place < rows_of(config.dim_v) * dim)
+
+
+@gluon.jit
+def _part_in_rows(begin, first_column, dim, is_written, factor, dtype: gl.constexpr):
+    """64 columns of a row block that lies in rows."""
+    layout: gl.constexpr = _layout(64)
+    rows = gl.arange(0, PART_ROWS, gl.SliceLayout(1, layout))
+    columns = first_column + gl.arange(0, 64, gl.SliceLayout(0, layout))
+    there = (columns < dim) & is_written
+    part = gl.load(begin + rows[:, None] * dim + columns[None, :], mask=there[None, :], other=0.0)
+    return (part * factor).to(dtype)
+
+
+@gluon.jit
+def _part_of_registers(begin, first_column, dim, is_written, factor, dtype: gl.constexpr):
+    """The same where (group, warp, lane / 4, lane % 4, half, side) is the order: see pieces/sums.py."""
+    lines = gl.arange(0, 16, gl.SliceLayout(1, _lines_layout())) + first_column // 4
+    within = gl.arange(0, LINE, gl.SliceLayout(0, _lines_layout()))
+    there = (lines < dim // 4) & is_written
+    part = gl.load(begin + lines[:, None] * LINE + within[None, :], mask=there[:, None], other=0.0)
+    apart = gl.reshape((part * factor).to(dtype), [8, 4, 8, 4, 2, 2])
+    return gl.convert_layout(gl.reshape(gl.permute(apart, (1, 4, 2, 0, 3, 5)), [PART_ROWS, 64]), _layout(64))
 
 
 @gluon.jit
 def finish_queries(
-    sum_ptr, dq_ptr, cu_q, cu_k, used_q, used_k, key_start, key_end, query_end,
+    sum_ptr, marks_ptr, dq_ptr, cu_q, cu_k, used_q, used_k, key_start, key_end, query_end,
     batch, heads, seqlen_q, seqlen_k, line, dim, factor,
     CONFIG: gl.constexpr,
 ):  # fmt: skip
-    """Program (block of rows of the workspace, head)."""
+    """A program for each 64 rows of the workspace, head and 64 columns."""
     config: gl.constexpr = CONFIG
-    count: gl.constexpr = rows_of(config.dim)
-    layout: gl.constexpr = _layout(config.dim)
+    width: gl.constexpr = 64
+    layout: gl.constexpr = _layout(width)
     lengths = Lengths(cu_q, cu_k, used_q, used_k, key_start, key_end, query_end)
-    start = gl.program_id(0) * count
-    head = gl.program_id(1)
+    chunks = (dim + (width - 1)) // width
+    block, chunk = _backwards(heads * chunks)
+    head = chunk // chunks
+    start = block * PART_ROWS
+    first_column = (chunk - head * chunks) * width
+    place = head * (line // PART_ROWS) + block
+    is_written = True
+    if adds_in_order(config):  # rows that no tile has reached: nobody has written anything
+        is_written = gl.load(marks_ptr + 1 + place) != 0
+    begin = sum_ptr + place.to(gl.int64) * PART_ROWS * dim
+    dtype: gl.constexpr = dq_ptr.dtype.element_ty
+    if lies_in_rows(config):
+        dq = _part_in_rows(begin, first_column, dim, is_written, factor, dtype)
+    else:
+        dq = _part_of_registers(begin, first_column, dim, is_written, factor, dtype)
+
     seq, first = locate_rows(config, start, batch, seqlen_q, seqlen_k, lengths)
-    rows = gl.arange(0, count, gl.SliceLayout(1, layout))
-    columns = gl.arange(0, config.dim, gl.SliceLayout(0, layout))
+    rows = gl.arange(0, PART_ROWS, gl.SliceLayout(1, layout))
+    columns = first_column + gl.arange(0, width, gl.SliceLayout(0, layout))
     wanted = (first + rows < seq.q_rows)[:, None] & (columns < dim)[None, :]
-    place = head.to(gl.int64) * line + start + rows
-    dq = gl.load(sum_ptr + place[:, None] * dim + columns[None, :], mask=wanted, other=0.0)
     token = (seq.batch * seqlen_q + seq.q_begin + first + rows).to(gl.int64)
-    dq = (dq * factor).to(dq_ptr.dtype.element_ty)
     gl.store(dq_ptr + (token * heads + head)[:, None] * dim + columns[None, :], dq, mask=wanted)

@@ -8,7 +8,6 @@ when all three parts are there. A block that sees none of a consumer's keys cost
 from tessera.backends.hopper.pieces.channel import Ring
 from tessera.backends.hopper.pieces.gradients import (
     BARRIER_K,
-    add_to_dq,
     fresh_zero,
     issue_transposed,
     meet,
@@ -20,6 +19,7 @@ from tessera.backends.hopper.pieces.key_tiles import locate_keys
 from tessera.backends.hopper.pieces.masking import has_lower_bound
 from tessera.backends.hopper.pieces.row_ranges import cut_and_full, first_row, key_bounds, row_blocks
 from tessera.backends.hopper.pieces.softmax import to_16_bit
+from tessera.backends.hopper.pieces.sums import Sums, add_part, make_sums, row_block
 from tessera.backends.hopper.pieces.tiles import M, accumulator_layout, empty_accumulator, matrix, operand_layout
 from tessera.jit.compat import (
     aggregate,
@@ -32,69 +32,68 @@ from tessera.jit.compat import (
     warpgroup_mma_wait,
 )
 
-WAYS = gl.constexpr(3)
-"""Consumers, and blocks whose dS may be on their way."""
-
 
 @aggregate
-class Thirds:
-    """dS^T of up to three blocks, a tile (64 keys, 64 rows) from each consumer; and where each one's dQ waits to be added."""
+class Parts:
+    """dS^T of up to three blocks, a tile (64 keys, 64 rows) from each consumer; and dQ of up to three, one from each."""
 
     ds: gl.shared_memory_descriptor
-    dq: gl.shared_memory_descriptor
     ring: Ring
+    sums: Sums
 
     @gluon.constexpr_function
-    def __init__(self, ds, dq, ring):
+    def __init__(self, ds, ring, sums):
         self.ds = ds
-        self.dq = dq
         self.ring = ring
+        self.sums = sums
 
 
 @gluon.jit
-def make_thirds(config: gl.constexpr, dq_map, dtype: gl.constexpr):
+def make_parts(config: gl.constexpr, dq_map, dtype: gl.constexpr):
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, config.rows], dtype)
-    ds = gl.allocate_shared_memory(dtype, [WAYS * WAYS, M, config.rows], layout)
-    dq = gl.allocate_shared_memory(gl.float32, [WAYS] + dq_map.block_type.shape, dq_map.layout)
-    full = gl.allocate_shared_memory(gl.int64, [WAYS, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [WAYS, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(WAYS):
-        mbarrier.init(full.index(slot), count=WAYS)
+    count: gl.constexpr = config.consumers
+    ds = gl.allocate_shared_memory(dtype, [count * count, M, config.rows], layout)
+    full = gl.allocate_shared_memory(gl.int64, [count, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [count, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(count):
+        mbarrier.init(full.index(slot), count=count)
         mbarrier.init(empty.index(slot), count=1)
-    return Thirds(ds, dq, Ring(full, empty, WAYS))
+    return Parts(ds, Ring(full, empty, count), make_sums(config, dq_map))
 
 
 @gluon.jit
-def _hand_over(consumer: gl.constexpr, thirds, ds, n):
+def _hand_over(config: gl.constexpr, consumer: gl.constexpr, parts, ds, n):
     """This consumer's dS^T of block n into the ring."""
-    thirds.ring.acquire(n)
-    thirds.ds.index(thirds.ring.slot(n) * WAYS + consumer).store(ds)
+    parts.ring.acquire(n)
+    parts.ds.index(parts.ring.slot(n) * config.consumers + consumer).store(ds)
     fence_async_shared()
-    thirds.ring.publish(n)
+    parts.ring.publish(n)
 
 
 @gluon.jit
-def _add_dq_in_turn(consumer: gl.constexpr, dq_map, shared, thirds, n, line):
+def _sum_in_turn(config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, parts, n, block):
     """dQ = dS K of block n, if it is this consumer's turn."""
-    if n % WAYS == consumer:
+    count: gl.constexpr = config.consumers
+    if n % count == consumer:
         columns: gl.constexpr = shared.k.shape[-1]
-        thirds.ring.wait(n)
+        parts.ring.wait(n)
         zero = fresh_zero()
-        first = thirds.ring.slot(n) * WAYS
+        first = parts.ring.slot(n) * count
         dq = gl.zeros([M, columns], gl.float32, accumulator_layout(columns))
-        for part in gl.static_range(WAYS):
-            ds = thirds.ds.index(first + part).permute((1, 0))
+        for part in gl.static_range(count):
+            ds = parts.ds.index(first + part).permute((1, 0))
             dq = warpgroup_mma(ds, matrix(shared.k.index(part + zero)), dq, use_acc=part > 0, is_async=True)
         dq = warpgroup_mma_wait(0, deps=(dq,))
-        thirds.ring.release(n)
-        add_to_dq(dq_map, thirds.dq, consumer, dq, [line, 0], 0)
+        parts.ring.release(n)
+        add_part(config, dq_map, parts.sums, n, dq, block, 0)
 
 
 @gluon.jit
 def _block(
-    config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, thirds, score, bounds, n, row, line, state, MASKED: gl.constexpr
-):
-    """One turn of the main loop: the block of rows from `row` on, which lies at `line` of the workspace."""
+    config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, parts, score, bounds, n, row, block, state,
+    MASKED: gl.constexpr,
+):  # fmt: skip
+    """One turn of the main loop: the rows from `row` on, which are row block `block` of the workspace."""
     dk, dv = state
     dtype: gl.constexpr = shared.q.dtype
     zero = fresh_zero()
@@ -115,19 +114,19 @@ def _block(
     d = row_values(shared.d, do_slot, config.rows)
     ds = to_16_bit(weight.to(gl.float32) * (dp - d[None, :]), dtype)
     dv = warpgroup_mma(gl.convert_layout(p, operand_layout(config.dim_v)), do, dv, is_async=True)
-    _hand_over(consumer, thirds, ds, n)
+    _hand_over(config, consumer, parts, ds, n)
 
     dk = warpgroup_mma(gl.convert_layout(ds, operand_layout(config.dim)), q, dk, is_async=True)
     dv = warpgroup_mma_wait(1, deps=(dv,))
     shared.do_stream.release(n)
     dk = warpgroup_mma_wait(0, deps=(dk,))
     shared.q_stream.release(n)
-    _add_dq_in_turn(consumer, dq_map, shared, thirds, n, line)
+    _sum_in_turn(config, consumer, dq_map, shared, parts, n, block)
     return dk, dv
 
 
 @gluon.jit
-def _pass_over(config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, thirds, n, line):
+def _pass_over(config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, parts, n, block):
     """A block that sees none of this consumer's keys: dS is 0, and its turn at dQ may come all the same."""
     rows: gl.constexpr = config.rows
     nothing = gl.zeros([M, rows], shared.q.dtype, accumulator_layout(rows))
@@ -135,12 +134,12 @@ def _pass_over(config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, thi
     shared.q_stream.release(n)
     shared.do_stream.wait(n)
     shared.do_stream.release(n)
-    _hand_over(consumer, thirds, nothing, n)
-    _add_dq_in_turn(consumer, dq_map, shared, thirds, n, line)
+    _hand_over(config, consumer, parts, nothing, n)
+    _sum_in_turn(config, consumer, dq_map, shared, parts, n, block)
 
 
 @gluon.jit
-def _main_loop(config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, thirds, score, call, tile):
+def _main_loop(config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, parts, score, call, tile):
     """dK and dV of 64 keys: the sums over all blocks of rows of all query heads that share them."""
     first = tile.first + consumer * M
     begin, count = row_blocks(config, call.band, tile.seq, tile.first)
@@ -156,32 +155,28 @@ def _main_loop(config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, thi
         row = begin * rows
         for member in range(call.group):
             n = member * count
-            line = (tile.head * call.group + member) * call.order.line + tile.work + row
+            block = row_block(call, tile, member, begin)
             for i in range(unseen):
-                _pass_over(config, consumer, dq_map, shared, thirds, n + i, line + i * rows)
+                _pass_over(config, consumer, dq_map, shared, parts, n + i, block + i)
             for i in range(unseen, unseen + cut):
-                state = _block(
-                    config, consumer, dq_map, shared, thirds, score, bounds, n + i, row + i * rows, line + i * rows, state, True
-                )
+                at = row + i * rows
+                state = _block(config, consumer, dq_map, shared, parts, score, bounds, n + i, at, block + i, state, True)
             for i in range(unseen + cut, unseen + cut + full):
-                state = _block(
-                    config, consumer, dq_map, shared, thirds, score, bounds, n + i, row + i * rows, line + i * rows, state, False
-                )
+                at = row + i * rows
+                state = _block(config, consumer, dq_map, shared, parts, score, bounds, n + i, at, block + i, state, False)
             if has_lower_bound(config):
                 for i in range(unseen + cut + full, count):
-                    place = row + i * rows
-                    state = _block(
-                        config, consumer, dq_map, shared, thirds, score, bounds, n + i, place, line + i * rows, state, True
-                    )
+                    at = row + i * rows
+                    state = _block(config, consumer, dq_map, shared, parts, score, bounds, n + i, at, block + i, state, True)
     return state
 
 
 @gluon.jit
-def consumer_in_turn(config: gl.constexpr, consumer: gl.constexpr, dq_map, dk_map, dv_map, shared, thirds, score, call):
-    tile = locate_keys(config, gl.program_id(0), call)
-    dk, dv = _main_loop(config, consumer, dq_map, shared, thirds, score, call, tile)
+def consumer_in_turn(config: gl.constexpr, consumer: gl.constexpr, dq_map, dk_map, dv_map, shared, parts, score, call):
+    tile = locate_keys(config, call)
+    dk, dv = _main_loop(config, consumer, dq_map, shared, parts, score, call, tile)
     row = tile.first + consumer * M
     store_gradient(dv_map, shared.v, consumer, dv, tile, row)  # nobody else reads these rows of V
-    meet("sync", BARRIER_K, 384)
+    meet("sync", BARRIER_K, 2 * config.keys)
     store_gradient(dk_map, shared.k, consumer, dk * score.factor, tile, row)
     tma_store_wait(0)

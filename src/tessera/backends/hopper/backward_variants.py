@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from tessera import jit
 from tessera.backends.hopper.backward_launch import finish_spec, main_spec, prepare_spec
 from tessera.backends.hopper.backward_plan import RowsConfig, backward_config
 from tessera.mask import MaskSpec
-from tessera.problem import Gradients, Layout, Problem, Score, Shape, Sinks
+from tessera.problem import Gradients, Layout, Problem, Reproducibility, Score, Shape, Sinks
 
 _FULL = MaskSpec()
 _CAUSAL = MaskSpec(right=0)
@@ -38,6 +40,8 @@ def _named_problems() -> dict[str, Problem]:
             f"d{dim} sinks": _problem(dim, dim, _CAUSAL, sinks=Sinks(Gradients.INPUTS)),
             f"d{dim} varlen": _problem(dim, dim, _CAUSAL, Layout.VARLEN),
         }
+        for name in ("full", "causal", "varlen"):
+            found[f"d{dim} {name}, deterministic"] = replace(found[f"d{dim} {name}"], reproducibility=Reproducibility.BITWISE)
     return found
 
 

@@ -1,11 +1,11 @@
-"""What the backward's kernels share: their tiles in shared memory, P from S, the sums of dQ, and the way out of dK and dV."""
+"""What the backward's kernels share: their tiles in shared memory, P from S, and the way out of dK and dV."""
 
 from tessera.backends.hopper.pieces.channel import Stream
 from tessera.backends.hopper.pieces.kv_source import store_rows
 from tessera.backends.hopper.pieces.row_ranges import mask_rows
 from tessera.backends.hopper.pieces.softmax import exp2, tanh, to_16_bit
 from tessera.backends.hopper.pieces.tiles import M, accumulator_layout, has, matrix
-from tessera.jit.compat import aggregate, fence_async_shared, gl, gluon, tma_reduce_add, tma_store_wait, warpgroup_mma
+from tessera.jit.compat import aggregate, fence_async_shared, gl, gluon, warpgroup_mma
 
 # Hardware's named barriers that channel.py leaves free.
 BARRIER_DS = gl.constexpr(7)
@@ -109,15 +109,6 @@ def probabilities(config: gl.constexpr, score, s, lse, bounds, first_row, masked
         return p, p * (1.0 - capped * capped)
     else:
         return p, p
-
-
-@gluon.jit
-def add_to_dq(dq_map, staging, slot, dq, where, IN_FLIGHT: gl.constexpr):
-    """Add a part of dQ to the workspace, through a buffer of which IN_FLIGHT others may still be read."""
-    tma_store_wait(IN_FLIGHT)
-    staging.index(slot).store(dq)
-    fence_async_shared()
-    tma_reduce_add(dq_map, where, staging.index(slot))
 
 
 @gluon.jit

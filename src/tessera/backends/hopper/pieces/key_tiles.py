@@ -8,6 +8,7 @@ cu_q[b] / 128 + b: that is never fewer blocks than the sequences before it need,
 from tessera.backends.hopper.backward_plan import WORK_ROWS
 from tessera.backends.hopper.pieces.kv_source import Lengths, Pitch, Sequence, Span, dense_sequence, packed_sequence
 from tessera.backends.hopper.pieces.masking import Band
+from tessera.backends.hopper.pieces.sums import adds_in_order
 from tessera.backends.hopper.pieces.tiles import has
 from tessera.jit.compat import aggregate, gl, gluon
 
@@ -16,15 +17,17 @@ WORK = gl.constexpr(WORK_ROWS)
 
 @aggregate
 class Order:
-    """`blocks` key tiles a dense sequence; `section`: query rows, over all heads of a group, that share L2; `line`: rows of
-    the workspace a head."""
+    """This program's tile is `number`. `blocks` key tiles a dense sequence; `section`: query rows, over all heads of a group,
+    that share L2; `line`: rows of the workspace a head."""
 
+    number: gl.tensor
     blocks: gl.tensor
     section: gl.tensor
     line: gl.tensor
 
     @gluon.constexpr_function
-    def __init__(self, blocks, section, line):
+    def __init__(self, number, blocks, section, line):
+        self.number = number
         self.blocks = blocks
         self.section = section
         self.line = line
@@ -85,8 +88,9 @@ class KeyTile:
 @gluon.jit
 def _ordered(config: gl.constexpr, number, blocks, heads, section):
     """Tile `number` of blocks x heads as (block, head). Where a diagonal makes the first blocks the longest they come first
-    (longest processing time first), inside even sections of heads whose Q, dO and dQ share L2."""
-    if has(config, "right"):
+    (longest processing time first), inside even sections of heads whose Q, dO and dQ share L2; or last, where dQ is summed in
+    a fixed order (see backward_writer.py)."""
+    if has(config, "right") or adds_in_order(config):
         sections = (heads + section - 1) // section
         section = (heads + sections - 1) // sections
         whole = blocks * section
@@ -94,7 +98,10 @@ def _ordered(config: gl.constexpr, number, blocks, heads, section):
         rest = number - group * whole
         size = gl.maximum(gl.minimum(section, heads - group * section), 1)  # the last section may be short
         block = rest // size
-        return block, group * section + rest - block * size
+        head = group * section + rest - block * size
+        if has(config, "right") and adds_in_order(config):
+            block = blocks - 1 - block
+        return block, head
     else:
         head = number // blocks
         return number - head * blocks, head
@@ -152,12 +159,12 @@ def _packed_tile(config: gl.constexpr, number, call):
 
 
 @gluon.jit
-def locate_keys(config: gl.constexpr, number, call):
-    """The tile of program `number`. Packed calls may have one more a sequence than it needs: it sees no row and writes none."""
+def locate_keys(config: gl.constexpr, call):
+    """This program's tile. Packed calls may have one more a sequence than it needs: it sees no row and writes none."""
     if has(config, "varlen"):
-        return _packed_tile(config, number, call)
+        return _packed_tile(config, call.order.number, call)
     else:
-        return _dense_tile(config, number, call)
+        return _dense_tile(config, call.order.number, call)
 
 
 @gluon.jit
