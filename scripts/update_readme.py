@@ -109,8 +109,8 @@ def _training_table(record: dict[str, Any], name: str) -> str:
     head = (
         f"Whole training steps of a GPT ({model}; {record['tokens']} tokens a step), {here['gpus'][0]['name']}, torch "
         f"{here['versions']['torch']}, {record['date'][:10]}; all contenders in turns, step by step "
-        f"(`benchmarks/results/{name}`). Milliseconds a step, model FLOP utilisation by Megatron-LM's formula (which counts "
-        "causal attention as full; of 989.4 TFLOP/s), peak memory."
+        f"(`benchmarks/results/{name}`). Milliseconds a step (in brackets how many times faster ours is), model FLOP utilisation "
+        "by Megatron-LM's formula (which counts causal attention as full; of 989.4 TFLOP/s), peak memory."
     )
     lengths = record["lengths"]
     titles = [f"{length['batch']} x {_thousands(length['seqlen'])}" for length in lengths]
@@ -126,7 +126,8 @@ def _step(result: dict[str, Any]) -> str:
         return result["outcome"]
     used = f", {result['utilisation']:.1%}" if result["utilisation"] else ""
     memory = f", {result['peak_bytes'] / 1e9:.1f} GB" if result["peak_bytes"] else ""
-    return f"{1e3 * result['seconds']['median']:.1f} ms{used}{memory}"
+    ratio = f" ({result['speedup']['median']:.2f})" if result["speedup"] else ""
+    return f"{1e3 * result['seconds']['median']:.1f} ms{ratio}{used}{memory}"
 
 
 def _learning(record: dict[str, Any], name: str) -> str:

@@ -184,7 +184,7 @@ def losses(report: LearningReport, path: Path) -> Path:
     for axis in (above, below):
         axis.grid(color="#e3e8ed", zorder=0)
     device = report.machine.gpus[0].name if report.machine.gpus and report.device != "cpu" else report.machine.cpu.name
-    above.set_title(f"A byte-level GPT learns Python's standard library ({report.kernel}, {device})", loc="left")
+    above.set_title(f"A byte-level GPT learns Python's standard library\n{report.kernel}, {device}", loc="left")
     figure.tight_layout()
     return _save(pyplot, figure, path)
 

@@ -43,7 +43,7 @@ def show(console: Console, report: TrainingReport) -> None:
     shape, device = report.shape, report.machine.gpus[0].name if report.device != "cpu" else report.machine.cpu.name
     sizes = f"{shape.layers} layers, hidden {shape.hidden}, {shape.heads} heads of {shape.head_dim}, {shape.vocabulary} tokens"
     console.print(f"[bold]training[/]: {sizes}; {report.dtype}, {report.tokens} tokens a step, on {device}", soft_wrap=True)
-    shown = screen.table("sequences", "attention", ">step", ">model FLOP/s used", ">peak memory", ">ours is faster by")
+    shown = screen.table("sequences", "attention", ">step", ">model FLOPs", ">peak memory", ">ours is faster by")
     for length in report.lengths:
         for name, result in length.entries.items():
             shown.add_row(*_row(length, name, result, report.ours))
@@ -62,7 +62,8 @@ def _row(length: Length, name: str, result: StepResult, ours: str) -> tuple[str,
     sequences = f"{length.batch} x {length.seqlen}"
     if result.seconds is None or result.tflops is None:
         return sequences, name, _DRAW[result.outcome], "", "", ""
-    used = f"{result.tflops:#.3g} TFLOP/s" + ("" if result.utilisation is None else f" ({result.utilisation:.1%})")
+    rate = f"{result.tflops:.0f}" if result.tflops >= 100 else f"{result.tflops:#.3g}"
+    used = f"{rate} TFLOP/s" + ("" if result.utilisation is None else f" ({result.utilisation:.1%})")
     memory = "" if result.peak_bytes is None else screen.size(result.peak_bytes)
     ratio = "" if result.speedup is None else f"[{'bad' if result.speedup.median < 1 else 'good'}]{result.speedup}[/]"
     shown_name = f"[ours]{name}[/]" if name == ours else name
