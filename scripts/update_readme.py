@@ -143,6 +143,40 @@ def _learning(record: dict[str, Any], name: str) -> str:
     )
 
 
+def serving() -> str:
+    """The newest record of `python -m tessera.bench.decoding`: GB/s of K and V, the ratio to each peer, losing cells first."""
+    parts = []
+    for path in sorted(RESULTS.glob("decode_*.json"))[-1:]:
+        parts.append(_decoding(json.loads(path.read_text()), path.name))
+    return "\n\n".join(parts) or "Nothing measured yet."
+
+
+def _decoding(record: dict[str, Any], name: str) -> str:
+    peers = ("cudnn", "fa3", "fa2")
+    head = (
+        f"Decoding over a KV cache, bf16, {record['device']}, torch {record['torch']}, Triton {record['triton']}, "
+        f"{record['date']}; as CUDA graphs, interleaved in one run, buffers rotated past L2 (`benchmarks/results/{name}`). 32 query "
+        "and 8 key/value heads of 128 but where a row says otherwise; FlashAttention-3 with its scheduler's metadata made before. "
+        "GB/s of K and V, in brackets of a copy's; then how many times faster than each peer."
+    )
+    lines = [head, "", "| sequences | microseconds | GB/s | " + " | ".join(peers) + " |", "|---" * (3 + len(peers)) + "|"]
+    for cell in sorted(record["cells"], key=_least_ratio):
+        times, rates = cell["microseconds"], cell["gigabytes_per_second"]
+        if "tessera" not in times:
+            lines.append(f"| {cell['cell']} | {cell['absent'].get('tessera', '')} |" + " |" * (1 + len(peers)))
+            continue
+        ratios = [f"{times[peer] / times['tessera']:.2f}" if peer in times else "" for peer in peers]
+        rate = f"{rates['tessera']:.0f} ({rates['tessera'] / rates['copy']:.2f})"
+        lines.append(f"| {cell['cell']} | {times['tessera']:.1f} | {rate} | " + " | ".join(ratios) + " |")
+    return "\n".join(lines)
+
+
+def _least_ratio(cell: dict[str, Any]) -> float:
+    times = cell["microseconds"]
+    others = [time for who, time in times.items() if who not in ("tessera", "copy")]
+    return min(others, default=math.inf) / times.get("tessera", math.inf)
+
+
 def generation() -> str:
     """The newest record of `tessera demo --generate`: what was served, and what each context cost."""
     parts = []
@@ -192,7 +226,7 @@ def _thousands(number: int) -> str:
 
 
 def updated(text: str) -> str:
-    parts = {"support": support, "benchmarks": benchmarks, "training": training, "generation": generation}
+    parts = {"support": support, "benchmarks": benchmarks, "training": training, "serving": serving, "generation": generation}
     for marker, body in ((name, part()) for name, part in parts.items()):
         pattern = rf"(<!-- {marker}:begin -->\n).*?(<!-- {marker}:end -->)"
         text = re.sub(pattern, lambda found, body=body: f"{found[1]}{body}\n{found[2]}", text, flags=re.DOTALL)

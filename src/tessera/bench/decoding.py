@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tessera.api import warmup
 from tessera.bench.flash_peers import load_fa3
-from tessera.serving.api import attention_with_kvcache
+from tessera.jit.toolchain import triton_version
+from tessera.serving.api import CacheOptions, attention_with_kvcache, plan_kvcache
+from tessera.serving.plan import CachePlan
 
 ROTATED_BYTES = 300 << 20
 """What a graph reads at least before it comes back to a buffer: several times L2."""
@@ -47,11 +51,15 @@ class Cell:
     page_size: int | None = None
     seqlen_q: int = 1
     head_dim_v: int | None = None
+    dtype: torch.dtype = torch.bfloat16
+    """Of the cache; queries are bfloat16."""
+    appended: int = 0
+    """Rows that the step appends to each sequence, with rotary embedding."""
 
     @property
     def bytes(self) -> int:
-        """Of K and V, bfloat16, that have to be read."""
-        return sum(self.lengths) * self.heads_kv * self.head_dim * (4 if self.head_dim_v is None else 2)
+        """Of K and V that have to be read."""
+        return sum(self.lengths) * self.heads_kv * self.head_dim * self.dtype.itemsize * (2 if self.head_dim_v is None else 1)
 
     @property
     def flops(self) -> int:
@@ -78,6 +86,9 @@ def cells() -> Iterator[Cell]:
     yield Cell("ragged 64 x 100..32k", ragged_lengths())
     for page in (256, 64, 16, 8):
         yield Cell(f"16 x 8k pages of {page}", (8192,) * 16, page_size=page)
+    yield Cell("16 x 8k appending, rotary", (8192,) * 16, page_size=64, appended=1)
+    for batch in (1, 16):
+        yield Cell(f"{batch} x 32k e4m3", (32768,) * batch, dtype=torch.float8_e4m3fn)
     for batch in (1, 4):
         yield Cell(f"{batch} x 512", (512,) * batch)
     for exponent in range(9, 18):
@@ -126,35 +137,40 @@ class Caches:
         cell, device = self.cell, self.storage.device
         batch = len(cell.lengths)
         self.q = torch.randn(batch, cell.seqlen_q, cell.heads_q, cell.head_dim, dtype=torch.bfloat16, device=device)
-        self.lengths = torch.tensor(cell.lengths, dtype=torch.int32, device=device)
+        self.lengths = torch.tensor(cell.lengths, dtype=torch.int32, device=device) - cell.appended
         shape: tuple[int, ...] = (batch, cell.capacity, cell.heads_kv, cell.head_dim)
         table = None
         if cell.page_size is not None:
             count = batch * cell.capacity // cell.page_size
             shape = (count, cell.page_size, cell.heads_kv, cell.head_dim)
             table = torch.randperm(count, device=device).int().view(batch, -1)
+        storage = self.storage if cell.dtype == self.storage.dtype else self.storage[: 1 << 30].to(cell.dtype)
         size = math.prod(shape)
         wanted = max(1, math.ceil(ROTATED_BYTES / cell.bytes))
         each = 2 if cell.head_dim_v is None else 1
-        count = min(wanted, self.storage.numel() // (each * size))
-        parts = self.storage[: each * size * count].view(count, each, *shape)
+        count = min(wanted, storage.numel() // (each * size))
+        parts = storage[: each * size * count].view(count, each, *shape)
         self.buffers = [(part[0], part[1] if each == 2 else None, table) for part in parts]
 
 
 def contenders(caches: Caches, fa3: Any | None) -> dict[str, Step]:
     """Everyone that serves the cell, by name."""
     cell, q, lengths = caches.cell, caches.q, caches.lengths
+    options: CacheOptions = {"causal": True, "head_dim_v": cell.head_dim_v}
+    if cell.appended:
+        new = torch.randn(len(cell.lengths), cell.appended, cell.heads_kv, cell.head_dim, dtype=q.dtype, device=q.device)
+        angles = torch.randn(cell.capacity, cell.head_dim // 2, dtype=q.dtype, device=q.device)
+        options |= {"k": new, "v": new.clone(), "rotary_cos": angles, "rotary_sin": angles, "rotary_interleaved": False}
 
-    def ours(schedule: str | None, i: int) -> object:
+    def ours(i: int) -> object:
         k, v, table = caches.buffers[i]
-        return attention_with_kvcache(
-            q, k, v, cache_seqlens=lengths, page_table=table, head_dim_v=cell.head_dim_v, schedule=schedule, causal=True
-        )
+        asked: CacheOptions = {**options, "page_table": table}
+        return attention_with_kvcache(q, k, v, cache_seqlens=lengths, **asked)
 
-    steps: dict[str, Step] = {"tessera": partial(ours, None)}
+    steps: dict[str, Step] = {"tessera": ours}
+    if cell.dtype != q.dtype or cell.appended:
+        return steps  # the peers' calls below have neither
     one_row = cell.seqlen_q == 1 and cell.head_dim_v is None
-    if one_row:
-        steps |= {f"tessera {schedule}": partial(ours, schedule) for schedule in ("split", "stream_k")}
     if fa3 is not None and (not one_row or cell.page_size is None or cell.page_size >= 64):
         steps["fa3"] = _fa3_step(caches, fa3)
     if one_row and cell.page_size is None and len(set(cell.lengths)) == 1:
@@ -239,7 +255,7 @@ class Timed:
     def against(self) -> dict[str, float]:
         """How many times faster we are than each peer."""
         ours = self.microseconds.get("tessera", math.inf)
-        return {name: time / ours for name, time in self.microseconds.items() if not name.startswith("tessera")}
+        return {name: time / ours for name, time in self.microseconds.items() if name not in ("tessera", "copy")}
 
 
 def time_cell(cell: Cell, storage: Tensor, fa3: Any | None, rounds: int) -> Timed:
@@ -254,7 +270,7 @@ def time_cell(cell: Cell, storage: Tensor, fa3: Any | None, rounds: int) -> Time
         except Exception as error:
             absent[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
     halves = storage[: COPIED_BYTES // 2].view(2, -1)
-    graphs["copy"] = Graph.of(lambda _: halves[0].copy_(halves[1]), 1, 2)
+    graphs["copy"] = Graph.of(lambda _: torch.mul(halves[1], 1.0, out=halves[0]), 1, 2)  # copy_ would be a slower graph node
     times: dict[str, list[float]] = {name: [] for name in graphs}
     names = list(graphs)
     for number in range(rounds):
@@ -273,12 +289,33 @@ def time_cell(cell: Cell, storage: Tensor, fa3: Any | None, rounds: int) -> Time
 
 def line(timed: Timed) -> str:
     """One cell in one line."""
-    ratios = timed.against() | {"copy": math.nan}
+    ratios = timed.against()
     work = timed.teraflops_per_second
     words = [f"{name} {timed.microseconds[name]:.1f}us {rate:.0f}" + (f"/{work[name]:.0f}" if name in work else "")
              + (f" x{ratios[name]:.3f}" if name in ratios else "")
              for name, rate in timed.gigabytes_per_second.items()]  # fmt: skip
     return f"{timed.cell:<34} " + "  ".join(words + [f"{name}: {why}" for name, why in timed.absent.items()])
+
+
+def plan_of(cell: Cell) -> CachePlan:
+    """What the cell's step will run on an H200."""
+    batch, page = len(cell.lengths), cell.page_size
+    shape = (batch, cell.capacity) if page is None else (batch * cell.capacity // page, page)
+    k_cache = (*shape, cell.heads_kv, cell.head_dim)
+    options: dict[str, Any] = {} if page is None else {"page_table": (batch, cell.capacity // page)}
+    if cell.appended:
+        options["k"] = options["v"] = (batch, cell.appended, cell.heads_kv, cell.head_dim)
+        options["rotary_cos"] = options["rotary_sin"] = (cell.capacity, cell.head_dim // 2)
+        options["rotary_interleaved"] = False
+    q, v_cache = (batch, cell.seqlen_q, cell.heads_q, cell.head_dim), k_cache if cell.head_dim_v is None else None
+    options |= {"head_dim_v": cell.head_dim_v, "causal": True}
+    return plan_kvcache(q, k_cache, v_cache, cache_dtype=cell.dtype, device="h200", **options)
+
+
+def _here() -> dict[str, str]:
+    """Where and when a record was made."""
+    today = datetime.now(UTC).date().isoformat()
+    return {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton_version(), "date": today}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -297,6 +334,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     storage = torch.empty(max(largest, COPIED_BYTES // 2, ROTATED_BYTES), dtype=torch.bfloat16, device="cuda")
     for piece in storage.split(1 << 30):
         piece.normal_()
+    warmup(map(plan_of, chosen))  # side by side: one after the other would take most of the time
     results: list[Timed] = []
     start = time.monotonic()
     for cell in chosen:
@@ -305,8 +343,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results.append(time_cell(cell, storage, fa3, asked.rounds))
         print(line(results[-1]), flush=True)
         if asked.json is not None:
-            found = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "cells": [asdict(r) for r in results]}
-            asked.json.write_text(json.dumps(found, indent=1) + "\n")
+            asked.json.write_text(json.dumps({**_here(), "cells": [asdict(r) for r in results]}, indent=1) + "\n")
     return 0
 
 

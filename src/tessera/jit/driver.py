@@ -121,10 +121,13 @@ def outside_capture() -> Iterator[None]:
 
 def capture_id(stream: int) -> int:
     """A number for the capture that a stream takes part in, unique in the process; 0 where there is none."""
-    status, found = ctypes.c_int(), ctypes.c_ulonglong()
-    call = library().cuStreamGetCaptureInfo_v2
-    arguments = (ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(found), None, None, None)
-    check("capture of a stream", call(*arguments))
+    cuda, status, found = library(), ctypes.c_int(), ctypes.c_ulonglong()
+    asked = [ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(found)]
+    if hasattr(cuda, "cuStreamGetCaptureInfo_v2"):
+        answer = cuda.cuStreamGetCaptureInfo_v2(*asked, None, None, None)  # graph, dependencies and their number: not wanted
+    else:
+        answer = cuda.cuStreamGetCaptureInfo_v3(*asked, None, None, None, None)  # and data of the edges
+    check("capture of a stream", answer)
     return found.value if status.value else 0
 
 

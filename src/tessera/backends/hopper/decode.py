@@ -57,9 +57,14 @@ from tessera.jit.compat import aggregate, fence_async_shared, gl, gluon, let_nex
 M = gl.constexpr(ROWS)
 RING_BARRIERS = gl.constexpr(3)
 """The first named barrier of the rings: Triton takes 0, 1 and one for the producer's partition."""
-PRODUCER_REGISTERS = gl.constexpr(24)
 LOADS_TOGETHER = gl.constexpr(8)
 """Boxes whose page numbers are read side by side."""
+
+
+@gluon.constexpr_function
+def producer_registers(config):
+    """Page numbers are held while their boxes are copied."""
+    return 40 if config.box < config.keys else 24
 
 
 @gluon.constexpr_function
@@ -541,4 +546,4 @@ def decode(
     gl.warp_specialize([
         (consumer, (config, shared, call, queries, results)),
         (producer, (config, k_maps, v_maps, shared, call)),
-    ], [1], [PRODUCER_REGISTERS])  # fmt: skip
+    ], [1], [producer_registers(config)])  # fmt: skip

@@ -14,6 +14,8 @@ from tessera.serving.problem import CacheProblem, Granularity, Schedule, Values
 
 FEW_KEYS = 1024
 """Keys an SM up to which tiles of 64 are better than tiles of 128."""
+SHORT = 1024
+"""Keys of a sequence up to which two blocks an SM are better than one."""
 SHARED_OF_SM = 228 * 1024
 """Bytes of shared memory of one SM; each block takes 1 KB beside its own."""
 RESERVED = 1024 + 256
@@ -92,7 +94,7 @@ def decode_plan(problem: CacheProblem, device: Device) -> DecodePlan:
     lines = rows // ROWS + shape.batch + 1 if packed else shape.batch * row_blocks
     items = lines * shape.heads_kv
     schedule = _schedule(problem)
-    tile = _tile(sum(dims) + sum(dims_v), schedule, items * shape.seqlen_k / device.multiprocessors)
+    tile = _tile(sum(dims) + sum(dims_v), schedule, shape.seqlen_k, items * shape.seqlen_k / device.multiprocessors)
     tiles = max(1, -(-shape.seqlen_k // tile.keys))
     resident = tile.blocks * device.multiprocessors
     splits, least = _splits(problem, tiles, items, resident)
@@ -142,19 +144,19 @@ class Tile:
         return Tile(keys, warps, min(stages, MOST_STAGES), blocks, min(255, REGISTERS // (blocks * threads) // 8 * 8))
 
 
-def _tile(words: int, schedule: Schedule, keys_of_sm: float) -> Tile:
-    """The tile for rows of so many words, where an SM has so many keys at most.
+def _tile(words: int, schedule: Schedule, seqlen_k: int, keys_of_sm: float) -> Tile:
+    """The tile for rows of so many words, in a cache of so many keys a sequence, and an SM at most.
 
     H200, 2026-11-21, bf16 d128, microseconds with 64 keys and 4 warps (two blocks an SM; one) and with 128 keys and 8 warps:
-    split 1 x 8k 14.4, 12.2, 12.6; 16 x 8k 123.0, 120.4, 120.4; 1 x 128k of 2 heads 39.5, 38.2, 37.5;
-    stream-K, ragged 64 x 100..32k 350, 371, 358: a second block works while the first goes from one item to the next.
+    split 1 x 8k 14.4, 12.2, 12.6; 4 x 8k 35.0, 34.8, 34.6; 16 x 8k 123.0, 120.4, 120.4; 1 x 128k of 2 heads 39.5, 38.2, 37.5;
+    256 x 512 of 2 heads 35.5, 39.8, 39.1; stream-K, ragged 64 x 100..32k 350, 371, 358: where items are short, a second block
+    works while the first goes from one to the next.
     """
     pair, lone, large = Tile.of(words, 64, 4, 2), Tile.of(words, 64, 4, 1), Tile.of(words, 128, 8, 1)
-    if schedule is Schedule.STREAM_K and pair.stages >= 3:
-        return pair
-    if large.stages >= 3 and keys_of_sm > FEW_KEYS:
+    shared = schedule is Schedule.STREAM_K and pair.stages >= 3
+    if large.stages >= 3 and keys_of_sm > FEW_KEYS and (seqlen_k > SHORT or not shared):
         return large
-    return lone
+    return pair if shared else lone
 
 
 def _schedule(problem: CacheProblem) -> Schedule:

@@ -1,4 +1,4 @@
-"""Every decode kernel that plans choose for the named cases and for what the benchmark times: what the compile gate compiles."""
+"""Every decode and append kernel that plans choose for the named cases and for what the benchmark times: for the compile gate."""
 
 from __future__ import annotations
 
@@ -7,42 +7,60 @@ from collections.abc import Iterator
 import torch
 
 from tessera import jit
+from tessera.backends.hopper.append_launch import append_config, append_spec
 from tessera.backends.hopper.decode_launch import kernel_spec
 from tessera.backends.hopper.decode_plan import decode_plan, why_not
 from tessera.backends.hopper.launch import ELEMENTS
 from tessera.device import Device
-from tessera.serving.cases import CACHE_CASES, CacheCase
-from tessera.serving.operands import describe
+from tessera.serving.cases import CACHE_CASES
+from tessera.serving.operands import CacheRequest, describe
 from tessera.serving.problem import CacheProblem
 
-_TIMED = (
-    CacheCase("long", cached=(300_000,), heads_q=32, heads_kv=8, head_dim=128),
-    *(CacheCase(f"d{dim}", cached=(5, 7), heads_q=32, heads_kv=8, head_dim=dim) for dim in (64, 128, 192, 256)),
-)
-"""Shapes of the benchmark: their tensors are on meta."""
+LONG = 1 << 17
 
 
 def variants() -> tuple[jit.Variant, ...]:
-    """The variants, each once, by names such as "decode bf16 d64+64 128 keys stream_k paged"."""
+    """The variants, each once, by names such as "decode bf16 d64+64 128 keys boxes of 16 stream_k paged"."""
     found: dict[str, jit.Variant] = {}
     for problem in _problems():
-        if why_not(problem):
-            continue
-        config = decode_plan(problem, Device.named("h200")).config
-        spec = kernel_spec(config, problem.dtype)
-        dims = "/".join("+".join(map(str, parts)) for parts in dict.fromkeys((config.dims, config.dims_v)))
-        features = (feature.value for feature in config.features)
-        words = ("decode", ELEMENTS[problem.dtype], f"d{dims}", f"{config.keys} keys", f"boxes of {config.box}", *features)
-        found.setdefault(spec.text, jit.Variant(" ".join(words), spec, wgmma=False))
+        if not why_not(problem):
+            for variant in _of(problem):
+                found.setdefault(variant.spec.text, variant)
     return tuple(found.values())
 
 
+def _of(problem: CacheProblem) -> Iterator[jit.Variant]:
+    element, config = ELEMENTS[problem.dtype], decode_plan(problem, Device.named("h200")).config
+    dims = "/".join("+".join(map(str, parts)) for parts in dict.fromkeys((config.dims, config.dims_v)))
+    features = " ".join((f"boxes of {config.box}", config.storage.value, *(feature.value for feature in config.features)))
+    name = f"decode {element} d{dims} {config.keys} keys {features}"
+    yield jit.Variant(name, kernel_spec(config, problem.dtype), wgmma=False)
+    if problem.append is not None:
+        yield jit.Variant(f"append {element} {append_config(problem)}", append_spec(problem), wgmma=False, setmaxnreg=False)
+
+
 def _problems() -> Iterator[CacheProblem]:
-    for case in _TIMED:
-        yield describe(case.request("meta", torch.bfloat16))
+    for dim in (64, 128, 192, 256):
+        yield describe(_request(1, dim))
+        yield describe(_request(16, dim))
+    wide = _request(16, 128)
+    yield describe(wide._replace(left=500))
+    for page in (8, 16, 64):
+        yield describe(_request(16, 128, page))
+    scales = torch.empty(16 * LONG // 64, 1, 8, device="meta")
+    yield describe(_request(16, 128, 64, torch.float8_e4m3fn)._replace(k_descale=scales, v_descale=scales))
     for case in CACHE_CASES.values():
         request = case.request("cpu", torch.bfloat16)
         yield describe(request)
         if request.num_splits is None and request.schedule is None:
             yield describe(request._replace(schedule="split"))
     yield describe(CACHE_CASES["one query"].request("cpu", torch.float16))
+
+
+def _request(batch: int, dim: int, page: int = 0, dtype: torch.dtype = torch.bfloat16) -> CacheRequest:
+    """A step of a server with long sequences: its tensors are on meta."""
+    rows = (batch, LONG) if not page else (batch * LONG // page, page)
+    cache = torch.empty(*rows, 8, dim, dtype=dtype, device="meta")
+    q = torch.empty(batch, 1, 32, dim, dtype=torch.bfloat16, device="meta")
+    table = torch.empty(batch, LONG // page, dtype=torch.int32, device="meta") if page else None
+    return CacheRequest(q, cache, cache, torch.empty(batch, dtype=torch.int32, device="meta"), page_table=table)

@@ -1,0 +1,122 @@
+"""Decoding over long caches on the GPU, against float64 there: the large tile, crews and stretches of stream-K, parts in two
+steps, FP8; and that graphs of different streams, replayed side by side, keep out of each other's tickets."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tessera.serving.operands import FP8, CacheRequest, describe
+from tessera.serving.operators import forward
+from tessera.verify import compare
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
+
+CAPACITY, HEADS_Q, HEADS_KV, DIM = 8192, 16, 4, 128
+LENGTHS = {
+    "one": (8192,),
+    "equal": (6000, 6000, 6000, 6000),
+    "ragged": (8192, 1, 100, 4097, 0, 8000, 129, 2048),
+    "many, short": tuple(1 + (37 * i) % 300 for i in range(150)),
+}
+POISON = float("nan")
+
+
+def a_request(lengths: tuple[int, ...], page: int = 0, seqlen_q: int = 1, seed: int = 0) -> CacheRequest:
+    """Rows past the sequences' ends, and pages that no sequence has, hold NaN."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    batch = len(lengths)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device="cuda").to(torch.bfloat16)
+
+    q, seqlens = normal(batch, seqlen_q, HEADS_Q, DIM), torch.tensor(lengths, dtype=torch.int32, device="cuda")
+    k, v = normal(batch, CAPACITY, HEADS_KV, DIM), normal(batch, CAPACITY, HEADS_KV, DIM)
+    past = torch.arange(CAPACITY, device="cuda") >= seqlens[:, None]
+    k[past], v[past] = POISON, POISON
+    if not page:
+        return CacheRequest(q, k, v, seqlens, right=0)
+    count = batch * CAPACITY // page
+    places = torch.randperm(count + 5, generator=generator, device="cuda")[:count]
+    pools = [torch.full((count + 5, page, HEADS_KV, DIM), POISON, dtype=q.dtype, device="cuda") for _ in range(2)]
+    for pool, rows in zip(pools, (k, v), strict=True):
+        pool[places] = rows.view(count, page, HEADS_KV, DIM)
+    table = places.int().view(batch, -1)
+    unused = torch.arange(CAPACITY // page, device="cuda") * page >= seqlens[:, None]
+    return CacheRequest(q, *pools, seqlens, page_table=table.masked_fill(unused, 1 << 30), right=0)
+
+
+def attended(request: CacheRequest, keys: Tensor, values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(out, lse) of q over each sequence's own rows of keys and values, (batch, capacity, heads_kv, dim), causal."""
+    q = request.q.to(dtype)
+    outs, lses = torch.zeros_like(q), torch.full((len(q), HEADS_Q, q.shape[1]), float("-inf"), dtype=dtype, device="cuda")
+    for b, length in enumerate(request.cache_seqlens.tolist()):
+        k, v = (x[b, :length].to(dtype).repeat_interleave(HEADS_Q // HEADS_KV, dim=1) for x in (keys, values))
+        scores = torch.einsum("ihd,jhd->hij", q[b], k) * DIM**-0.5
+        rows, columns = torch.arange(q.shape[1], device="cuda"), torch.arange(length, device="cuda")
+        scores = scores.masked_fill(columns[None] > rows[:, None] + length - q.shape[1], float("-inf"))
+        lses[b] = scores.logsumexp(-1)
+        weights = (scores - lses[b][..., None]).exp().nan_to_num(0.0)
+        outs[b] = torch.einsum("hij,jhd->ihd", weights, v)
+    return outs, lses
+
+
+def check(results: tuple[Tensor, Tensor], request: CacheRequest, keys: Tensor, values: Tensor) -> None:
+    refs, eagers = (attended(request, keys, values, dtype) for dtype in (torch.float64, torch.bfloat16))
+    for name, result, ref, eager in zip(("out", "lse"), results, refs, eagers, strict=True):
+        compared = compare(name, result, ref, eager)
+        assert compared.ok, str(compared)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_splits": 61}, {"batch_invariant": True}], ids=str)
+@pytest.mark.parametrize(("page", "seqlen_q"), [(0, 1), (0, 3), (64, 1), (16, 2), (8, 1)])
+@pytest.mark.parametrize("name", LENGTHS)
+def test_long(name: str, page: int, seqlen_q: int, options: dict[str, object]) -> None:
+    clean = a_request(LENGTHS[name], 0, seqlen_q)
+    request = a_request(LENGTHS[name], page, seqlen_q)._replace(backend="hopper", **options)
+    first = forward(request)
+    check(first, request._replace(q=clean.q), clean.k_cache, clean.v_cache)
+    again = forward(request)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)), "two runs differ"
+
+
+@pytest.mark.parametrize("scales", ["none", "head", "block"])
+@pytest.mark.parametrize("name", ["equal", "ragged"])
+def test_fp8(name: str, scales: str) -> None:
+    request = a_request(LENGTHS[name], 64)
+    shape = {"none": None, "head": (HEADS_KV,), "block": (len(request.k_cache), 4, HEADS_KV)}[scales]
+    caches, whole = [], []
+    for number, cache in enumerate((request.k_cache, request.v_cache)):
+        generator = torch.Generator("cuda").manual_seed(number)
+        scale = torch.ones(1, device="cuda") if shape is None else torch.rand(shape, generator=generator, device="cuda") + 0.5
+        of_rows = scale.repeat_interleave(16, dim=1) if scales == "block" else scale
+        stored = (cache.float() / of_rows[..., None]).to(FP8)
+        caches.append((stored, None if shape is None else scale))
+        table = request.page_table.long().clamp(max=len(cache) - 1)
+        whole.append((stored.double() * of_rows[..., None])[table].flatten(1, 2))
+    (k_cache, k_descale), (v_cache, v_descale) = caches
+    asked = request._replace(k_cache=k_cache, v_cache=v_cache, k_descale=k_descale, v_descale=v_descale, backend="hopper")
+    assert describe(asked).cache.is_quantised
+    check(forward(asked), asked, *whole)
+
+
+def test_graphs_side_by_side() -> None:
+    """Two graphs on two streams, each of many launches whose parts meet at tickets, replayed at once and again and again."""
+    requests = [a_request(LENGTHS[name], seed=len(name))._replace(backend="hopper") for name in ("ragged", "equal")]
+    expected = [forward(request) for request in requests]
+    streams, graphs, results = [torch.cuda.Stream() for _ in requests], [], []
+    for request, stream in zip(requests, streams, strict=True):
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
+            results.append([forward(request) for _ in range(20)])
+        graphs.append(graph)
+    for _ in range(5):
+        for graph, stream in zip(graphs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+    torch.cuda.synchronize()
+    for found, right in zip(results, expected, strict=True):
+        assert all(torch.equal(a, b) for each in found for a, b in zip(each, right, strict=True))
