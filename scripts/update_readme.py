@@ -155,8 +155,8 @@ def _decoding(record: dict[str, Any], name: str) -> str:
     peers = ("cudnn", "fa3", "fa2")
     head = (
         f"Decoding over a KV cache, bf16, {record['device']}, torch {record['torch']}, Triton {record['triton']}, "
-        f"{record['date']}; as CUDA graphs, interleaved in one run, buffers rotated past L2 (`benchmarks/results/{name}`). 32 query "
-        "and 8 key/value heads of 128 but where a row says otherwise; FlashAttention-3 with its scheduler's metadata made before. "
+        f"{record['date']}; CUDA graphs, interleaved in one run, buffers rotated past L2 (`benchmarks/results/{name}`). 32 query "
+        "and 8 key/value heads of 128 but where a row says otherwise; FA3 with its scheduler metadata made before. "
         "GB/s of K and V, in brackets of a copy's; then how many times faster than each peer."
     )
     lines = [head, "", "| sequences | microseconds | GB/s | " + " | ".join(peers) + " |", "|---" * (3 + len(peers)) + "|"]
