@@ -110,7 +110,7 @@ def chunk_cells() -> Iterator[Cell]:
 
 def latent_cells() -> Iterator[Cell]:
     """MLA's absorbed form: one latent row of 512 + 64 columns a key."""
-    mla = {"heads_kv": 1, "head_dim": 576, "head_dim_v": 512}
+    mla: dict[str, Any] = {"heads_kv": 1, "head_dim": 576, "head_dim_v": 512}
     for batch, length in ((128, 4096), (66, 8192), (16, 8192), (4, 16384), (1, 32768)):
         yield Cell(f"128 heads, {batch} x {length // 1024}k pages of 64", (length,) * batch, heads_q=128, page_size=64, **mla)
     yield Cell("128 heads, 66 x 8k", (8192,) * 66, heads_q=128, **mla)
