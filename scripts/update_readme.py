@@ -22,6 +22,8 @@ from tessera.support import FEATURES, Column, Feature, columns
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
+LOST = 12
+"""How many losing cells a grid's last line names."""
 
 
 def support() -> str:
@@ -85,7 +87,8 @@ def _paper_grid(direction: str, record: dict[str, Any], name: str) -> str:
         lines.append(f"| d{dim} {'causal' if causal else 'full'} | " + " | ".join(row.get(s, "") for s in lengths) + " |")
     mean = math.exp(sum(map(math.log, ratios.values())) / len(ratios))
     behind = sorted((cell for cell in cells if ratios[id(cell)] < 1), key=lambda cell: ratios[id(cell)])
-    lost = ", ".join(f"d{c['D']} {'causal' if c['causal'] else 'full'} {_thousands(c['S'])} {ratios[id(c)]:.3f}" for c in behind)
+    names = [f"d{c['D']} {'causal' if c['causal'] else 'full'} {_thousands(c['S'])} {ratios[id(c)]:.3f}" for c in behind]
+    lost = ", ".join(names[:LOST]) + (" ... (the rest stands in the table)" if len(names) > LOST else "")
     lines += ["", f"Geometric mean {mean:.3f}; behind in {len(behind)} of {len(cells)} cells" + (f": {lost}." if behind else ".")]
     return "\n".join(lines)
 

@@ -86,6 +86,13 @@ def test_what_a_binary_tells(binary):
     assert "wgmma.mma_async" in binary.ptx
 
 
+def test_a_block_in_rows_is_not_swizzled():
+    arguments = (*ARGUMENTS[:2], ("c", jit.Tiles("bf16", (64, 64), jit.Arrangement.ROWS)), *ARGUMENTS[3:])
+    in_rows = jit.compile(jit.KernelSpec("jit_kernels.matmul:matmul", arguments, CONSTANTS))
+    assert [descriptor.swizzle for descriptor in in_rows.descriptors] == [3, 3, 0]
+    assert in_rows.descriptors[2].box == (64, 64)
+
+
 def test_memory_then_disk_then_compiler(folder):
     before = jit.compiles()
     assert jit.warmup([SPEC, SPEC]) == 1
