@@ -25,13 +25,14 @@ from tessera.backends.hopper.pieces.cache_rows import (
 from tessera.backends.hopper.pieces.cache_stream import CacheStream, make_cache_stream, producer_warps
 from tessera.backends.hopper.pieces.channel import NAMED_BARRIER_K, NAMED_BARRIER_V, Ring, make_ring, pass_turn
 from tessera.backends.hopper.pieces.epilogue import LOG2_E, normaliser
-from tessera.backends.hopper.pieces.masking import full_block_range, has_lower_bound, row_bounds
+from tessera.backends.hopper.pieces.masking import has_lower_bound, row_bounds
 from tessera.backends.hopper.pieces.modifiers import no_modifiers
 from tessera.backends.hopper.pieces.packed_rows import (
     CacheCall,
     Outcome,
     Reach,
     is_part,
+    kinds_of_blocks,
     locate_cache_tile,
     row_places,
     store_lse,
@@ -139,24 +140,15 @@ class Consumer:
 def _main_loop(me, tile, position):
     """All blocks of the tile's keys, last to first, but for the last P V where that overlaps; the state, and how many."""
     config: gl.constexpr = me.config
-    seq = tile.seq
-    first = gl.minimum(position, seq.q_rows - 1)
-    last = gl.minimum(position + (config.packing.positions - 1), seq.q_rows - 1)
-    full_begin, full_end = full_block_range(config, me.call.reach, seq, first, last)
-    bounds = row_bounds(config, me.call.reach, seq, position, config.packing.heads)
+    bounds = row_bounds(config, me.call.reach, tile.seq, position, config.packing.heads)
     state, n = _start(me, tile.end * 0, bounds, (tile.end - 1) * config.keys)
     block = tile.end - 1 - n
+    upper, full, lower = kinds_of_blocks(config, me.call, tile, position, tile.begin, block + 1)
     n += tile.end * 0
-    upper = gl.maximum(block + 1 - gl.maximum(full_end, tile.begin), 0)  # blocks that upper bounds cut
     state, n = _blocks(me, n, bounds, block, state, upper, "upper")
-    block -= upper
-    full = block + 1 - tile.begin
+    state, n = _blocks(me, n, bounds, block - upper, state, full, None)
     if has_lower_bound(config):
-        full = gl.maximum(block + 1 - gl.maximum(full_begin, tile.begin), 0)
-    state, n = _blocks(me, n, bounds, block, state, full, None)
-    if has_lower_bound(config):
-        block -= full
-        state, n = _blocks(me, n, bounds, block, state, block + 1 - tile.begin, "lower")
+        state, n = _blocks(me, n, bounds, block - upper - full, state, lower, "lower")
     return state, n
 
 

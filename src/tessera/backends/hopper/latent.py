@@ -28,13 +28,14 @@ from tessera.backends.hopper.pieces.cache_rows import (
 from tessera.backends.hopper.pieces.cache_stream import CacheStream, make_cache_stream, producer_warps
 from tessera.backends.hopper.pieces.channel import NAMED_BARRIER_K, NAMED_BARRIER_V, Ring, make_ring
 from tessera.backends.hopper.pieces.gradients import fresh_zero
-from tessera.backends.hopper.pieces.masking import full_block_range, has_lower_bound, mask_scores, row_bounds
+from tessera.backends.hopper.pieces.masking import has_lower_bound, mask_scores, row_bounds
 from tessera.backends.hopper.pieces.modifiers import no_modifiers
 from tessera.backends.hopper.pieces.packed_rows import (
     CacheCall,
     Outcome,
     Reach,
     is_part,
+    kinds_of_blocks,
     locate_cache_tile,
     store_lse,
     store_out,
@@ -204,27 +205,18 @@ def _left_loop(me, tile, first):
     config: gl.constexpr = me.config
     keys: gl.constexpr = config.keys
     half: gl.constexpr = config.parts.dims[0]
-    seq = tile.seq
-    last = gl.minimum(first + (config.positions - 1), seq.q_rows - 1)
-    full_begin, full_end = full_block_range(config, me.call.reach, seq, first, last)
-    bounds = row_bounds(config, me.call.reach, seq, first, config.packing.heads)
+    bounds = row_bounds(config, me.call.reach, tile.seq, first, config.packing.heads)
     n = tile.end * 0
     s = warpgroup_mma_wait(0, deps=(_issue_scores(me, n),))
     empty = gl.zeros([M, keys], gl.float32, accumulator_layout(keys))
     o = gl.zeros([M, half], gl.float32, accumulator_layout(half))
     state = (o, gl.max(empty, axis=1) + float("-inf"), partial_sums(empty), s)
-    begin = tile.begin + 1
     block = tile.end - 1
-    upper = gl.maximum(block + 1 - gl.maximum(full_end, begin), 0)  # blocks that upper bounds cut
+    upper, full, lower = kinds_of_blocks(config, me.call, tile, first, tile.begin + 1, tile.end)
     state, n = _left_blocks(me, n, bounds, block, state, upper, "upper")
-    block -= upper
-    full = block + 1 - begin
+    state, n = _left_blocks(me, n, bounds, block - upper, state, full, None)
     if has_lower_bound(config):
-        full = gl.maximum(block + 1 - gl.maximum(full_begin, begin), 0)
-    state, n = _left_blocks(me, n, bounds, block, state, full, None)
-    if has_lower_bound(config):
-        block -= full
-        state, n = _left_blocks(me, n, bounds, block, state, block + 1 - begin, "lower")
+        state, n = _left_blocks(me, n, bounds, block - upper - full, state, lower, "lower")
     o, m, l = _left_values(me, n, bounds, tile.begin * keys, state, "upper")
     return warpgroup_mma_wait(0, deps=(o,)), m, l, n + 1
 

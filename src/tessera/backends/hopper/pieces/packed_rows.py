@@ -6,7 +6,7 @@ the device, so a captured graph serves them as they grow; a program whose rows o
 
 from tessera.backends.hopper.chunk_config import Result
 from tessera.backends.hopper.pieces.cache_rows import Cache, CacheSequence, cache_sequence
-from tessera.backends.hopper.pieces.masking import block_range
+from tessera.backends.hopper.pieces.masking import block_range, full_block_range, has_lower_bound
 from tessera.backends.hopper.pieces.tiles import M, has
 from tessera.jit.compat import aggregate, gl, gluon
 
@@ -146,6 +146,20 @@ def locate_cache_tile(config: gl.constexpr, call):
         begin = gl.minimum(begin + split * share, end)
     end = gl.where(position < seq.q_rows, end, begin)
     return CacheTile(seq, position, head, first_head, split, begin, end)
+
+
+@gluon.jit
+def kinds_of_blocks(config: gl.constexpr, call, tile, first, begin, end):
+    """Of the blocks from end - 1 down to `begin`, as the 64 rows from position `first` on see them: how many upper bounds cut,
+    how many every row sees whole, how many lower bounds alone cut."""
+    first = gl.minimum(first, tile.seq.q_rows - 1)
+    last = gl.minimum(first + (config.packing.positions - 1), tile.seq.q_rows - 1)
+    full_begin, full_end = full_block_range(config, call.reach, tile.seq, first, last)
+    upper = gl.maximum(end - gl.maximum(full_end, begin), 0)
+    full = end - upper - begin
+    if has_lower_bound(config):
+        full = gl.maximum(end - upper - gl.maximum(full_begin, begin), 0)
+    return upper, full, end - upper - full - begin
 
 
 @gluon.jit
