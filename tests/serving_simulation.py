@@ -21,7 +21,7 @@ from tessera import reference
 from tessera.mask import Mask, MaskSpec
 from tessera.operands import NO_LENGTHS, Lengths, Operands
 from tessera.problem import Layout, Problem, Score, Shape
-from tessera.serving.cases import OUTSIDE
+from tessera.serving.cases import OUTSIDE, CacheCase
 from tessera.verify import compare
 
 NAN = float("nan")
@@ -46,6 +46,17 @@ class Setting:
     @property
     def is_paged(self) -> bool:
         return self.page_size < self.capacity
+
+    def cases(self) -> tuple[CacheCase, ...]:
+        """Calls like the server's: what there is to compile before it starts."""
+        common = {
+            "heads_q": self.heads_q, "heads_kv": self.heads_kv, "head_dim": self.head_dim, "capacity": self.capacity,
+            "page_size": self.page_size if self.is_paged else None, "indexed": not self.is_paged,
+            "window": None if self.window is None else (self.window, 0), **self.options,
+        }  # fmt: skip
+        dense = (CacheCase("", (1,) * batch, rows, rows, **common) for batch in (1, 3) for rows in (1, 2, 4))  # type: ignore[arg-type]
+        packed = (CacheCase("", (1,) * len(rows), 1, 1, rows, **common) for rows in ((1,), (7, 7, 2)))  # type: ignore[arg-type]
+        return (*dense, *packed)
 
 
 @dataclass(eq=False)

@@ -249,6 +249,28 @@ def test_plan_is_that_of_the_call() -> None:
     assert plan == dispatch.select(plan.problem, plan.device)
 
 
+@pytest.mark.parametrize("latent", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("rows", [1, 4, 64])
+@pytest.mark.parametrize("page_size", [None, 1, 16, 64])
+def test_batch_invariant_plans_do_not_know_the_batch(page_size: int | None, rows: int, packed: bool, latent: bool) -> None:
+    """On Hopper: one kernel, its tiles and parts the same, whatever the batch, and however many rows the others have."""
+    dim, heads = (576, (16, 1)) if latent else (128, (8, 2))
+    known = set()
+    for batch, total in ((1, rows), (2, 2 * rows), (41, 300 + rows), (500, 500 * rows)):
+        pages = {} if page_size is None else {"page_table": (batch, 9008 // page_size)}
+        cache = (batch, 9008) if page_size is None else (20000, page_size)
+        q = (total,) if packed else (batch, rows)
+        plan = plan_kvcache(
+            (*q, heads[0], dim), (*cache, heads[1], dim), None if latent else (*cache, heads[1], dim), device="h200", causal=True,
+            head_dim_v=512 if latent else None, batch_invariant=True, cu_seqlens_q=(batch + 1,) if packed else None, **pages,
+        )  # fmt: skip
+        assert plan.backend == "hopper"
+        config: Any = plan.choice.config
+        known.add((plan.choice.kernel, str(config.config), config.splits, getattr(config, "least", None)))
+    assert len(known) == 1, known
+
+
 def test_plan_refuses_as_the_call_would() -> None:
     with pytest.raises(ValueError, match="head_dim_v=None"):
         plan_kvcache((2, 1, 16, 576), (9, 64, 1, 576))

@@ -12,6 +12,7 @@ from itertools import product
 
 import pytest
 import torch
+from serving_simulation import Setting
 
 from tessera import dispatch, jit
 from tessera.cases import Case
@@ -19,7 +20,7 @@ from tessera.device import Device
 from tessera.errors import Unsupported
 from tessera.operands import describe
 from tessera.serving import dispatch as serving
-from tessera.serving.cases import CACHE_CASES
+from tessera.serving.cases import CACHE_CASES, CacheCase
 from tessera.serving.operands import describe as describe_cache
 
 FEW = 20
@@ -30,7 +31,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 def pytest_collection_finish(session: pytest.Session) -> None:
     if hasattr(session.config, "workerinput") or not torch.cuda.is_available():
         return
-    specs = dict.fromkeys(spec for value, dtype in product(_parameters(session), DTYPES) for spec in _kernels(value, dtype))
+    specs = dict.fromkeys(spec for value, dtype in _parameters(session) for spec in _kernels(value, dtype))
     if len(specs) > FEW:
         with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
             print(f"compiled {sum(pool.map(_compile, specs))} of {len(specs)} kernels")
@@ -40,14 +41,23 @@ def _compile(spec: jit.KernelSpec) -> int:
     return jit.warmup([spec])
 
 
-def _parameters(session: pytest.Session) -> dict[object, None]:
-    """The cases, and the names of cases of serving, that the collected tests are parametrised by."""
+def _parameters(session: pytest.Session) -> dict[tuple[Case | CacheCase, torch.dtype], None]:
+    """The cases that the collected tests are parametrised by, by name, in itself or as the setting of a random server."""
     tests = (item for item in session.items if isinstance(item, pytest.Function) and hasattr(item, "callspec"))
-    values = (value for test in tests for value in test.callspec.params.values())
-    return dict.fromkeys(value for value in values if isinstance(value, Case) or value in list(CACHE_CASES))
+    found: dict[tuple[Case | CacheCase, torch.dtype], None] = {}
+    for value in (value for test in tests for value in test.callspec.params.values()):
+        if isinstance(value, Case):
+            found |= dict.fromkeys(product((value,), DTYPES))
+        elif isinstance(value, str) and value in CACHE_CASES:
+            found |= dict.fromkeys(product((CACHE_CASES[value],), DTYPES))
+        elif isinstance(value, CacheCase):
+            found[value, torch.bfloat16] = None
+        elif isinstance(value, Setting):
+            found |= dict.fromkeys(product(value.cases(), (torch.bfloat16,)))
+    return found
 
 
-def _kernels(value: object, dtype: torch.dtype) -> Iterator[jit.KernelSpec]:
+def _kernels(value: Case | CacheCase, dtype: torch.dtype) -> Iterator[jit.KernelSpec]:
     """What the case runs, with gradients: the forward's kernels are among them."""
     device = Device.of(torch.device("cuda", 0))
     try:
@@ -55,8 +65,7 @@ def _kernels(value: object, dtype: torch.dtype) -> Iterator[jit.KernelSpec]:
             request = value.request("meta", dtype, requires_grad=True)
             yield from dispatch.load("hopper").kernels(dispatch.select(describe(request, "cuda"), device, "hopper"))
         else:
-            cached = CACHE_CASES[str(value)].request("meta", dtype)
-            plan = serving.select(describe_cache(cached, "cuda"), device)
+            plan = serving.select(describe_cache(value.request("meta", dtype), "cuda"), device)
             yield from serving.load(plan.backend).kernels(plan)
     except Unsupported:
         return

@@ -52,11 +52,11 @@ def test_grid(case: CacheCase) -> None:
     assert not failed, "; ".join(failed)
 
 
-@pytest.mark.parametrize("name", SERVERS)
-def test_server(name: str) -> None:
-    counts = Server(SERVERS[name], seed=len(name)).run(STEPS)
+@pytest.mark.parametrize("setting", SERVERS.values(), ids=SERVERS)
+def test_server(setting: Setting) -> None:
+    counts = Server(setting, seed=setting.pages).run(STEPS)
     assert counts["comparisons"] > STEPS, counts
-    print(f"{name}: {dict(counts)}")
+    print(dict(counts))
 
 
 GRAPHED = {
@@ -68,10 +68,9 @@ GRAPHED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", GRAPHED)
-def test_a_captured_graph_serves_while_sequences_grow(name: str) -> None:
+@pytest.mark.parametrize("case", GRAPHED.values(), ids=GRAPHED)
+def test_a_captured_graph_serves_while_sequences_grow(case: CacheCase) -> None:
     """One capture; then each replay appends behind what the one before left, from page to page, against the oracle."""
-    case = GRAPHED[name]
     request = _graphable(case)
     backend = dispatch.select(describe(request), GPU).backend
     if backend == "torch":
@@ -111,16 +110,21 @@ def _graphable(case: CacheCase) -> CacheRequest:
     return request
 
 
-@pytest.mark.parametrize("rows", [1, 64])
-@pytest.mark.parametrize("page_size", [None, 16, 64])
-def test_batch_invariant(page_size: int | None, rows: int) -> None:
+LENGTHS = (9000, 37, 1, 4096, 0, 2500)
+INVARIANT = {
+    f"{page or 'no'} pages, {rows} rows": CacheCase("", LENGTHS, rows, heads_q=8, page_size=page, batch_invariant=True)
+    for page in (None, 16, 64)
+    for rows in (1, 64)
+}
+
+
+@pytest.mark.parametrize("case", INVARIANT.values(), ids=INVARIANT)
+def test_batch_invariant(case: CacheCase) -> None:
     """A sequence's bits are the same alone, in its batch, and in a batch of many."""
-    lengths = (9000, 37, 1, 4096, 0, 2500)
-    case = CacheCase("", cached=lengths, seqlen_q=rows, heads_q=8, head_dim=128, page_size=page_size, batch_invariant=True)
     request = case.request("cuda", torch.bfloat16)
     if dispatch.select(describe(request), GPU).backend == "torch":
         pytest.skip("on a GPU torch's own products choose their kernels by shape")
-    names = ("q", "cache_seqlens") + (("page_table",) if page_size else ("k_cache", "v_cache"))
+    names = ("q", "cache_seqlens") + (("page_table",) if case.page_size else ("k_cache", "v_cache"))
 
     def of(entries: list[int]) -> tuple[Tensor, Tensor]:
         own = {name: getattr(request, name)[entries].contiguous() for name in names}

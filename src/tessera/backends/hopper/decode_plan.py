@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -94,7 +95,10 @@ def decode_plan(problem: CacheProblem, device: Device) -> DecodePlan:
     lines = rows // ROWS + shape.batch + 1 if packed else shape.batch * row_blocks
     items = lines * shape.heads_kv
     schedule = _schedule(problem)
-    tile = _tile(sum(dims) + sum(dims_v), schedule, shape.seqlen_k, items * shape.seqlen_k / device.multiprocessors)
+    keys_of_sm = items * shape.seqlen_k / device.multiprocessors
+    if problem.reproducibility is Reproducibility.BATCH_INVARIANT:
+        keys_of_sm = math.inf  # a tile that another batch would not get is other parts, and other bits
+    tile = _tile(sum(dims) + sum(dims_v), schedule, shape.seqlen_k, keys_of_sm)
     tiles = max(1, -(-shape.seqlen_k // tile.keys))
     resident = tile.blocks * device.multiprocessors
     splits, least = _splits(problem, tiles, items, resident)

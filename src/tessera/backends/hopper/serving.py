@@ -24,7 +24,7 @@ from tessera.device import Device
 from tessera.dispatch import Choices
 from tessera.errors import Reason
 from tessera.plan import Choice
-from tessera.problem import Layout
+from tessera.problem import Layout, Reproducibility
 from tessera.serving.dispatch import CacheRunner
 from tessera.serving.operands import CacheOperands
 from tessera.serving.plan import CachePlan
@@ -76,8 +76,13 @@ def takes_many_rows(problem: CacheProblem) -> bool:
     """Whether chunk.py or latent.py does it: more rows than decode.py's tile has, or what decode.py does not take."""
     if chunk_plan.why_not(problem):
         return False
-    wanted = problem.schedule is Schedule.STREAM_K  # decode.py's alone
-    return bool(decode_plan.why_not(problem)) or (rows_a_head(problem) > ROWS and not wanted)
+    if decode_plan.why_not(problem):
+        return True
+    # stream-K is decode.py's alone; and what the mean of a packed batch says of one sequence, another batch would not say
+    stays = problem.schedule is Schedule.STREAM_K or (
+        problem.layout is Layout.VARLEN and problem.reproducibility is Reproducibility.BATCH_INVARIANT
+    )
+    return rows_a_head(problem) > ROWS and not stays
 
 
 def launch_of(plan: CachePlan) -> DecodeLaunch | ChunkLaunch:
