@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from gluon_in_python import in_python
 from torch import Tensor
 
 from tessera import reference
+from tessera.backends.hopper.config import ForwardConfig, Overlap
 from tessera.backends.hopper.launch import ForwardLaunch, counters
-from tessera.backends.hopper.plan import forward_config
+from tessera.backends.hopper.plan import deepest, forward_config
 from tessera.cases import CASES, Case
 from tessera.operands import Request, bind
 from tessera.verify import compare
@@ -30,21 +33,51 @@ MODIFIED = (
 )  # fmt: skip
 
 
-def run(request: Request, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, Tensor]:
+MANY = {"batch": 2, "seqlen_q": 500, "seqlen_k": 533, "heads_q": 4, "heads_kv": 2}
+PACKED = {"lengths_q": (100, 1, 300, 33, 0, 257), "lengths_k": (100, 1, 300, 33, 0, 257), "heads_q": 4, "heads_kv": 2}
+MANY_TILES = (
+    Case("full", head_dim=128, **MANY), Case("causal", causal=True, **MANY), Case("narrow window", window=(100, 20), **MANY),
+    Case("window", head_dim=128, window=(200, 0), **MANY), Case("packed, causal", causal=True, **PACKED),
+    Case("packed, window", window=(70, 10), **PACKED),
+    Case("documents", documents=(100, 250, 1, 149), **MANY | {"seqlen_k": 500}),
+)  # fmt: skip
+"""Problems of many more tiles than programs, so that every ring goes from lap to lap."""
+DIVISIONS = {
+    "two": {"consumers": 2, "overlap": Overlap.WHOLE},
+    "three in turn": {"consumers": 3, "overlap": Overlap.MAXIMA},
+    "three": {"consumers": 3, "overlap": Overlap.NONE},
+}
+
+
+def run(request: Request, monkeypatch: pytest.MonkeyPatch, config: ForwardConfig | None = None) -> tuple[Tensor, Tensor]:
     problem, operands = bind(request)
     counter = torch.zeros(1, dtype=torch.int32)
     monkeypatch.setattr(counters, "_of_stream", {(None, 0): counter.data_ptr()})
     monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False, raising=False)
     with torch.no_grad(), in_python():
-        result = ForwardLaunch(problem, forward_config(problem), 3)(operands)
+        result = ForwardLaunch(problem, config or forward_config(problem), 3)(operands)
     assert counter.item() == 0
     return result
 
 
-@pytest.mark.parametrize("case", [*(CASES[name] for name in NAMES), *MODIFIED], ids=lambda case: case.name)
-def test_cases(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    request = case.request("cpu", torch.bfloat16)
+def check(request: Request, monkeypatch: pytest.MonkeyPatch, config: ForwardConfig | None = None) -> None:
     refs, eagers = (reference.attention(*bind(request), dtype) for dtype in (torch.float64, torch.bfloat16))
-    for name, result, ref, eager in zip(("out", "lse"), run(request, monkeypatch), refs, eagers, strict=True):
+    results = run(request, monkeypatch, config)
+    for name, result, ref, eager in zip(("out", "lse"), results, refs, eagers, strict=True):
         compared = compare(name, result, ref, eager)
         assert compared.ok, str(compared)
+
+
+@pytest.mark.parametrize("case", [*(CASES[name] for name in NAMES), *MODIFIED], ids=lambda case: case.name)
+def test_cases(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(case.request("cpu", torch.bfloat16), monkeypatch)
+
+
+@pytest.mark.parametrize("division", DIVISIONS)
+@pytest.mark.parametrize("case", MANY_TILES, ids=lambda case: case.name)
+def test_many_tiles(case: Case, division: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the plan would take: two consumers and three, in turn or not, with little and with much in flight."""
+    request = case.request("cpu", torch.bfloat16)
+    planned = replace(forward_config(bind(request)[0]), queries=1, stages=2, **DIVISIONS[division])
+    for config in dict.fromkeys((planned, deepest(replace(planned, queries=2)))):
+        check(request, monkeypatch, config)

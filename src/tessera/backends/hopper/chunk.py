@@ -141,14 +141,14 @@ def _main_loop(me, tile, position):
     """All blocks of the tile's keys, last to first, but for the last P V where that overlaps; the state, and how many."""
     config: gl.constexpr = me.config
     bounds = row_bounds(config, me.call.reach, tile.seq, position, config.packing.heads)
-    state, n = _start(me, tile.end * 0, bounds, (tile.end - 1) * config.keys)
+    state, n = _start(me, tile.end * 0, me.index, bounds, (tile.end - 1) * config.keys)
     block = tile.end - 1 - n
     upper, full, lower = kinds_of_blocks(config, me.call, tile, position, tile.begin, block + 1)
     n += tile.end * 0
-    state, n = _blocks(me, n, bounds, block, state, upper, "upper")
-    state, n = _blocks(me, n, bounds, block - upper, state, full, None)
+    state, n = _blocks(me, n, me.index, bounds, block, state, upper, "upper")
+    state, n = _blocks(me, n, me.index, bounds, block - upper, state, full, None)
     if has_lower_bound(config):
-        state, n = _blocks(me, n, bounds, block - upper - full, state, lower, "lower")
+        state, n = _blocks(me, n, me.index, bounds, block - upper - full, state, lower, "lower")
     return state, n
 
 

@@ -71,6 +71,8 @@ class ForwardConfig:
     consumer_registers: int
     producer_registers: int
     features: tuple[Feature, ...] = ()
+    queries: int = 1
+    """Tiles of Q that a consumer has room for. With 2 the next tile's Q is loaded under the work on this one."""
 
     @property
     def rows(self) -> int:
@@ -79,7 +81,7 @@ class ForwardConfig:
 
     def shared_bytes(self) -> int:
         """Shared memory of the tiles, in bytes (16-bit elements; barriers not counted)."""
-        q, k, v = sum(self.dims) * self.rows, sum(self.dims) * self.keys, sum(self.dims_v) * self.keys
+        q, k, v = sum(self.dims) * self.rows * self.queries, sum(self.dims) * self.keys, sum(self.dims_v) * self.keys
         o = sum(self.dims_v) * self.rows if self.staging is Staging.OWN else 0
         return 2 * (q + o + self.stages * (k + v))
 
@@ -88,4 +90,5 @@ class ForwardConfig:
         dim += "" if self.dims == self.dims_v else "/" + "+".join(map(str, self.dims_v))
         text = f"{self.rows}x{self.keys} d{dim}, {self.consumers} consumers, {self.stages} stages"
         text += f", PV under {self.overlap.value}, O in {self.staging.value}"
+        text += ", Q ahead" if self.queries == 2 else ""
         return text + "".join(f", {feature.value}" for feature in self.features)

@@ -2,7 +2,8 @@
 
 One persistent program a streaming multiprocessor, one producer warp and two or three consumer warpgroups:
 
-    producer   for each tile of query rows: Q, then the blocks of K and V, last to first, by TMA into rings of shared memory
+    producer   finds the next tile of query rows and posts it; Q, then the blocks of K and V, last to first, by TMA into rings of
+               shared memory
     consumer   64 of the tile's rows; for each block of keys
 
                    S = Q K^T                      issued with  O += P V  of the block before
@@ -20,6 +21,7 @@ third consumer, and that is worth more where tiles are long enough (plan.py).
 To read it: `producer`, then `consumer`, then `_overlapped_block`; the rest are their parts.
 """
 
+from tessera.backends.hopper.pieces.board import Board, make_board, post, read
 from tessera.backends.hopper.pieces.channel import (
     NAMED_BARRIER_K,
     NAMED_BARRIER_V,
@@ -34,10 +36,11 @@ from tessera.backends.hopper.pieces.epilogue import LOG2_E, normalise, normalise
 from tessera.backends.hopper.pieces.kv_source import Lengths, Pitch, load_rows, store_rows
 from tessera.backends.hopper.pieces.masking import (
     Band,
-    block_range,
-    full_block_range,
     has_lower_bound,
+    has_spare,
+    has_unseen,
     row_bounds,
+    share_of,
     tile_blocks,
 )
 from tessera.backends.hopper.pieces.modifiers import make_modifiers
@@ -114,35 +117,24 @@ class Shared:
     k: gl.tuple
     v: gl.tuple
     o: gl.tuple
-    tile: gl.shared_memory_descriptor
     q_ring: Ring
     k_stream: Stream
     v_stream: Stream
-    tile_ring: Ring
+    board: Board
 
     @gluon.constexpr_function
-    def __init__(self, q, k, v, o, tile, q_ring, k_stream, v_stream, tile_ring):
+    def __init__(self, q, k, v, o, q_ring, k_stream, v_stream, board):
         self.q = q
         self.k = k
         self.v = v
         self.o = o
-        self.tile = tile
         self.q_ring = q_ring
         self.k_stream = k_stream
         self.v_stream = v_stream
-        self.tile_ring = tile_ring
+        self.board = board
 
 
 # ----------------------------------------------------------------------------------------------------------- producer
-
-
-@gluon.jit
-def _post_tile(shared, turn, number):
-    """Tell the consumers which tile they do next."""
-    shared.tile_ring.acquire(turn)
-    place = gl.full([1], 0, gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
-    shared.tile.index(shared.tile_ring.slot(turn)).store(place + number)
-    shared.tile_ring.publish(turn)
 
 
 @gluon.jit
@@ -164,7 +156,7 @@ def _load_q(config: gl.constexpr, maps, shared, call, tile, turn):
         shared.q_ring.acquire(n)
         bar = shared.q_ring.expect(n, head_bytes(config.dims) * M)
         span = tile.seq.queries(call.pitch.q)
-        load_rows(maps, shared.q, consumer, bar, span, tile.head, tile.first + consumer * M)
+        load_rows(maps, shared.q, shared.q_ring.slot(n), bar, span, tile.head, tile.first + consumer * M)
 
 
 @gluon.jit
@@ -180,7 +172,7 @@ def producer(config: gl.constexpr, q_maps, k_maps, v_maps, shared, call):
     n = 0
     turn = 0
     number, tile = _useful_tile(config, call, gl.program_id(0))
-    _post_tile(shared, turn, number)
+    post(config, shared.board, turn, number, tile)
     while number < call.schedule.tiles:
         seq = tile.seq
         head = tile.head // call.group
@@ -199,7 +191,7 @@ def producer(config: gl.constexpr, q_maps, k_maps, v_maps, shared, call):
         n += 1
         turn += 1
         number, tile = _useful_tile(config, call, taken(call.schedule, answer))
-        _post_tile(shared, turn, number)
+        post(config, shared.board, turn, number, tile)
 
 
 # ----------------------------------------------------------------------------------------------------------- consumer
@@ -225,13 +217,13 @@ class Consumer:
 
 
 @gluon.jit
-def _issue_scores(me, n):
+def _issue_scores(me, n, q_slot):
     """Start S = Q K^T for the n-th block, (64, keys) float32."""
     keys: gl.constexpr = me.config.keys
     slot = me.shared.k_stream.slot(n)
     s = gl.zeros([M, keys], gl.float32, accumulator_layout(keys))
     for part in gl.static_range(len(me.shared.q)):
-        q = matrix(me.shared.q[part].index(me.index))
+        q = matrix(me.shared.q[part].index(q_slot))
         k = matrix(me.shared.k[part].index(slot))
         s = warpgroup_mma(q, k.permute((1, 0)), s, use_acc=part > 0, is_async=True)
     return s
@@ -274,11 +266,11 @@ def _rescale_output(o, alpha):
 
 
 @gluon.jit
-def _first_block(me, n, bounds, first_key):
+def _first_block(me, n, q_slot, bounds, first_key):
     """P, m and l of a tile's first block: nothing to rescale, no P V to wait for. It is always masked."""
     me.shared.k_stream.wait(n)
     take_turn(me.index)
-    s = _issue_scores(me, n)
+    s = _issue_scores(me, n, q_slot)
     pass_turn(me.index, me.config.consumers)
     s = warpgroup_mma_wait(0, deps=(s,))
     me.shared.k_stream.release(n)
@@ -289,12 +281,12 @@ def _first_block(me, n, bounds, first_key):
 
 
 @gluon.jit
-def _overlapped_block(me, n, bounds, first_key, state, CUT: gl.constexpr):
+def _overlapped_block(me, n, q_slot, bounds, first_key, state, CUT: gl.constexpr):
     """S of this block, issued with O += P V of the one before; then m, l and P."""
     o, p, m, l = state
     me.shared.k_stream.wait(n)
     take_turn(me.index)
-    s = _issue_scores(me, n)
+    s = _issue_scores(me, n, q_slot)
     me.shared.v_stream.wait(n - 1)
     products = _issue_values(me, n - 1, p, o)
     pass_turn(me.index, me.config.consumers)
@@ -319,11 +311,11 @@ def _overlapped_block(me, n, bounds, first_key, state, CUT: gl.constexpr):
 
 
 @gluon.jit
-def _lone_block(me, n, bounds, first_key, state, CUT: gl.constexpr):
+def _lone_block(me, n, q_slot, bounds, first_key, state, CUT: gl.constexpr):
     """S, then m, l and P, then O += P V of one block: what overlaps is the other consumers' work."""
     o, m, l = state
     me.shared.k_stream.wait(n)
-    s = _issue_scores(me, n)
+    s = _issue_scores(me, n, q_slot)
     s = warpgroup_mma_wait(0, deps=(s,))
     me.shared.k_stream.release(n)
     s = finish_scores(me.config, me.score, s, bounds, first_key, CUT)
@@ -338,10 +330,10 @@ def _lone_block(me, n, bounds, first_key, state, CUT: gl.constexpr):
 
 
 @gluon.jit
-def _start(me, n, bounds, first_key):
+def _start(me, n, q_slot, bounds, first_key):
     """The loop's state before its first turn, and how many blocks that took."""
     if overlaps(me.config):
-        p, m, l = _first_block(me, n, bounds, first_key)
+        p, m, l = _first_block(me, n, q_slot, bounds, first_key)
         return (_empty_output(me.shared), p, m, l), 1
     else:
         keys: gl.constexpr = me.config.keys
@@ -350,13 +342,13 @@ def _start(me, n, bounds, first_key):
 
 
 @gluon.jit
-def _blocks(me, n, bounds, block, state, count, CUT: gl.constexpr):
+def _blocks(me, n, q_slot, bounds, block, state, count, CUT: gl.constexpr):
     """`count` turns of the main loop, from block `block` down."""
     for i in range(count):
         if overlaps(me.config):
-            state = _overlapped_block(me, n, bounds, (block - i) * me.config.keys, state, CUT)
+            state = _overlapped_block(me, n, q_slot, bounds, (block - i) * me.config.keys, state, CUT)
         else:
-            state = _lone_block(me, n, bounds, (block - i) * me.config.keys, state, CUT)
+            state = _lone_block(me, n, q_slot, bounds, (block - i) * me.config.keys, state, CUT)
         n += 1
     return state, n
 
@@ -382,48 +374,30 @@ def _at_rows(me, tile, row):
 
 
 @gluon.jit
-def _main_loop(me, tile, row, n):
-    """All blocks of the rows from `row` on, but for the last P V where that overlaps; the state and the streams' position."""
-    config: gl.constexpr = me.config
-    seq = tile.seq
-    begin, end = tile_blocks(config, me.call.band, tile)
-    first = gl.minimum(row, seq.q_rows - 1)
-    last = gl.minimum(row + (M - 1), seq.q_rows - 1)
-    full_begin, full_end = full_block_range(config, me.call.band, seq, first, last)
-    bounds = row_bounds(config, me.call.band, seq, row)
+def _main_loop(me, tile, n, q_slot):
+    """All blocks of this consumer's rows, but for the last P V where that overlaps; the state and the streams' position."""
+    row = tile.first + me.index * M
+    share = share_of(me.config, me.call.band, tile, me.index)
+    bounds = row_bounds(me.config, me.call.band, tile.seq, row)
     me = _at_rows(me, tile, row)
-    if has(config, "right") and me.index + 1 < config.consumers:
-        own_begin, own_end = block_range(config, me.call.band, seq, first, last)
-        unseen = gl.maximum(end - gl.maximum(own_end, begin + 1), 0)
-        n = _pass_over(me, n, unseen)
-        end = end - unseen
-
-    state, started = _start(me, n, bounds, (end - 1) * config.keys)
+    if has_unseen(me.config, me.index):
+        n = _pass_over(me, n, share.unseen)
+    state, started = _start(me, n, q_slot, bounds, (share.end - 1) * me.config.keys)
     n += started
-    block = end - 1 - started
-    upper = gl.maximum(block + 1 - gl.maximum(full_end, begin), 0)  # blocks that upper bounds cut
-    state, n = _blocks(me, n, bounds, block, state, upper, "upper")
+    block = share.end - 1 - started
+    upper = gl.maximum(block + 1 - gl.maximum(share.full_end, share.begin), 0)  # blocks that upper bounds cut
+    state, n = _blocks(me, n, q_slot, bounds, block, state, upper, "upper")
     block -= upper
-    full = block + 1 - begin
-    if has_lower_bound(config):
-        full = gl.maximum(block + 1 - gl.maximum(full_begin, begin), 0)
-    state, n = _blocks(me, n, bounds, block, state, full, None)
-    if has_lower_bound(config):
+    full = block + 1 - share.begin
+    if has_lower_bound(me.config):
+        full = gl.maximum(block + 1 - gl.maximum(share.full_begin, share.begin), 0)
+    state, n = _blocks(me, n, q_slot, bounds, block, state, full, None)
+    if has_lower_bound(me.config):
         block -= full
-        state, n = _blocks(me, n, bounds, block, state, block + 1 - begin, "lower")
+        state, n = _blocks(me, n, q_slot, bounds, block, state, block + 1 - share.begin, "lower")
+    if has_spare(me.config, me.index):
+        n = _pass_over(me, n, share.spare)
     return state, n
-
-
-@gluon.jit
-def _read_tile(shared, turn):
-    """The tile that the producer posted, the same in every thread (shuffled so that the compiler knows it for a scalar)."""
-    shared.tile_ring.wait(turn)
-    posted = shared.tile.index(shared.tile_ring.slot(turn)).load(gl.BlockedLayout([1], [32], [4], [0]))
-    shared.tile_ring.release(turn)
-    return gl.inline_asm_elementwise(
-        "shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;", "=r,r", [gl.max(posted, axis=0)], dtype=gl.int32,
-        is_pure=False, pack=1,
-    )  # fmt: skip
 
 
 @gluon.jit
@@ -461,19 +435,26 @@ def _write_output(me, tile, row, o, factor, o_maps):
 
 
 @gluon.jit
+def _q_slot(me, use):
+    if me.config.queries == 1:
+        return me.index
+    else:
+        return me.shared.q_ring.slot(use)
+
+
+@gluon.jit
 def consumer(me, o_maps, lse_ptr):
     shared = me.shared
     if overlaps(me.config) and me.index == me.config.consumers - 1:
         pass_turn(me.index, me.config.consumers)  # the first turn is consumer 0's
     n = 0
     turn = 0
-    number = _read_tile(shared, turn)
-    tile = locate(me.config, number, me.call)
+    number, tile = read(me.config, shared.board, me.call, turn)
     while number < me.call.schedule.tiles:
         q_use = turn * me.config.consumers + me.index
         row = tile.first + me.index * M
         shared.q_ring.wait(q_use)
-        state, n = _main_loop(me, tile, row, n)
+        state, n = _main_loop(me, tile, n, _q_slot(me, q_use))
         if stages_output(me.config):
             shared.q_ring.release(q_use)  # every product with this Q is done
         if overlaps(me.config):
@@ -485,8 +466,7 @@ def consumer(me, o_maps, lse_ptr):
 
         # under the last P V: the log-sum-exp, and where the next tile lies
         turn += 1
-        number = _read_tile(shared, turn)
-        following = locate(me.config, number, me.call)
+        number, following = read(me.config, shared.board, me.call, turn)
         factor = _finish_rows(me, tile, row, m, l, lse_ptr)
         if overlaps(me.config):
             o = _wait_for_values(o)
@@ -513,20 +493,19 @@ def _allocate(maps, count: gl.constexpr):
 
 @gluon.jit
 def _allocate_all(config: gl.constexpr, q_maps, k_maps, v_maps, o_maps):
-    q = _allocate(q_maps, config.consumers)
+    q = _allocate(q_maps, config.consumers * config.queries)
     k = _allocate(k_maps, config.stages)
     v = _allocate(v_maps, config.stages)
     if stages_output(config):
         o = _allocate(o_maps, config.consumers)
     else:
         o = q
-    tile = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    q_ring = make_ring(config.consumers, 1)
+    q_ring = make_ring(config.consumers * config.queries, 1)
     k_stream = make_stream(config.stages, config.consumers, NAMED_BARRIER_K)
     v_stream = make_stream(config.stages, config.consumers, NAMED_BARRIER_V)
-    tile_ring = make_ring(2, config.consumers)
+    board = make_board(config.consumers)
     fence_async_shared()
-    return Shared(q, k, v, o, tile, q_ring, k_stream, v_stream, tile_ring)
+    return Shared(q, k, v, o, q_ring, k_stream, v_stream, board)
 
 
 @gluon.jit

@@ -93,10 +93,16 @@ def _config_for(problem: Problem, keys: float) -> ForwardConfig:
     if _MODIFIERS & set(features):
         return deepest(_with_modifiers(pairs))
     triples = replace(pairs, consumers=3, consumer_registers=160, producer_registers=32)
+    # Q ahead: 1.07 (d64), 1.04 (d128), 1.02 (d96) at 512 causal, 1.01 to 1.02 at 1k, 1.00 from 2k on; 0.99 of packed sequences
+    pairs = replace(pairs, queries=1 if problem.layout is Layout.VARLEN else 2)
     if widest <= 64:
-        # 128 rows over 192: causal 1.08 at 1k, 0.94 at 2k, 0.92 at 4k; a window of 1024 has fewer cut blocks with them, 1.04
-        short = Feature.RIGHT in features and keys <= (1536 if Feature.LEFT in features else 640)
-        return deepest(pairs if short else replace(triples, overlap=Overlap.MAXIMA))
+        window = {Feature.LEFT, Feature.RIGHT} <= set(features)
+        if Feature.RIGHT in features and keys <= 640:
+            return deepest(pairs)  # 128 rows over 192: causal 1.08 at 1k, 0.97 at 2k, 0.92 at 4k
+        if window:
+            # a window of 1024 at 16k: 1.06 over two consumers, whose few blocks hide the time between tiles less
+            return deepest(replace(triples, overlap=Overlap.NONE, queries=pairs.queries))
+        return deepest(replace(triples, overlap=Overlap.MAXIMA))
     ragged = bool({Feature.RIGHT, Feature.LEFT, Feature.DOCUMENTS} & set(features))  # the consumers' shares differ
     if widest <= 96 and keys > (2048 if ragged else 1536):
         # three over two: 1.06 at 2k, 1.07 at 4k and 16k full, 1.08 at 16k causal; 0.98 at 1k full, 0.97 at 2k causal
@@ -119,13 +125,13 @@ def _with_modifiers(pairs: ForwardConfig) -> ForwardConfig:
 
 
 def deepest(config: ForwardConfig) -> ForwardConfig:
-    """The same with as many stages as shared memory has room for, three at most; O shares Q's buffer rather than have one."""
-    stagings = [Staging.OWN]
+    """The same with as much in flight as shared memory has room for: Q's tiles as asked, if not one, then K's and V's stages,
+    three at most; O shares Q's buffer rather than have none."""
+    room = [(queries, stages) for queries in dict.fromkeys((config.queries, 1)) for stages in (3, 2)]
+    candidates = [replace(config, queries=queries, stages=stages) for queries, stages in room]
     if config.dims[: len(config.dims_v)] == config.dims_v:
-        stagings.append(Staging.QUERY)
-    for staging in stagings:
-        for stages in (3, 2):
-            candidate = replace(config, stages=stages, staging=staging)
-            if candidate.shared_bytes() <= SHARED_LIMIT:
-                return candidate
+        candidates += [replace(config, queries=1, stages=stages, staging=Staging.QUERY) for stages in (3, 2)]
+    for candidate in candidates:
+        if candidate.shared_bytes() <= SHARED_LIMIT:
+            return candidate
     raise ValueError(f"{config}: no room in shared memory")

@@ -49,6 +49,9 @@ def _problems() -> Iterator[Problem]:
             q = torch.empty(batch, seqlen, 2048 // dim, dim, dtype=dtype, device="meta")
             yield describe(Request(q, q, q))
             yield describe(Request(q, q, q, right=0))
+    for dim in (64, 128):
+        q = torch.empty(1, 16384, 2048 // dim, dim, dtype=torch.bfloat16, device="meta")
+        yield describe(Request(q, q, q, left=1024, right=0))
     for dim in HEAD_DIMS:
         yield from _modified(torch.empty(4, 4096, 2048 // dim, dim, dtype=torch.bfloat16, device="meta"))
     for case in CASES.values():

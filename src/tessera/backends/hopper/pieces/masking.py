@@ -5,7 +5,7 @@ Keys count from the sequence's first visible key here (kv_source.Sequence). Rows
 by element, and blocks outside are never loaded.
 """
 
-from tessera.backends.hopper.pieces.tiles import M, accumulator_layout, has
+from tessera.backends.hopper.pieces.tiles import M, accumulator_layout, has, overlaps
 from tessera.jit.compat import aggregate, gl, gluon
 
 
@@ -96,6 +96,60 @@ def row_bounds(config: gl.constexpr, band, seq, first, HEADS: gl.constexpr = 1):
     if has_lower_bound(config):
         bounds = bounds + (lowest_key(config, band, seq, inside)[:, None] - place,)
     return bounds
+
+
+@aggregate
+class Share:
+    """What one consumer's 64 rows need of their tile's blocks: [begin, end), of which all rows see [full_begin, full_end)
+    whole. `unseen` and `spare` count the tile's blocks above and below, which are there for the other consumers."""
+
+    begin: gl.tensor
+    end: gl.tensor
+    full_begin: gl.tensor
+    full_end: gl.tensor
+    unseen: gl.tensor
+    spare: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, begin, end, full_begin, full_end, unseen, spare):
+        self.begin = begin
+        self.end = end
+        self.full_begin = full_begin
+        self.full_end = full_end
+        self.unseen = unseen
+        self.spare = spare
+
+
+@gluon.constexpr_function
+def has_unseen(config, consumer):
+    """Whether a tile may have blocks that only rows below this consumer's see."""
+    return (has(config, "right") or has(config, "documents")) and consumer + 1 < config.consumers
+
+
+@gluon.constexpr_function
+def has_spare(config, consumer):
+    """Whether a tile may have blocks that only rows above this consumer's see. Where consumers take turns they are not left
+    out: one that stops early would wait for the next tile, which waits for the blocks that it has yet to release."""
+    return has_lower_bound(config) and consumer > 0 and not overlaps(config)
+
+
+@gluon.jit
+def share_of(config: gl.constexpr, band, tile, consumer: gl.constexpr):
+    """What this consumer's rows need: one block at least."""
+    seq = tile.seq
+    row = tile.first + consumer * M
+    tile_begin, tile_end = tile_blocks(config, band, tile)
+    first = gl.minimum(row, seq.q_rows - 1)
+    last = gl.minimum(row + (M - 1), seq.q_rows - 1)
+    own_begin, own_end = block_range(config, band, seq, first, last)
+    begin = tile_begin
+    end = tile_end
+    if has_unseen(config, consumer):
+        end = gl.minimum(gl.maximum(own_end, tile_begin + 1), tile_end)
+    if has_spare(config, consumer):
+        begin = gl.maximum(gl.minimum(own_begin, end - 1), tile_begin)
+    full_begin, full_end = full_block_range(config, band, seq, first, last)
+    return Share(begin, end, full_begin, full_end, tile_end - end, begin - tile_begin)
 
 
 @gluon.jit
