@@ -173,7 +173,7 @@ class Shared:
     def slice(self, start: int, length: int, dim: int) -> Shared:
         return Shared(self.data.narrow(dim, start, length))
 
-    def _reinterpret(self, dtype: torch.dtype, shape: Sequence[int], layout: Layout) -> Shared | Boxes:
+    def reinterpret(self, dtype: torch.dtype, shape: Sequence[int], layout: Layout) -> Shared | Boxes:
         if self.data.shape[-1] == shape[-1] and len(shape) < self.data.dim():  # boxes seen as tiles
             return Shared(self.data.view(*shape))
         return Boxes(self, shape)
@@ -491,6 +491,7 @@ def _compat() -> ModuleType:
         ),
         tma_load=_tma_load, tma_store=_tma_store, tma_reduce_add=_tma_reduce_add, tma_store_wait=_tma_store_wait,
         copy_to_shared=_copy_to_shared, arrive_after_copies=_arrive_after_copies,
+        reinterpret=lambda memory, *form: memory.reinterpret(*form),
         **dict.fromkeys(("barrier", "fence_async_shared", "let_next_begin", "wait_for_previous"), lambda: None),
         mma_v2=mma_v2, warpgroup_mma=_issue, warpgroup_mma_wait=_wait_for_products,
     )  # fmt: skip

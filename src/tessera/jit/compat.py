@@ -42,8 +42,8 @@ from tessera.jit.spec import Arrangement, Dtype, KernelSpec, Pointer, Scalar, Ti
 
 __all__ = [
     "aggregate", "arrive_after_copies", "barrier", "copy_to_shared", "fence_async_shared", "gl", "gluon", "let_next_begin",
-    "mbarrier", "mma_v2", "tma_load", "tma_reduce_add", "tma_store", "tma_store_wait", "wait_for_previous", "warpgroup_mma",
-    "warpgroup_mma_wait",
+    "mbarrier", "mma_v2", "reinterpret", "tma_load", "tma_reduce_add", "tma_store", "tma_store_wait", "wait_for_previous",
+    "warpgroup_mma", "warpgroup_mma_wait",
 ]  # fmt: skip
 
 VERSION = tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:2])
@@ -71,6 +71,13 @@ def wait_for_previous():  # type: ignore[no-untyped-def]
 def let_next_begin():  # type: ignore[no-untyped-def]
     """The next kernel's blocks may take the room that this one's leave, and wait there, if its spec is `early`."""
     gl.inline_asm_elementwise("griddepcontrol.launch_dependents; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@builtin
+def reinterpret(memory, dtype, shape, layout, _semantic=None):  # type: ignore[no-untyped-def]
+    """Shared memory seen in another way: `_reinterpret` until 3.8, `reinterpret` from 3.9 on."""
+    method = memory.reinterpret if hasattr(memory, "reinterpret") else memory._reinterpret
+    return method(dtype, shape, layout, _semantic=_semantic)
 
 
 if hasattr(tma, "async_atomic_add"):

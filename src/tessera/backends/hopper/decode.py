@@ -52,7 +52,7 @@ from tessera.backends.hopper.pieces.scales import CacheScales, Scales, scale_of_
 from tessera.backends.hopper.pieces.shares import after, first_share, last_of, segment_of
 from tessera.backends.hopper.pieces.softmax import exp2, tanh
 from tessera.backends.hopper.pieces.tiles import allocate_tiles, has, head_bytes
-from tessera.jit.compat import aggregate, fence_async_shared, gl, gluon, let_next_begin, wait_for_previous
+from tessera.jit.compat import aggregate, fence_async_shared, gl, gluon, let_next_begin, reinterpret, wait_for_previous
 
 M = gl.constexpr(ROWS)
 RING_BARRIERS = gl.constexpr(3)
@@ -485,7 +485,7 @@ def _allocate(config: gl.constexpr, maps):
 @gluon.jit
 def _whole_tiles(config: gl.constexpr, buffer):
     columns: gl.constexpr = buffer.shape[-1]
-    return buffer._reinterpret(buffer.dtype, [config.stages, config.keys, columns], _tile_layout(columns))
+    return reinterpret(buffer, buffer.dtype, [config.stages, config.keys, columns], _tile_layout(columns))
 
 
 @gluon.jit

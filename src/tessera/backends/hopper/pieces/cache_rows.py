@@ -19,7 +19,7 @@ from tessera.backends.hopper.chunk_config import Reading
 from tessera.backends.hopper.pieces.cache_stream import copies_rows
 from tessera.backends.hopper.pieces.kv_source import WRAP
 from tessera.backends.hopper.pieces.tiles import has
-from tessera.jit.compat import aggregate, copy_to_shared, gl, gluon, tma_load
+from tessera.jit.compat import aggregate, copy_to_shared, gl, gluon, reinterpret, tma_load
 
 COLUMNS = gl.constexpr(BOX_COLUMNS)
 
@@ -323,7 +323,8 @@ def _allocate_part(dtype: gl.constexpr, slots: gl.constexpr, rows: gl.constexpr,
     layout: gl.constexpr = _matrix_layout(dtype, rows, columns)
     count: gl.constexpr = _box_count([slots, rows, columns], box)
     matrix = gl.allocate_shared_memory(dtype, [slots, rows, columns], layout)
-    return matrix, matrix._reinterpret(dtype, [count] + box, gl.NVMMASharedLayout.get_default_for(box, dtype))
+    of_boxes: gl.constexpr = gl.NVMMASharedLayout.get_default_for(box, dtype)
+    return matrix, reinterpret(matrix, dtype, [count] + box, of_boxes)
 
 
 @gluon.jit
