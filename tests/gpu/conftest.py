@@ -45,16 +45,22 @@ def _parameters(session: pytest.Session) -> dict[tuple[Case | CacheCase, torch.d
     """The cases that the collected tests are parametrised by, by name, in itself or as the setting of a random server."""
     tests = (item for item in session.items if isinstance(item, pytest.Function) and hasattr(item, "callspec"))
     found: dict[tuple[Case | CacheCase, torch.dtype], None] = {}
-    for value in (value for test in tests for value in test.callspec.params.values()):
-        if isinstance(value, Case):
-            found |= dict.fromkeys(product((value,), DTYPES))
-        elif isinstance(value, str) and value in CACHE_CASES:
-            found |= dict.fromkeys(product((CACHE_CASES[value],), DTYPES))
-        elif isinstance(value, CacheCase):
-            found[value, torch.bfloat16] = None
-        elif isinstance(value, Setting):
-            found |= dict.fromkeys(product(value.cases(), (torch.bfloat16,)))
+    for parameters in (test.callspec.params for test in tests):
+        dtype = parameters.get("dtype", torch.bfloat16)
+        for value in parameters.values():
+            found |= dict.fromkeys(_of_parameter(value, dtype))
     return found
+
+
+def _of_parameter(value: object, dtype: torch.dtype) -> Iterator[tuple[Case | CacheCase, torch.dtype]]:
+    if isinstance(value, Case):
+        yield from product((value,), DTYPES)
+    elif isinstance(value, str) and value in CACHE_CASES:
+        yield CACHE_CASES[value], dtype
+    elif isinstance(value, CacheCase):
+        yield value, dtype
+    elif isinstance(value, Setting):
+        yield from product(value.cases(), (dtype,))
 
 
 def _kernels(value: Case | CacheCase, dtype: torch.dtype) -> Iterator[jit.KernelSpec]:

@@ -33,9 +33,15 @@ SERVERS = {
 STEPS = int(os.environ.get("TESSERA_SERVER_STEPS", "10000")) // len(SERVERS)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("backend", [name for name in dispatch.BACKENDS if name != "cpu"])
-@pytest.mark.parametrize("name", CACHE_CASES)
+IN_HALF = ("one query", "64 queries", "latent", "pages of 16", "append to pages", "rotary, halves", "fp8, scales of blocks")
+"""Cases that run in float16 too: the kernels know of the dtype in their products and in what they read and write."""
+RUNS = [
+    *((name, backend, torch.bfloat16) for name in CACHE_CASES for backend in dispatch.BACKENDS if backend != "cpu"),
+    *((name, "hopper", torch.float16) for name in IN_HALF),
+]
+
+
+@pytest.mark.parametrize(("name", "backend", "dtype"), RUNS, ids=str)
 def test_case(name: str, backend: str, dtype: torch.dtype) -> None:
     request = CACHE_CASES[name].request("cuda", dtype)._replace(backend=backend)
     reasons = dispatch.load(backend).why_not(describe(request), GPU)
