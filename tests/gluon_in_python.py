@@ -245,7 +245,11 @@ def _store(pointer: Pointer, value: Any, mask: Any = None) -> None:
     pointer.memory[pointer.offset[mask]] = value.expand(pointer.offset.shape)[mask]
 
 
-def _atomic_add(pointer: Pointer, value: int, sem: str, scope: str) -> Integer:
+def _atomic_add(pointer: Pointer, value: Any, sem: str, scope: str = "gpu") -> Any:
+    if isinstance(pointer.offset, Tensor):
+        with _adding:
+            flat = value.expand(pointer.offset.shape).reshape(-1)
+            return pointer.memory.index_put_((pointer.offset.reshape(-1),), flat, accumulate=True)
     before = int(pointer.memory[pointer.offset])
     pointer.memory[pointer.offset] += value
     return Integer(before)
@@ -368,7 +372,7 @@ def _assembly(text: str, constraints: str, arguments: list[Any], dtype: Any, is_
         return Integer(arguments[0][arguments[1]])
     if text.startswith("{ .reg .pred same;"):  # softmax.rescale
         return arguments[0] * arguments[1]
-    if "set.geu.u32.bf16x2" in text:  # dropout.drop
+    if "and.b32 $0, pair, kept;" in text:  # dropout.drop
         return _dropped(*arguments).to(dtype)
     if text.startswith("prmt.b32 $0, $2, $3, 0x5410;"):  # dropout._words_anywhere
         low, high = arguments[0].unflatten(1, (-1, 2)).unbind(dim=2)
@@ -388,6 +392,12 @@ def _assembly(text: str, constraints: str, arguments: list[Any], dtype: Any, is_
         _tma_store_wait(0)
         _store(*arguments)
         return Integer(0)
+    if "lop3.b32 $0, kept, 0x80008000" in text:  # dropout.draw_signs
+        return _signs(*arguments).to(dtype)
+    if text.startswith("or.b32"):  # dropout.marked
+        return torch.copysign(*arguments)
+    if text.startswith("max."):
+        return torch.clamp(arguments[0], min=arguments[1])
     functions: dict[str, Callable[[Tensor], Tensor]] = {
         "ex2.": torch.exp2, "tanh.": torch.tanh, "lg2.": torch.log2, "{ .reg .b32 s, e, c;": lambda x: unpack_e4m3(x, dtype[0]),
         "cvt.rn.bf16x2": lambda x: x.to(torch.bfloat16), "cvt.rn.f16x2": lambda x: x.to(torch.float16),
@@ -399,6 +409,12 @@ def _dropped(p: Tensor, words: Tensor, threshold: int) -> Tensor:
     """Halves of a word are for a row's even and odd column."""
     draws = torch.where(torch.arange(p.shape[1]) % 2 == 0, words, words >> 16) & 0x7FFF
     return torch.where(draws >= (threshold & 0x7FFF), p, 0.0)
+
+
+def _signs(words: Tensor, halves: Tensor, threshold: int) -> Tensor:
+    """0x5410 takes the low half of each word, for an even key, 0x7632 the high half."""
+    draws = torch.where(halves == 0x5410, words, words >> 16) & 0x7FFF
+    return torch.where(draws >= (threshold & 0x7FFF), 0.0, -0.0)
 
 
 class Product:

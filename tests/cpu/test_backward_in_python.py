@@ -20,19 +20,27 @@ from tessera.verify import compare
 NAN = float("nan")
 LONG = {"batch": 1, "seqlen_q": 420, "seqlen_k": 450, "heads_q": 4, "heads_kv": 2}
 PACKED = {"lengths_q": (300, 1, 0, 133), "lengths_k": (200, 30, 55, 133), "heads_q": 4, "heads_kv": 2, "causal": True}
+WIDE = {"batch": 2, "seqlen_q": 200, "seqlen_k": 330, "heads_q": 4, "heads_kv": 2}
 DIMS = (64, 128, 256)
 MORE = (
     *(Case(f"d{d} long", head_dim=d, causal=True, **LONG) for d in DIMS),
     *(Case(f"d{d} window long", head_dim=d, window=(90, 20), **LONG) for d in DIMS),
     *(Case(f"d{d} packed", head_dim=d, **PACKED) for d in DIMS),
     *(Case(f"d{d} softcap", head_dim=d, softcap=15.0, causal=True, seqlen_q=150, seqlen_k=150) for d in DIMS),
-)
+    *(Case(f"d{d} everything", head_dim=d, causal=True, alibi="batch", bias=(1, 4, 200, 330), dropout_p=0.3, softcap=15.0, **WIDE)
+      for d in DIMS),
+    *(Case(f"d{d} dropout", head_dim=d, dropout_p=0.3, **WIDE) for d in DIMS),
+    *(Case(f"bias {shape}", bias=shape, causal=True, **WIDE)
+      for shape in ((2, 4, 200, 330), (2, 1, 200, 330), (1, 1, 1, 330), (2, 1, 200, 1), (1, 4, 1, 1))),
+    Case("d256 bias of keys", head_dim=256, bias=(2, 1, 1, 330), dropout_p=0.3, **WIDE),
+    Case("padding left, everything", alibi="head", bias=(2, 4, 200, 330), dropout_p=0.3, key_start=(37, 130), **WIDE),
+)  # fmt: skip
 
 
 def is_served(case: Case) -> bool:
-    """Whether the kernels have what the case asks for, and there is anything to compute."""
+    """Whether there is anything to compute."""
     shape = bind(case.request("cpu", torch.bfloat16))[0].shape
-    return not (case.dropout_p or case.bias or case.alibi or 0 in (shape.batch, shape.seqlen_q, shape.seqlen_k))
+    return 0 not in (shape.batch, shape.seqlen_q, shape.seqlen_k)
 
 
 def differentiated(problem: Problem, operands: Operands, upstream: Upstream) -> InputGradients:
@@ -43,7 +51,7 @@ def differentiated(problem: Problem, operands: Operands, upstream: Upstream) -> 
 def oracle(request: Request, dout: Tensor, dlse: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     out, lse = reference.attention(*bind(request), dtype)
     total = (out * dout.to(dtype)).sum() + torch.where(lse.isfinite(), lse, 0.0).mul(dlse.to(dtype)).sum()
-    inputs = {name: x for name in ("q", "k", "v", "sinks") if (x := getattr(request, name)) is not None}
+    inputs = {name: x for name in ("q", "k", "v", "bias", "sinks") if (x := getattr(request, name)) is not None}
     return dict(zip(inputs, torch.autograd.grad(total, list(inputs.values())), strict=True))
 
 
@@ -58,6 +66,10 @@ def check(clean: Request, dirty: Request | None = None) -> None:
     for name in ("q", "k", "v"):
         compared = compare(f"d{name}", getattr(result, f"d{name}"), refs[name].double(), eagers[name])
         assert compared.ok, str(compared)
+    if result.dbias is not None:
+        bound = 4 * (refs["bias"].double() - eagers["bias"].double()).abs().max().item() + 1e-2 * refs["bias"].abs().max().item()
+        assert (result.dbias.double() - refs["bias"].double()).abs().max().item() <= bound
+    assert (result.dbias is None) == (clean.bias is None)
     if result.dsinks is not None:
         # D is made of out as it was saved, in 16 bits: that is most of the error of a sum over all rows
         torch.testing.assert_close(result.dsinks.double(), refs["sinks"].double(), atol=0.03, rtol=0.02)

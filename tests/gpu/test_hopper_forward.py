@@ -36,14 +36,11 @@ MANY_TILES = (
     Case("documents", head_dim=128, documents=(300, 500, 1, 299), causal=True, **MANY),
     Case("padding", key_end=(1000, 0, 1100), key_start=(3, 0, 500), query_end=(900, 1100, 1), **MANY),
     Case("sinks, softcap", sinks=True, softcap=20.0, causal=True, **MANY),
-    *(Case(f"d{d} dropout", head_dim=d, dropout_p=0.2, **MANY) for d in (64, 96, 128, 192, 256)),
-    *(Case(f"d{d} alibi causal", head_dim=d, alibi="batch", causal=True, **MANY) for d in (64, 96, 128, 192, 256)),
-    *(Case(f"d{d} bias", head_dim=d, bias=(1, 24, 1100, 1100), **MANY) for d in (64, 128, 192, 256)),
-    *(Case(f"d{d} bias of keys, dropout", head_dim=d, bias=(3, 1, 1, 1100), dropout_p=0.2, causal=True, **MANY)
-      for d in (64, 128, 256)),
+    *(Case(f"d{d} dropout", head_dim=d, dropout_p=0.2, **MANY) for d in (64, 128, 256)),
+    *(Case(f"d{d} alibi causal", head_dim=d, alibi="batch", causal=True, **MANY) for d in (96, 128)),
+    *(Case(f"d{d} bias", head_dim=d, bias=(1, 24, 1100, 1100), **MANY) for d in (128, 192)),
     *(Case(f"d{d} all modifiers", head_dim=d, bias=(1, 24, 1100, 1100), alibi="head", dropout_p=0.2, causal=True, **MANY)
       for d in (64, 128, 256)),
-    Case("bias of rows, sinks", bias=(1, 24, 1100, 1), sinks=True, **MANY),
     Case("padding left, dropout, bias", key_start=(3, 0, 500), bias=(3, 24, 1100, 1100), dropout_p=0.2, causal=True, **MANY),
     Case("varlen, alibi, dropout", batch=len(LENGTHS), alibi="batch", dropout_p=0.2, causal=True, head_dim=128, **PACKED),
     Case("long alibi", alibi="head", batch=1, seqlen_q=8192, seqlen_k=8192, heads_q=2, heads_kv=2, head_dim=128, causal=True),
@@ -197,7 +194,7 @@ def test_rows_that_tma_cannot_read_are_copied() -> None:
     check(request._replace(q=unaligned(request.q), k=unaligned(request.k), v=unaligned(request.v)))
 
 
-@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("dropout_p", [0.002, 0.5, 0.99])
 def test_mask_is_dropouts_own_bit_for_bit(dim: int, dropout_p: float) -> None:
     """With q = 0 every P is 1/Sk, and with a part of the identity for V out shows which are kept."""
@@ -224,7 +221,7 @@ def test_packed_sequences_draw_by_their_numbers() -> None:
 
 
 @pytest.mark.parametrize(
-    "shape", [(3, 8, 300, 333), (3, 1, 300, 333), (1, 8, 300, 333), (1, 1, 1, 333), (3, 1, 300, 1), (1, 8, 1, 1)]
+    "shape", [(3, 8, 300, 333), (3, 1, 300, 333), (1, 1, 1, 333), (1, 8, 300, 1)]
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 def test_biases(shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -21,7 +21,7 @@ from tessera.dropout import DRAWS, threshold
 from tessera.errors import Reason
 from tessera.operands import Operands
 from tessera.plan import Choice, Plan
-from tessera.problem import Gradients, Layout, Problem, Score
+from tessera.problem import Gradients, Layout, Problem, Reproducibility
 
 FORWARD = "hopper-forward"
 BACKWARD = "hopper-backward"
@@ -41,11 +41,13 @@ class HopperBackend:
         if threshold(score.dropout_p) > LARGEST_THRESHOLD:
             why = "draws are compared as bfloat16, whose numbers end there"
             reasons.append(Reason("dropout_p", str(score.dropout_p), why, f"use at most {LARGEST_THRESHOLD / DRAWS:.4f}"))
-        if problem.gradients is Gradients.INPUTS:
-            reasons += _without_gradients(score)
         if problem.layout is Layout.DENSE and problem.lengths:
             names = ", ".join(problem.lengths)
             reasons.append(Reason(names, "tensor", "lengths of dense tensors are a mask here", "use Mask.padding"))
+        bias = score.bias
+        if problem.reproducibility is Reproducibility.BITWISE and bias is not None and bias.gradients is Gradients.INPUTS:
+            why = "the bias's gradient is summed over what it is broadcast to in any order"
+            reasons.append(Reason("bias.requires_grad", "True", why, "use deterministic=False, or bias.detach()"))
         return tuple(reasons)
 
     def plan(self, problem: Problem, device: Device) -> Choices:
@@ -83,18 +85,6 @@ def _compile_together(specs: tuple[jit.KernelSpec, ...]) -> None:
     """Compile all of a family at the first call of one, side by side: two kernels take little longer than one."""
     if len(specs) > 1:
         jit.warmup(specs)
-
-
-def _without_gradients(score: Score) -> list[Reason]:
-    """What the forward has and the backward has not."""
-    reasons, why = [], "the backward does not have it yet"
-    if score.dropout_p:
-        reasons.append(Reason("dropout_p", str(score.dropout_p), why, "use dropout_p=0"))
-    if score.bias is not None:
-        reasons.append(Reason("bias", str(score.bias.shape), why, "use another backend"))
-    if score.alibi is not None:
-        reasons.append(Reason("alibi_slopes", score.alibi.value, why, "use another backend"))
-    return reasons
 
 
 @dataclass(frozen=True)
@@ -136,12 +126,13 @@ def _without_scores(problem: Problem, operands: Operands) -> tuple[Tensor, Tenso
 def _without_derivatives(problem: Problem, operands: Operands, upstream: Upstream) -> InputGradients:
     """No queries, or no keys: out is 0 whatever the inputs, and lse the sink, whose gradient is then the sum of dlse."""
     dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (operands.q, operands.k, operands.v))
-    sinks = operands.sinks
+    sinks, bias = operands.sinks, operands.bias
+    dbias = None if bias is None else torch.zeros(bias.shape, dtype=bias.dtype, device=bias.device)
     if sinks is None:
-        return InputGradients(dq, dk, dv)
+        return InputGradients(dq, dk, dv, dbias)
     if upstream.dlse is None or problem.layout is Layout.VARLEN:
-        return InputGradients(dq, dk, dv, None, torch.zeros_like(sinks))
-    return InputGradients(dq, dk, dv, None, upstream.dlse.sum(dim=(0, 2)).to(sinks.dtype))
+        return InputGradients(dq, dk, dv, dbias, torch.zeros_like(sinks))
+    return InputGradients(dq, dk, dv, dbias, upstream.dlse.sum(dim=(0, 2)).to(sinks.dtype))
 
 
 BACKEND = HopperBackend()

@@ -30,6 +30,7 @@ from tessera.backends.hopper.pieces.gradients import Score, Shared
 from tessera.backends.hopper.pieces.key_tiles import Call, Order, locate_keys
 from tessera.backends.hopper.pieces.kv_source import Lengths, Pitch, load_rows
 from tessera.backends.hopper.pieces.masking import Band
+from tessera.backends.hopper.pieces.modifiers import make_modifiers
 from tessera.backends.hopper.pieces.row_ranges import row_blocks
 from tessera.backends.hopper.pieces.sums import adds_in_order
 from tessera.backends.hopper.pieces.tiles import M, allocate_tiles
@@ -121,6 +122,8 @@ def attention_backward(
     marks_ptr, cu_q, cu_k, used_q, used_k, key_start, key_end, query_end, document_begin, document_end,
     batch, heads_kv, group, seqlen_q, seqlen_k, left, right, document_stride, blocks, section, line,
     q_pitch, k_pitch, v_pitch, do_pitch, scale, inner, factor,
+    slopes, slopes_stride, bias, bias_batch, bias_head, bias_row, key_low, key_high, threshold, keep_scale,
+    dbias, dbias_batch, dbias_head, dbias_row,
     CONFIG: gl.constexpr,
 ):  # fmt: skip
     """`stats` is lse of every head, then D of every head, each a line of the workspace. `marks`: a counter of tiles, then those
@@ -134,7 +137,11 @@ def attention_backward(
         Pitch(q_pitch, k_pitch, v_pitch, do_pitch),
         Order(_drawn(config, marks_ptr), blocks, section, line),
     )  # fmt: skip
-    score = Score(scale, inner, factor)
+    modifiers = make_modifiers(
+        config, (slopes, slopes_stride, bias, bias_batch, bias_head, bias_row, key_low, key_high, threshold, keep_scale),
+        (dbias, dbias_batch, dbias_head, dbias_row),
+    )  # fmt: skip
+    score = Score(scale, inner, factor, modifiers)
     marks = marks_ptr + 1
     shared = _allocate(config, maps, stats_map)
     if divided_by(config, "keys"):

@@ -11,19 +11,26 @@ Nothing is in flight at the end of a turn: a product carried over the loop's bac
 from tessera.backends.hopper.pieces.gradients import (
     BARRIER_DS,
     BARRIER_K,
+    derivatives,
+    drawn,
     fresh_zero,
     issue_transposed,
     meet,
     probabilities,
     row_values,
+    scaled_dv,
+    score_of_keys,
     store_gradient,
+    unmarked,
+    with_signs,
 )
 from tessera.backends.hopper.pieces.key_tiles import locate_keys
 from tessera.backends.hopper.pieces.masking import has_lower_bound
+from tessera.backends.hopper.pieces.modifiers import add_to_dbias
 from tessera.backends.hopper.pieces.row_ranges import cut_and_full, key_bounds, row_blocks
 from tessera.backends.hopper.pieces.softmax import to_16_bit
 from tessera.backends.hopper.pieces.sums import Sums, add_part, make_sums, row_block
-from tessera.backends.hopper.pieces.tiles import M, accumulator_layout, empty_accumulator, matrix, operand_layout
+from tessera.backends.hopper.pieces.tiles import M, accumulator_layout, empty_accumulator, has, matrix, operand_layout
 from tessera.jit.compat import (
     aggregate,
     fence_async_shared,
@@ -83,16 +90,22 @@ def _block(
     do = matrix(shared.do.index(do_slot))
     shared.q_stream.wait(n)
     s = issue_transposed(matrix(shared.k.index(consumer + zero)), q)
+    signs = drawn(config, score, row, dtype)
     shared.do_stream.wait(n)
     dp = issue_transposed(matrix(shared.v.index(consumer + zero)), do)
 
     s = warpgroup_mma_wait(1, deps=(s,))
     lse = row_values(shared.lse, q_slot, config.rows)
     p, weight = probabilities(config, score, s, lse, bounds, row, MASKED)
-    p = to_16_bit(p, dtype)
+    p = with_signs(config, p, signs, dtype)
+    if has(config, "dropout"):
+        weight = with_signs(config, weight, signs, dtype)  # in 32 bits it would spill beside the signs
     dp = warpgroup_mma_wait(0, deps=(dp,))
     d = row_values(shared.d, do_slot, config.rows)  # only now: it would take registers from S
-    ds = to_16_bit(weight * (dp - d[None, :]), dtype)
+    ds = derivatives(config, weight, dp, d)
+    add_to_dbias(config, score.modifiers, ds, row)
+    ds = to_16_bit(ds, dtype)
+    p = unmarked(config, p)
     # dV covers the way of dS through shared memory and the meeting: 1.04 of issuing it before dS is computed (H200, 2026-11-21)
     dv = warpgroup_mma(gl.convert_layout(p, operand_layout(config.dim_v)), do, dv, is_async=True)
     place = (n & 1) * 2
@@ -125,19 +138,20 @@ def _main_loop(config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, hal
         for member in range(call.group):
             row = begin * config.rows
             block = row_block(call, tile, member, begin)
+            scored = score_of_keys(config, score, tile.seq, tile.head * call.group + member, first)
             for i in range(cut):
-                state = _block(config, consumer, dq_map, shared, halves, score, bounds, n, row, block, state, True)
+                state = _block(config, consumer, dq_map, shared, halves, scored, bounds, n, row, block, state, True)
                 n += 1
                 row += config.rows
                 block += 1
             for i in range(full):
-                state = _block(config, consumer, dq_map, shared, halves, score, bounds, n, row, block, state, False)
+                state = _block(config, consumer, dq_map, shared, halves, scored, bounds, n, row, block, state, False)
                 n += 1
                 row += config.rows
                 block += 1
             if has_lower_bound(config):
                 for i in range(count - cut - full):
-                    state = _block(config, consumer, dq_map, shared, halves, score, bounds, n, row, block, state, True)
+                    state = _block(config, consumer, dq_map, shared, halves, scored, bounds, n, row, block, state, True)
                     n += 1
                     row += config.rows
                     block += 1
@@ -149,7 +163,7 @@ def consumer_of_keys(config: gl.constexpr, consumer: gl.constexpr, dq_map, dk_ma
     tile = locate_keys(config, call)
     dk, dv = _main_loop(config, consumer, dq_map, shared, halves, score, call, tile)
     row = tile.first + consumer * M
-    store_gradient(dv_map, shared.v, consumer, dv, tile, row)  # nobody else reads these rows of V
+    store_gradient(dv_map, shared.v, consumer, scaled_dv(config, score, dv), tile, row)  # nobody else reads these rows of V
     meet("sync", BARRIER_K, 256)
     store_gradient(dk_map, shared.k, consumer, dk * score.factor, tile, row)
     tma_store_wait(0)

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from tessera import jit
+from tessera.backends.hopper import modifiers
 from tessera.backends.hopper.backward_plan import PART_LINE, BackwardConfig, PartLayout, RowsConfig, work_lines
 from tessera.backends.hopper.config import Feature
 from tessera.backends.hopper.launch import ELEMENTS, L2_BYTES, LOG2_E, Rows
 from tessera.dispatch import InputGradients, Upstream
+from tessera.dropout import keep_scale
 from tessera.operands import Operands
 from tessera.problem import Gradients, Layout, Problem
 
@@ -51,7 +53,10 @@ def main_spec(config: BackwardConfig, dtype: torch.dtype) -> jit.KernelSpec:
         arguments[name] = jit.Scalar("i32")
     for name in ("scale", "inner", "factor"):
         arguments[name] = jit.Scalar("fp32")
-    return jit.KernelSpec.of("tessera.backends.hopper.backward:attention_backward", arguments, {"CONFIG": config})
+    constants: dict[str, object] = {"CONFIG": config}
+    modifiers.describe(config.features, element, arguments, constants)
+    modifiers.describe_gradient(config.features, arguments, constants)
+    return jit.KernelSpec.of("tessera.backends.hopper.backward:attention_backward", arguments, constants)
 
 
 def prepare_spec(config: RowsConfig, dtype: torch.dtype) -> jit.KernelSpec:
@@ -68,6 +73,7 @@ def prepare_spec(config: RowsConfig, dtype: torch.dtype) -> jit.KernelSpec:
     arguments |= {name: jit.Scalar("i32", align=8) for name in ("dim", "dim_v")}
     arguments |= {"do_pitch": jit.Scalar("i32"), "with_dlse": jit.Scalar("i32")}
     arguments |= {name: jit.Scalar("i64", align=8) for name in ("do_row", "do_head")}
+    arguments |= {name: jit.Scalar("fp32") for name in ("unit", "share")}
     return jit.KernelSpec.of("tessera.backends.hopper.backward_rows:prepare_rows", arguments, {"CONFIG": config})
 
 
@@ -140,7 +146,12 @@ class BackwardLaunch:
         """See pieces/gradients.Score."""
         score = self.problem.score
         outer, inner = (score.softcap, score.scale / score.softcap) if score.softcap else (score.scale, 0.0)
-        return outer * LOG2_E, inner, score.scale
+        return outer * self.unit, inner, score.scale * keep_scale(score.dropout_p)
+
+    @cached_property
+    def unit(self) -> float:
+        """A score of 1 in the main kernel's units (pieces/modifiers.py)."""
+        return LOG2_E if self.problem.score.bias is None else 1.0
 
     @cached_property
     def has_unwritten_keys(self) -> bool:
@@ -160,9 +171,19 @@ class BackwardLaunch:
         kept = Kept(operands)
         dout = Rows.of(upstream.dout if _is_plain(upstream.dout) else upstream.dout.contiguous())
         dsinks = self._prepare(operands, upstream, dout, (stats, sums, marks), kept)
-        self._differentiate(operands, dout, (stats, sums, marks), (dk, dv), kept)
+        dbias = self._bias_sums(operands)
+        self._differentiate(operands, dout, (stats, sums, marks), (dk, dv, dbias), kept)
         self._finish(sums, marks, dq, kept)
-        return InputGradients(dq, dk, dv, None, dsinks)
+        if operands.bias is not None and dbias is not None:
+            dbias = dbias.to(operands.bias.dtype)
+        return InputGradients(dq, dk, dv, dbias, dsinks)
+
+    def _bias_sums(self, operands: Operands) -> Tensor | None:
+        """Zeros of the bias's shape for its gradient to be added to, if that is wanted."""
+        bias = operands.bias
+        if bias is None or Feature.BIAS_GRADIENT not in self.config.features:
+            return None
+        return torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
 
     def _prepare(
         self, operands: Operands, upstream: Upstream, dout: Rows, work: tuple[Tensor, Tensor, Tensor], kept: Kept
@@ -182,13 +203,15 @@ class BackwardLaunch:
             stats.data_ptr(), sums.data_ptr(), marks.data_ptr(), 0 if partial is None else partial.data_ptr(), *kept.lengths,
             shape.batch, shape.heads_q, shape.seqlen_q, shape.seqlen_k, self.line, shape.head_dim, shape.head_dim_v,
             dout.pitch, int(dlse != 0), dout.strides[3], dout.strides[2],
+            self.unit, 1 / keep_scale(self.problem.score.dropout_p),
         )  # fmt: skip
         wanted = self.problem.score.sinks is not None and self.problem.score.sinks.gradients is Gradients.INPUTS
         return partial.sum(dim=1).to(sinks.dtype) if wanted and partial is not None and sinks is not None else None
 
     def _differentiate(
-        self, operands: Operands, dout: Rows, work: tuple[Tensor, Tensor, Tensor], gradients: tuple[Tensor, Tensor], kept: Kept
-    ) -> None:
+        self, operands: Operands, dout: Rows, work: tuple[Tensor, Tensor, Tensor],
+        gradients: tuple[Tensor, Tensor, Tensor | None], kept: Kept,
+    ) -> None:  # fmt: skip
         stats, sums, marks = work
         shape, index = self.problem.shape, sums.device.index
         kernel = jit.load(self.specs[1], index)
@@ -196,13 +219,15 @@ class BackwardLaunch:
         tensors = [*inputs, dout]
         maps = [kernel.tiles[i](rows.address, rows.shape, rows.strides) for i, rows in enumerate(tensors)]
         maps.append(kernel.tiles[4](stats.data_ptr(), stats.shape, stats.stride()))
-        outputs = [Rows.of(tensor) for tensor in gradients]
+        dk, dv, dbias = gradients
+        outputs = [Rows.of(tensor) for tensor in (dk, dv)]
         maps += [kernel.tiles[5 + i](rows.address, rows.shape, rows.strides) for i, rows in enumerate(outputs)]
         maps.append(kernel.tiles[7](sums.data_ptr(), sums.shape, sums.stride()))
         kernel(
             jit.current_stream(index), self.tiles, 1, 1, *maps, marks.data_ptr(), *kept.lengths, *kept.documents, *self.integers,
             shape.seqlen_q if kept.documents_vary else 0, self.blocks, self.section, self.line,
             *(rows.pitch for rows in tensors), *self.scales,
+            *modifiers.values(self.problem.score, operands, kept.tensors), *([] if dbias is None else modifiers.places(dbias)),
         )  # fmt: skip
 
     def _finish(self, sums: Tensor, marks: Tensor, dq: Tensor, kept: Kept) -> None:
@@ -211,7 +236,7 @@ class BackwardLaunch:
         programs = self.line // _PIECE * shape.heads_q * -(-shape.head_dim // _PIECE)
         kernel(
             jit.current_stream(index), programs, 1, 1, sums.data_ptr(), marks.data_ptr(), dq.data_ptr(), *kept.lengths,
-            shape.batch, shape.heads_q, shape.seqlen_q, shape.seqlen_k, self.line, shape.head_dim, self.problem.score.scale,
+            shape.batch, shape.heads_q, shape.seqlen_q, shape.seqlen_k, self.line, shape.head_dim, self.scales[2],
         )  # fmt: skip
 
 
@@ -219,7 +244,7 @@ class Kept:
     """The small tensors of a call as addresses, 0 for what there is not; copies live until the launches are in the stream."""
 
     def __init__(self, operands: Operands) -> None:
-        self._tensors: list[Tensor] = []
+        self.tensors: list[Tensor | None] = []
         lengths, mask = operands.lengths, operands.mask
         self.lengths = [
             self.keep(tensor) for tensor in (*lengths, mask.key_start, mask.key_end, mask.query_end)
@@ -232,7 +257,7 @@ class Kept:
         if tensor is None:
             return 0
         tensor = tensor.contiguous()
-        self._tensors.append(tensor)
+        self.tensors.append(tensor)
         return tensor.data_ptr()
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from enum import Enum
 
 from tessera.backends.hopper.config import ROWS, Feature
-from tessera.backends.hopper.plan import features_of
-from tessera.problem import Layout, Problem, Reproducibility
+from tessera.backends.hopper.plan import MODIFIERS, features_of
+from tessera.problem import Gradients, Layout, Problem, Reproducibility
 
 PART_LINE = 256
 """Values in a line of the workspace, where parts of dQ lie as in registers: 64 rows of four columns (pieces/sums.py)."""
@@ -112,11 +113,20 @@ class RowsConfig:
 def backward_config(problem: Problem) -> BackwardConfig:
     """The configuration for a problem."""
     features = features_of(problem)
+    bias = problem.score.bias
+    if bias is not None and bias.gradients is Gradients.INPUTS:
+        features = (*features, Feature.BIAS_GRADIENT)
     dim, dim_v = _padded(problem.shape.head_dim), _padded(problem.shape.head_dim_v)
     config = BackwardConfig(Division.KEYS, 64, 128, dim, dim_v, 2, 2, problem.reproducibility, features)
     if max(dim, dim_v) == 256:
         # One stage of dO leaves room to double the buffers of P, dS and dQ: 3 to 6% over two (H200, 4k and 16k, 2026-11-21).
         return replace(config, division=Division.PRODUCTS, keys=64, do_stages=1)
+    kinds = (MODIFIERS - {Feature.SCALE_FIRST}) & set(features)
+    if max(dim, dim_v) == 128 and (Feature.BIAS in kinds or len(kinds) > 1):
+        # The places of a bias, or two modifiers, do not fit beside dK and dV in one consumer (the compile gate).
+        return replace(config, division=Division.PRODUCTS, keys=64)
+    if kinds:
+        return config  # three consumers have no registers for them
     if max(dim, dim_v) == 64 and not {Feature.SOFTCAP, Feature.LEFT, Feature.DOCUMENTS} & set(features):
         # Over two consumers and 128 keys: 1.05 to 1.13 (H200, 1k and 16k, 2026-11-21). With a softcap's slope, or with masks at
         # both ends, 160 registers spill in the loop.
@@ -142,6 +152,7 @@ def work_lines(problem: Problem) -> int:
 
 
 def workspace_bytes(problem: Problem) -> int:
-    """dQ in float32, lse and D of each row, a mark for every 64 rows and a counter."""
-    rows = problem.shape.heads_q * work_lines(problem)
-    return 4 * (rows * (problem.shape.head_dim + 2) + rows // 64 + 1)
+    """dQ in float32, lse and D of each row, a mark for every 64 rows and a counter; the bias's gradient in float32."""
+    rows, bias = problem.shape.heads_q * work_lines(problem), problem.score.bias
+    sums = 0 if bias is None or bias.gradients is Gradients.NONE else math.prod(bias.shape)
+    return 4 * (rows * (problem.shape.head_dim + 2) + rows // 64 + 1 + sums)

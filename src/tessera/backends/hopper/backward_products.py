@@ -13,14 +13,21 @@ from tessera.backends.hopper.pieces.channel import Ring, make_ring
 from tessera.backends.hopper.pieces.gradients import (
     BARRIER_K,
     BARRIER_V,
+    derivatives,
+    drawn,
     fresh_zero,
     issue_transposed,
     meet,
     probabilities,
     row_values,
+    scaled_dv,
+    score_of_keys,
     store_gradient,
+    unmarked,
+    with_signs,
 )
 from tessera.backends.hopper.pieces.key_tiles import locate_keys
+from tessera.backends.hopper.pieces.modifiers import add_to_dbias
 from tessera.backends.hopper.pieces.row_ranges import cut_and_full, key_bounds, row_blocks
 from tessera.backends.hopper.pieces.softmax import to_16_bit
 from tessera.backends.hopper.pieces.sums import Sums, add_part, make_sums, row_block
@@ -92,9 +99,10 @@ def _next_p(config: gl.constexpr, shared, exchange, score, bounds, s, n, row, is
     """P^T of block n in 16 bits: handed to dk, and returned."""
     lse = row_values(shared.lse, shared.q_stream.slot(n), config.rows)
     p, weight = probabilities(config, score, s, lse, bounds, row, is_cut)
-    p = to_16_bit(p, shared.q.dtype)
+    signs = drawn(config, score, row, shared.q.dtype)
+    p = unmarked(config, with_signs(config, p, signs, shared.q.dtype))
     exchange.p_ring.acquire(n)
-    exchange.p.index(exchange.p_ring.slot(n)).store(to_16_bit(weight, shared.q.dtype))
+    exchange.p.index(exchange.p_ring.slot(n)).store(with_signs(config, weight, signs, shared.q.dtype))
     exchange.p_ring.publish(n)
     shared.q_stream.release(n)
     return p
@@ -116,7 +124,8 @@ def consumer_of_dv(config: gl.constexpr, dv_map, shared, exchange, score, call):
         cut, full = cut_and_full(config, call.band, tile.seq, tile.first, begin, count)
         mbarrier.wait(shared.k_full, 0)
         s = warpgroup_mma_wait(0, deps=(_issue_s(shared, 0),))
-        p = _next_p(config, shared, exchange, score, bounds, s, 0, begin * config.rows, True)
+        scored = score_of_keys(config, score, tile.seq, tile.head * call.group, tile.first)
+        p = _next_p(config, shared, exchange, scored, bounds, s, 0, begin * config.rows, True)
         for n in range(1, count * call.group):
             do_slot = shared.do_stream.slot(n - 1)
             shared.do_stream.wait(n - 1)
@@ -126,15 +135,16 @@ def consumer_of_dv(config: gl.constexpr, dv_map, shared, exchange, score, call):
             shared.do_stream.release(n - 1)
             s = warpgroup_mma_wait(0, deps=(s,))
             block = n % count
+            scored = score_of_keys(config, score, tile.seq, tile.head * call.group + n // count, tile.first)
             is_cut = (block < cut) | (block >= cut + full)
-            p = _next_p(config, shared, exchange, score, bounds, s, n, (begin + block) * config.rows, is_cut)
+            p = _next_p(config, shared, exchange, scored, bounds, s, n, (begin + block) * config.rows, is_cut)
         last = count * call.group - 1
         shared.do_stream.wait(last)
         dv = _issue_sum(p, matrix(shared.do.index(shared.do_stream.slot(last))), dv)
         dv = warpgroup_mma_wait(0, deps=(dv,))
     meet("arrive", BARRIER_K, 384)
     meet("sync", BARRIER_V, 256)
-    store_gradient(dv_map, shared.v, 0, dv, tile, tile.first)
+    store_gradient(dv_map, shared.v, 0, scaled_dv(config, score, dv), tile, tile.first)
     tma_store_wait(0)
 
 
@@ -142,13 +152,14 @@ def consumer_of_dv(config: gl.constexpr, dv_map, shared, exchange, score, call):
 
 
 @gluon.jit
-def _next_ds(config: gl.constexpr, shared, exchange, dp, n):
+def _next_ds(config: gl.constexpr, shared, exchange, score, dp, n, row):
     """dS^T of block n in 16 bits: handed to dq, and returned."""
     d = row_values(shared.d, shared.do_stream.slot(n), config.rows)
-    x = dp - d[None, :]
     exchange.p_ring.wait(n)
     p = exchange.p.index(exchange.p_ring.slot(n)).load(dp.type.layout)
-    ds = to_16_bit(p.to(gl.float32) * x, shared.q.dtype)
+    ds = derivatives(config, p, dp, d)
+    add_to_dbias(config, score.modifiers, ds, row)
+    ds = to_16_bit(ds, shared.q.dtype)
     exchange.p_ring.release(n)
     exchange.ds_ring.acquire(n)
     exchange.ds.index(exchange.ds_ring.slot(n)).store(ds)
@@ -172,7 +183,8 @@ def consumer_of_dk(config: gl.constexpr, dk_map, shared, exchange, score, call):
     if count > 0:
         mbarrier.wait(shared.v_full, 0)
         dp = warpgroup_mma_wait(0, deps=(_issue_dp(shared, 0),))
-        ds = _next_ds(config, shared, exchange, dp, 0)
+        scored = score_of_keys(config, score, tile.seq, tile.head * call.group, tile.first)
+        ds = _next_ds(config, shared, exchange, scored, dp, 0, begin * config.rows)
         for n in range(1, count * call.group):
             shared.q_stream.wait(n - 1)
             dk = _issue_sum(ds, matrix(shared.q.index(shared.q_stream.slot(n - 1))), dk)
@@ -180,7 +192,9 @@ def consumer_of_dk(config: gl.constexpr, dk_map, shared, exchange, score, call):
             dk = warpgroup_mma_wait(1, deps=(dk,))
             shared.q_stream.release(n - 1)
             dp = warpgroup_mma_wait(0, deps=(dp,))
-            ds = _next_ds(config, shared, exchange, dp, n)
+            member = n // count
+            scored = score_of_keys(config, score, tile.seq, tile.head * call.group + member, tile.first)
+            ds = _next_ds(config, shared, exchange, scored, dp, n, (begin + n - member * count) * config.rows)
         last = count * call.group - 1
         shared.q_stream.wait(last)
         dk = _issue_sum(ds, matrix(shared.q.index(shared.q_stream.slot(last))), dk)

@@ -52,10 +52,11 @@ def _sink_gradient(sink, lse, d):
 def prepare_rows(
     out_ptr, do_ptr, lse_ptr, dlse_ptr, sinks_ptr, stats_ptr, sum_ptr, marks_ptr, dsinks_ptr,
     cu_q, cu_k, used_q, used_k, key_start, key_end, query_end,
-    batch, heads, seqlen_q, seqlen_k, line, dim, dim_v, do_pitch, with_dlse, do_row, do_head,
+    batch, heads, seqlen_q, seqlen_k, line, dim, dim_v, do_pitch, with_dlse, do_row, do_head, unit, share,
     CONFIG: gl.constexpr,
 ):  # fmt: skip
-    """A program for each block of rows of the workspace and head. dsinks: one partial sum a program."""
+    """A program for each block of rows of the workspace and head. dsinks: one partial sum a program. `unit`: a score of 1 in the
+    main kernel's units; `share`: of probabilities that dropout keeps."""
     config: gl.constexpr = CONFIG
     count: gl.constexpr = rows_of(config.dim_v)
     layout: gl.constexpr = _layout(config.dim_v)
@@ -84,8 +85,8 @@ def prepare_rows(
         gl.store(dsinks_ptr + head * (gl.num_programs(0) // heads) + block, _sink_gradient(sink, lse, d))
     seen = live & (lse > float("-inf"))
     place = head.to(gl.int64) * line + start + gl.arange(0, count, gl.SliceLayout(1, layout))
-    gl.store(stats_ptr + place, gl.where(seen, lse * LOG2_E, float("inf")))
-    gl.store(stats_ptr + heads.to(gl.int64) * line + place, gl.where(seen, d, 0.0))
+    gl.store(stats_ptr + place, gl.where(seen, lse * unit, float("inf")))
+    gl.store(stats_ptr + heads.to(gl.int64) * line + place, gl.where(seen, d * share, 0.0))
     if adds_in_order(config):
         _clear_marks(marks_ptr, head, line, start)
     else:

@@ -10,12 +10,14 @@ from tessera import jit
 from tessera.backends.hopper.backward_launch import finish_spec, main_spec, prepare_spec
 from tessera.backends.hopper.backward_plan import RowsConfig, backward_config
 from tessera.mask import MaskSpec
-from tessera.problem import Gradients, Layout, Problem, Reproducibility, Score, Shape, Sinks
+from tessera.problem import Alibi, Bias, Gradients, Layout, Problem, Reproducibility, Score, Shape, Sinks
 
 _FULL = MaskSpec()
 _CAUSAL = MaskSpec(right=0)
 _WINDOW = MaskSpec(left=128, right=0)
 _DOCUMENTS = MaskSpec(right=0, bounds=("document_begin", "document_end"))
+_PLANE = Bias((1, 8, 1024, 1024), torch.bfloat16, Gradients.INPUTS)
+_OF_KEYS = Bias((1, 1, 1, 1024), torch.bfloat16, Gradients.INPUTS)
 _PADDING = MaskSpec(bounds=("key_start", "key_end", "query_end"))
 
 
@@ -39,6 +41,11 @@ def _named_problems() -> dict[str, Problem]:
             f"d{dim} softcap": _problem(dim, dim, _CAUSAL, softcap=30.0),
             f"d{dim} sinks": _problem(dim, dim, _CAUSAL, sinks=Sinks(Gradients.INPUTS)),
             f"d{dim} varlen": _problem(dim, dim, _CAUSAL, Layout.VARLEN),
+            f"d{dim} dropout": _problem(dim, dim, _CAUSAL, dropout_p=0.1),
+            f"d{dim} alibi": _problem(dim, dim, _CAUSAL, alibi=Alibi.PER_HEAD),
+            f"d{dim} bias": _problem(dim, dim, bias=_PLANE),
+            f"d{dim} bias of keys, dropout": _problem(dim, dim, bias=_OF_KEYS, dropout_p=0.1),
+            f"d{dim} all modifiers": _problem(dim, dim, _CAUSAL, bias=_PLANE, alibi=Alibi.PER_HEAD, dropout_p=0.1),
         }
         for name in ("full", "causal", "varlen"):
             found[f"d{dim} {name}, deterministic"] = replace(found[f"d{dim} {name}"], reproducibility=Reproducibility.BITWISE)

@@ -33,6 +33,8 @@ class Feature(Enum):
     """The same for all keys."""
     FLOAT32_BIAS = "float32 bias"
     """Any of these three in float32, not in q's dtype."""
+    BIAS_GRADIENT = "bias gradient"
+    """In the backward."""
     DROPOUT = "dropout"
 
 

