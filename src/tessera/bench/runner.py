@@ -69,7 +69,7 @@ def _prepare(
     """Everybody's entry as far as it is known before the clock starts, and the calls of those who were right."""
     entries: dict[str, Entry] = {}
     calls: dict[str, Call] = {}
-    device, allowed = Device.of(request.q.device), allowed_error(problem)
+    device, allowed = Device.of(request.q.device), allowed_error(problem, standard)
     for peer in contenders:
         why = peer.why_not(problem, device)
         if why is not None:
