@@ -141,8 +141,8 @@ def producer(config: gl.constexpr, maps, shared, call, pages, rows):
 
 
 @gluon.jit
-def _issue_scores(me, n):
-    """Start S = Q K^T of the n-th tile, (64, keys) float32, as three products; the right half last, because it comes last."""
+def _scores(me, n):
+    """S = Q K^T of the n-th tile, (64, keys) float32; the right half last, because it comes last."""
     keys: gl.constexpr = me.config.keys
     shared = me.shared
     slot = shared.outer.slot(n)
@@ -152,7 +152,8 @@ def _issue_scores(me, n):
     s = warpgroup_mma(shared.q[0].index(only), shared.k[0].index(slot).permute((1, 0)), s, use_acc=False, is_async=True)
     s = warpgroup_mma(shared.q[2].index(only), shared.k[2].index(slot).permute((1, 0)), s, is_async=True)
     shared.right.wait(n)
-    return warpgroup_mma(shared.q[1].index(only), shared.k[1].index(slot).permute((1, 0)), s, is_async=True)
+    s = warpgroup_mma(shared.q[1].index(only), shared.k[1].index(slot).permute((1, 0)), s, is_async=True)
+    return warpgroup_mma_wait(0, deps=(s,))
 
 
 @gluon.jit
@@ -167,10 +168,11 @@ def _pass_on(shared, n, p, factor):
 
 
 @gluon.jit
-def _left_values(me, n, bounds, first_key, state, CUT: gl.constexpr):
-    """m, l and P from S of the n-th tile, P passed on, and O += P V started."""
-    o, m, l, s = state
+def _left_block(me, n, bounds, first_key, state, CUT: gl.constexpr):
+    """S, then m, l and P, then O += P V of one tile. (To start the next S under O += P V costs 2 to 5%: benchmarks/LOG.md.)"""
+    o, m, l = state
     shared = me.shared
+    s = _scores(me, n)
     if has(me.config, "softcap"):
         s = tanh(s * me.score.inner)
     if CUT is not None:
@@ -183,42 +185,40 @@ def _left_values(me, n, bounds, first_key, state, CUT: gl.constexpr):
     o = rescale(o, alpha)
     columns: gl.constexpr = o.shape[1]
     values = shared.k[0].index(shared.outer.slot(n))
-    return warpgroup_mma(gl.convert_layout(p, operand_layout(columns)), values, o, is_async=True), m, l
+    o = warpgroup_mma(gl.convert_layout(p, operand_layout(columns)), values, o, is_async=True)
+    o = warpgroup_mma_wait(0, deps=(o,))
+    shared.outer.release(n)
+    return o, m, l
 
 
 @gluon.jit
 def _left_blocks(me, n, bounds, block, state, count, CUT: gl.constexpr):
-    """`count` tiles from block `block` down; the products of S of each one's next follow its own O += P V at once."""
+    """`count` tiles from block `block` down."""
     for i in range(count):
-        o, m, l = _left_values(me, n, bounds, (block - i) * me.config.keys, state, CUT)
-        s = _issue_scores(me, n + 1)
-        o = warpgroup_mma_wait(3, deps=(o,))
-        me.shared.outer.release(n)
-        state = (o, m, l, warpgroup_mma_wait(0, deps=(s,)))
+        state = _left_block(me, n, bounds, (block - i) * me.config.keys, state, CUT)
         n += 1
     return state, n
 
 
 @gluon.jit
 def _left_loop(me, tile, first):
-    """O, m and l over all tiles of the rows from position `first` on; the last one, with no next, is always masked."""
+    """O, m and l over all tiles of the rows from position `first` on, and how many those are."""
     config: gl.constexpr = me.config
     keys: gl.constexpr = config.keys
     half: gl.constexpr = config.parts.dims[0]
     bounds = row_bounds(config, me.call.reach, tile.seq, first, config.packing.heads)
-    n = tile.end * 0
-    s = warpgroup_mma_wait(0, deps=(_issue_scores(me, n),))
     empty = gl.zeros([M, keys], gl.float32, accumulator_layout(keys))
     o = gl.zeros([M, half], gl.float32, accumulator_layout(half))
-    state = (o, gl.max(empty, axis=1) + float("-inf"), partial_sums(empty), s)
+    state = (o, gl.max(empty, axis=1) + float("-inf"), partial_sums(empty))
+    n = tile.end * 0
     block = tile.end - 1
-    upper, full, lower = kinds_of_blocks(config, me.call, tile, first, tile.begin + 1, tile.end)
+    upper, full, lower = kinds_of_blocks(config, me.call, tile, first, tile.begin, tile.end)
     state, n = _left_blocks(me, n, bounds, block, state, upper, "upper")
     state, n = _left_blocks(me, n, bounds, block - upper, state, full, None)
     if has_lower_bound(config):
         state, n = _left_blocks(me, n, bounds, block - upper - full, state, lower, "lower")
-    o, m, l = _left_values(me, n, bounds, tile.begin * keys, state, "upper")
-    return warpgroup_mma_wait(0, deps=(o,)), m, l, n + 1
+    o, m, l = state
+    return o, m, l, n
 
 
 @gluon.jit
