@@ -100,9 +100,9 @@ def _paper(lengths: tuple[int, ...]) -> tuple[Case, ...]:
     )
 
 
-def _decode(*sizes: tuple[int, int], heads: tuple[int, int] = (32, 8), rows: int = 1, causal: bool = False) -> tuple[Case, ...]:
-    """`rows` queries beside a cache: batch and cached tokens as an inference server meets them."""
-    return tuple(_named(Case("", batch, rows, cached, *heads, 128, causal=causal)) for batch, cached in sizes)
+def _decode(*sizes: tuple[int, int], rows: int = 1, causal: bool = False) -> tuple[Case, ...]:
+    """`rows` queries beside a cache, 32 heads over 8: batch and cached tokens as an inference server meets them."""
+    return tuple(_named(Case("", batch, rows, cached, 32, 8, 128, causal=causal)) for batch, cached in sizes)
 
 
 _RAGGED = tuple(round(100 * (32768 / 100) ** (i / 63)) for i in range(64))
@@ -160,29 +160,11 @@ _GRIDS = (
     ),
     Grid(
         "decode",
-        "one query token over a KV cache, 32 heads over 8, d 128, bf16; the last batch ragged",
+        "one query token over a KV cache, 32 heads over 8, d 128, bf16; the last batch ragged (bench/decoding.py: with graphs)",
         (
-            *_decode(*((batch, cached) for batch in (1, 4, 16, 64) for cached in (8192, 32768, 131072))),
+            *_decode(*((batch, cached) for batch in (1, 16, 64) for cached in (8192, 32768))),
             _named(Case("", 64, 1, 1, 32, 8, 128, lengths_q=(1,) * 64, lengths_k=_RAGGED)),
         ),
-        torch.bfloat16,
-        "cuda",
-        Metric.BANDWIDTH,
-        Kind.CACHE,
-    ),
-    Grid(
-        "decode-table",
-        "Flash-Decoding's own table: 16 heads over 2, d 128, bf16, from 256 x 512 to 1 x 131072",
-        _decode(*((131072 // cached, cached) for cached in (2**n for n in range(9, 18))), heads=(16, 2)),
-        torch.bfloat16,
-        "cuda",
-        Metric.BANDWIDTH,
-        Kind.CACHE,
-    ),
-    Grid(
-        "decode-tiny",
-        "small batches at 512 tokens, 32 heads over 8, d 128, bf16",
-        _decode(*((batch, 512) for batch in (1, 2, 4, 8))),
         torch.bfloat16,
         "cuda",
         Metric.BANDWIDTH,

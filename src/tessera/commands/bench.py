@@ -45,9 +45,9 @@ def bench(
     turns, so that they meet the same clock and the same neighbours; a ratio is the median of the rounds' own ratios, with its
     quartiles. A cell that fails or hangs costs that cell. The exit code is 1 when a cell of ours has no time.
 
-    Grids:  cpu-quick, cpu;  on a GPU: paper, paper-quick, gqa, window, varlen; decode, decode-table, decode-tiny, chunk
+    Grids:  cpu-quick, cpu;  on a GPU: paper, paper-quick, gqa, window, varlen; decode, chunk
 
-    The last four run attention_with_kvcache; their peers are sdpa, cudnn, fa2, fa3, fa3-pages64 and -16, fa4, and ours again over
+    The last two run attention_with_kvcache; their peers are sdpa, cudnn, fa2, fa3, fa3-pages64 and -16, fa4, and ours again over
     pages (pages1, pages16, pages64, ...) or batch-invariant (invariant).
 
     With --train every contender's attention trains the same GPT, step by step in turns, and must find our gradients first.
