@@ -51,7 +51,7 @@ def _problems() -> list[CacheProblem]:
         _problem((128, 128), causal, layout=Layout.VARLEN, page_size=64),
     ]
     latent = (576, 512)
-    return [*problems, _problem(latent, causal), _problem(latent, causal, page_size=64), _problem(latent, plain, page_size=16)]
+    return [*problems, _problem(latent, causal), _problem(latent, causal, page_size=64), _problem(latent, plain, page_size=1)]
 
 
 def _problem(
