@@ -68,7 +68,17 @@ def benchmarks() -> str:
     for direction in ("forward", "backward"):
         for path in sorted(RESULTS.glob(f"{direction}_*.json"))[-1:]:
             parts.append(_paper_grid(direction.capitalize(), json.loads(path.read_text()), path.name))
+    for path in sorted(RESULTS.glob("fa4-*.json")):
+        parts.append(_beside_fa4(json.loads(path.read_text()), path.name))
     return "\n\n".join(parts) or "Nothing measured yet."
+
+
+def _beside_fa4(record: dict[str, Any], name: str) -> str:
+    """One sentence of a report of the bench's own: FlashAttention-4 needs a compiler of its own and is timed in a run of its own."""
+    ratios = {c["name"]: c["entries"]["fa4"]["speedup"]["median"] for c in record["cells"] if c["entries"]["fa4"]["speedup"]}
+    cells = ", ".join(f"{cell} {ratio:.2f}" for cell, ratio in ratios.items())
+    mean = record["summary"]["geomean_speedup"]["fa4"]
+    return f"Beside FlashAttention-4 (CuTe DSL), {record['direction']}, mean {mean:.3f}: {cells} (`benchmarks/results/{name}`)."
 
 
 def _paper_grid(direction: str, record: dict[str, Any], name: str) -> str:
