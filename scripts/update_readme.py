@@ -74,7 +74,7 @@ def benchmarks() -> str:
 
 
 def _beside_fa4(record: dict[str, Any], name: str) -> str:
-    """One sentence of a report of the bench's own: FlashAttention-4 needs a compiler of its own and is timed in a run of its own."""
+    """One sentence of a report of the bench: FlashAttention-4 brings its own compiler and is timed in a run of its own."""
     ratios = {c["name"]: c["entries"]["fa4"]["speedup"]["median"] for c in record["cells"] if c["entries"]["fa4"]["speedup"]}
     cells = ", ".join(f"{cell} {ratio:.2f}" for cell, ratio in ratios.items())
     mean = record["summary"]["geomean_speedup"]["fa4"]
