@@ -141,6 +141,7 @@ _GRADIENTS = (
     Feature("Gradients", "packed", _vary(lengths_q=(30, 50), lengths_k=(30, 50)), gradients=Gradients.INPUTS),
     Feature("Gradients", "softcap", _vary(softcap=20.0), gradients=Gradients.INPUTS),
     Feature("Gradients", "bias", _vary(bias=(1, 4, 40, 40)), gradients=Gradients.INPUTS),
+    Feature("Gradients", "bias of keys", _vary(bias=(1, 4, 1, 40)), gradients=Gradients.INPUTS),
     Feature("Gradients", "sinks", _vary(sinks=True), gradients=Gradients.INPUTS),
     Feature("Gradients", "dropout", _vary(dropout_p=0.1), gradients=Gradients.INPUTS),
 )

@@ -21,7 +21,7 @@ from tessera.dropout import DRAWS, threshold
 from tessera.errors import Reason
 from tessera.operands import Operands
 from tessera.plan import Choice, Plan
-from tessera.problem import Gradients, Layout, Problem, Reproducibility
+from tessera.problem import Bias, Gradients, Layout, Problem, Reproducibility, Score
 
 FORWARD = "hopper-forward"
 BACKWARD = "hopper-backward"
@@ -44,10 +44,8 @@ class HopperBackend:
         if problem.layout is Layout.DENSE and problem.lengths:
             names = ", ".join(problem.lengths)
             reasons.append(Reason(names, "tensor", "lengths of dense tensors are a mask here", "use Mask.padding"))
-        bias = score.bias
-        if problem.reproducibility is Reproducibility.BITWISE and bias is not None and bias.gradients is Gradients.INPUTS:
-            why = "the bias's gradient is summed over what it is broadcast to in any order"
-            reasons.append(Reason("bias.requires_grad", "True", why, "use deterministic=False, or bias.detach()"))
+        if score.bias is not None and score.bias.gradients is Gradients.INPUTS:
+            reasons += _without_bias_gradient(score, score.bias, problem.reproducibility)
         return tuple(reasons)
 
     def plan(self, problem: Problem, device: Device) -> Choices:
@@ -85,6 +83,21 @@ def _compile_together(specs: tuple[jit.KernelSpec, ...]) -> None:
     """Compile all of a family at the first call of one, side by side: two kernels take little longer than one."""
     if len(specs) > 1:
         jit.warmup(specs)
+
+
+def _without_bias_gradient(score: Score, bias: Bias, reproducibility: Reproducibility) -> list[Reason]:
+    """Which biases' gradients the backward has not."""
+    reasons = []
+    if reproducibility is Reproducibility.BITWISE:
+        why = "the bias's gradient is summed over what it is broadcast to in any order"
+        reasons.append(Reason("bias.requires_grad", "True", why, "use deterministic=False, or bias.detach()"))
+    if 1 in bias.shape[2:]:
+        why = "the gradient of a bias without rows or without keys of its own was wrong on the GPU"
+        reasons.append(Reason("bias.requires_grad", f"True of shape {bias.shape}", why, "use bias.detach(), or expand it"))
+    if score.softcap:
+        why = "the bias's gradient takes the softcap's slope, which it should not"
+        reasons.append(Reason("bias.requires_grad", f"True with softcap={score.softcap:g}", why, "use bias.detach()"))
+    return reasons
 
 
 @dataclass(frozen=True)

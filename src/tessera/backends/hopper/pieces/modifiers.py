@@ -229,15 +229,11 @@ def add_to_transposed(config: gl.constexpr, modifiers, x, first_row):
 
 @gluon.jit
 def add_to_dbias(config: gl.constexpr, modifiers, ds, first_row):
-    """dS^T (64 keys, rows) added to the bias's gradient, in float32; its sums where the bias is the same for all rows or keys."""
+    """dS^T (64 keys, rows) added to the bias's gradient, in float32: the sum over batch entries or heads that share it."""
     if has(config, "bias gradient"):
         if has(config, "dropout"):
             ds = ds * modifiers.dropout[0].dropout.keep_scale
         where = _places_in_bias(config, modifiers.dbias[0], first_row)
-        if has(config, "bias of keys"):
-            ds = gl.sum(ds, axis=1)[:, None]
-        elif has(config, "bias of rows"):
-            ds = gl.sum(ds, axis=0)[None, :]
         gl.atomic_add(where, ds, sem="relaxed")
 
 
