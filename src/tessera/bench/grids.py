@@ -66,6 +66,10 @@ def _named(case: Case) -> Case:
     if case.window is not None:
         mask = f"window {case.window[0]}"
     score = f" softcap {case.softcap:g}" if case.softcap else ""
+    score += f" dropout {case.dropout_p:g}" if case.dropout_p else ""
+    score += " alibi" if case.alibi else ""
+    if case.bias is not None:
+        score += " bias of keys" if case.bias[2] == 1 else " bias"
     length = _length(case.seqlen_k) if case.seqlen_q == case.seqlen_k else f"{case.seqlen_q}x{_length(case.seqlen_k)}"
     batch = f"b{case.batch} " if case.seqlen_q <= MOST_QUERIES else ""
     if case.lengths_k is not None:
@@ -148,6 +152,24 @@ _GRIDS = (
         "window",
         "sliding windows: d 128, 16 heads, 16384 tokens, bf16",
         tuple(square(128, s, TOKENS // s, 16, window=(w, 0)) for w in (256, 1024, 4096) for s in (4096, 8192, 16384) if s > w),
+        torch.bfloat16,
+        "cuda",
+    ),
+    Grid(
+        "modifiers",
+        "what ALiBi, a bias and dropout cost beside none: 4k, 16384 tokens, hidden 2048, bf16",
+        tuple(
+            square(dim, 4096, 4, 2048 // dim, causal=causal, **options)
+            for dim in (64, 128, 256)
+            for causal in (False, True)
+            for options in (
+                {},
+                {"dropout_p": 0.1},
+                {"alibi": "head"},
+                {"bias": (1, 2048 // dim, 4096, 4096)},
+                {"bias": (4, 1, 1, 4096)},
+            )
+        ),
         torch.bfloat16,
         "cuda",
     ),
