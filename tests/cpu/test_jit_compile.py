@@ -58,6 +58,7 @@ def in_new_process(folder: Path, kernels: Path = TESTS) -> tuple[int, float, boo
 
 SPEC_WITHOUT_TRITON = f"""
 from tessera.jit import Dtype, KernelSpec, Pointer, Scalar, Tiles
+from tessera.jit.spec import Arrangement
 SPEC = KernelSpec({SPEC.kernel!r}, {ARGUMENTS!r}, {CONSTANTS!r})
 """
 

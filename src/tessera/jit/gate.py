@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tessera.jit.compiler import obtain
-from tessera.jit.sass import TENSOR_CORE, disassemble, parse
+from tessera.jit.sass import WARPGROUP, disassemble, parse
 from tessera.jit.spec import Variant
 from tessera.jit.toolchain import toolchain_key, triton_version
 
@@ -106,7 +106,7 @@ def _faults(variant: Variant, verdict: Verdict) -> Iterable[str]:
     yield from verdict.warnings
     if verdict.loop_spills:
         yield f"{verdict.loop_spills} spill instructions (LDL, STL) in main loops"
-    if variant.wgmma and not any(verdict.counts[opcode] for opcode in TENSOR_CORE):
+    if variant.wgmma and not any(verdict.counts[opcode] for opcode in WARPGROUP):
         yield "no HGMMA or QGMMA: the products do not run on wgmma"
     if variant.setmaxnreg and not verdict.counts["USETMAXREG"]:
         yield "no USETMAXREG: registers are not moved between warpgroups"

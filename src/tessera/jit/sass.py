@@ -17,7 +17,8 @@ from pathlib import Path
 
 from tessera.jit.toolchain import tool_path
 
-TENSOR_CORE = ("HGMMA", "QGMMA", "HMMA")
+WARPGROUP = ("HGMMA", "QGMMA")
+TENSOR_CORE = (*WARPGROUP, "HMMA")
 SPILLS = ("LDL", "STL")
 
 _TWIN = 1.05

@@ -77,6 +77,9 @@ class Arrangement(Enum):
     ROWS = "rows"
     """Row after row, as in a plain array."""
 
+    def __repr__(self) -> str:
+        return str(self)  # as code, like the rest of a spec
+
 
 @dataclass(frozen=True)
 class Tiles:
