@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -31,6 +32,8 @@ from tessera.operands import (
 from tessera.plan import Plan
 
 _CAPACITY = 4096
+_Key = TypeVar("_Key", bound=Hashable)
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,13 +67,18 @@ def prepare(request: Request) -> tuple[Prepared, Operands]:
         problem = describe(request)
         plan = dispatch.select(problem, Device.of(request.q.device), request.backend)
         prepared = Prepared(plan, dispatch.load(plan.backend).prepare(plan))
-        if len(_known) >= _CAPACITY:
-            _known.clear()
-        _known[key] = prepared
+        keep(_known, key, prepared)
     elif request.seed is not None:
         check_scalars(request)  # the key holds no seed
     check_contents(request)
     return prepared, gather(request)
+
+
+def keep(known: dict[_Key, _Value], key: _Key, value: _Value) -> None:
+    """Remember a value; a full table is emptied first."""
+    if len(known) >= _CAPACITY:
+        known.clear()
+    known[key] = value
 
 
 def _seen(tensor: object) -> tuple[object, ...] | None:
@@ -90,9 +98,7 @@ def recall(q: Tensor, k: Tensor, v: Tensor, options: tuple[Hashable, ...]) -> tu
 
 def remember(request: Request, options: tuple[Hashable, ...], prepared: Prepared, operands: Operands) -> None:
     """For `recall`: a dense request of q, k and v alone, and the options in the caller's own form, which fix all else of it."""
-    if len(_plain) >= _CAPACITY:
-        _plain.clear()
-    _plain[_plain_key(request.q, request.k, request.v, options)] = prepared, operands.mask
+    keep(_plain, _plain_key(request.q, request.k, request.v, options), (prepared, operands.mask))
 
 
 def _plain_key(q: Tensor, k: Tensor, v: Tensor, options: tuple[Hashable, ...]) -> tuple[Hashable, ...]:

@@ -45,7 +45,7 @@ def forward(request: Request, options: tuple[Hashable, ...] | None = None) -> tu
     """
     if torch.compiler.is_compiling():
         return torch.ops.tessera.forward(*request)
-    if _is_unwatched(request.q, request.k, request.v):
+    if is_unwatched(request.q, request.k, request.v):
         if request.requires_grad:
             return _Attention.apply(request[TENSORS:], *request[:TENSORS])
         prepared, operands = calls.prepare(request)
@@ -61,7 +61,7 @@ def recall(q: Tensor, k: Tensor, v: Tensor, options: tuple[Hashable, ...]) -> Te
     """out, where such a call has been made before and nothing but out is wanted of it now."""
     if (
         torch.compiler.is_compiling()
-        or not _is_unwatched(q, k, v)
+        or not is_unwatched(q, k, v)
         or torch._C._is_any_autocast_enabled()
         or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
     ):
@@ -70,7 +70,7 @@ def recall(q: Tensor, k: Tensor, v: Tensor, options: tuple[Hashable, ...]) -> Te
     return None if found is None else found[0].runner.output(found[1])
 
 
-def _is_unwatched(q: Tensor, k: Tensor, v: Tensor) -> bool:
+def is_unwatched(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether no trace, mode or subclass wants to see the call: the operator's own way costs 20 microseconds of host time more,
     with gradients several hundred (benchmarks/LOG.md)."""
     return (
@@ -163,7 +163,7 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[
     tensors: list[Any] = [next(saved) if is_present else None for is_present in ctx.is_present]
     request = Request._make((*tensors, *ctx.options))
     dout = torch.zeros_like(out) if dout is None else dout
-    watched = torch.is_grad_enabled() or torch.compiler.is_compiling() or not _is_unwatched(dout, out, request.q)
+    watched = torch.is_grad_enabled() or torch.compiler.is_compiling() or not is_unwatched(dout, out, request.q)
     backward = torch.ops.tessera.backward if watched else _backward
     dq, dk, dv, dbias, dsinks = backward(dout, dlse, out, lse, *request)
     gradients: dict[str, Tensor] = {"q": dq, "k": dk, "v": dv}

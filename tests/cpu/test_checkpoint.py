@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from operator_calls import Calls
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from tessera import attention
@@ -23,19 +23,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "dropout, softcap": {"dropout_p": 0.3, "seed": 5, "softcap": 4.0},
     "lse too": {"window": (5, 0), "return_lse": True},
 }
-
-
-class Calls(TorchDispatchMode):
-    """How often the operators ran: counted below the checkpoint's own modes, which see them first."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.forward = self.backward = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        self.forward += func is torch.ops.tessera.forward.default
-        self.backward += func is torch.ops.tessera.backward.default
-        return func(*args, **(kwargs or {}))
 
 
 def block(weight: Tensor, options: dict[str, Any], x: Tensor) -> Tensor:

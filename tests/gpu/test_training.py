@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from operator_calls import Calls
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from tessera import attention, attention_varlen
@@ -108,19 +108,6 @@ def test_a_graph_holds_forward_and_backward(name: str) -> None:
                 gradient.fill_(float("nan"))
         graph.replay()
         assert_near(captured, gradients(FORMS[name], *leaves))
-
-
-class Calls(TorchDispatchMode):
-    """How often the operators ran: counted below the checkpoint's own modes, which see them first."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.forward = self.backward = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        self.forward += func is torch.ops.tessera.forward.default
-        self.backward += func is torch.ops.tessera.backward.default
-        return func(*args, **(kwargs or {}))
 
 
 def stack(run: Callable[..., Tensor], x: Tensor, weight: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from tessera.bench.grids import Metric
 from tessera.bench.report import Entry, Outcome, Report
 from tessera.bench.runner import CELL_LIMIT_S, Limits
 from tessera.bench.session import Order, quick_grid
-from tessera.bench.training import TrainingOrder
+from tessera.bench.training import TrainingOrder, TrainingReport
 from tessera.commands import screen, train
 from tessera.commands.options import DTYPES, DtypeOption
 
@@ -57,7 +57,8 @@ def bench(
     console = screen.console()
     names = None if peers is None else tuple(peers.split(","))
     if training:
-        trained = train.measured(TrainingOrder(device, names, fa3_dir, layers), json_file) if saved is None else train.read(saved)
+        lessons = TrainingOrder(device, names, fa3_dir, layers)
+        trained = train.measured(lessons, json_file) if saved is None else screen.saved(TrainingReport.read, saved)
         train.show(console, trained)
         raise typer.Exit(0 if trained.ok else 1)
     if saved is None:
@@ -67,7 +68,7 @@ def bench(
         )  # fmt: skip
         report = _measure(console, order, json_file)
     else:
-        report = _read(saved)
+        report = screen.saved(Report.read, saved)
         console.print(f"[bold]{report.grid}[/]: {report.direction.value}, measured {report.date} on {report.device}")
     _show(console, report)
     if plot is not None and report.contenders:
@@ -75,13 +76,6 @@ def bench(
     if json_file is not None and saved is None:
         console.print(f"figures {json_file}", soft_wrap=True)
     raise typer.Exit(0 if report.ok else 1)
-
-
-def _read(path: Path) -> Report:
-    try:
-        return Report.read(path)
-    except (OSError, ValueError) as error:
-        screen.fail(f"--report={path}: {error}", screen.BAD_INPUT)
 
 
 def _measure(console: Console, order: Order, json_file: Path | None) -> Report:

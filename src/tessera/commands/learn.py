@@ -32,7 +32,8 @@ def learn(
     Example:  tessera learn --plot out/losses.png
     """
     console = screen.console()
-    report = _learned(LearningOrder(device, backend, steps, DTYPES[dtype] if dtype else None)) if saved is None else _read(saved)
+    order = LearningOrder(device, backend, steps, DTYPES[dtype] if dtype else None)
+    report = _learned(order) if saved is None else screen.saved(LearningReport.read, saved)
     _show(console, report)
     if plot is not None:
         console.print(f"plot    {plots.losses(report, plot)}", soft_wrap=True)
@@ -40,13 +41,6 @@ def learn(
         report.write(json_file)
         console.print(f"figures {json_file}", soft_wrap=True)
     raise typer.Exit(0 if report.ok else 1)
-
-
-def _read(path: Path) -> LearningReport:
-    try:
-        return LearningReport.read(path)
-    except (OSError, ValueError) as error:
-        screen.fail(f"--report={path}: {error}", screen.BAD_INPUT)
 
 
 def _learned(order: LearningOrder) -> LearningReport:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import Any, NoReturn
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
 
 import typer
 from rich import box
@@ -12,7 +14,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.theme import Theme
 
-__all__ = ["BAD_INPUT", "UNSUPPORTED", "console", "escape", "fail", "print_json", "seconds", "size", "table"]
+__all__ = ["BAD_INPUT", "UNSUPPORTED", "console", "escape", "fail", "print_json", "saved", "seconds", "size", "table"]
+
+_Report = TypeVar("_Report")
 
 BAD_INPUT = 2
 UNSUPPORTED = 3
@@ -52,6 +56,14 @@ def fail(message: str, code: int) -> NoReturn:
     """Print a message on standard error and end with an exit code."""
     errors().print(f"[bad]error[/]  {escape(message)}", soft_wrap=True)
     raise typer.Exit(code)
+
+
+def saved(read: Callable[[Path], _Report], path: Path) -> _Report:
+    """The report that --json wrote, or the end of the command."""
+    try:
+        return read(path)
+    except (OSError, ValueError) as error:
+        fail(f"--report={path}: {error}", BAD_INPUT)
 
 
 def seconds(value: float) -> str:

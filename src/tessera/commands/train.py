@@ -14,14 +14,6 @@ from tessera.commands import screen
 _DRAW = {Outcome.REFUSED: "[dim]refused[/]", Outcome.WRONG: "[bad]wrong[/]", Outcome.FAILED: "[bad]failed[/]"}
 
 
-def read(path: Path) -> TrainingReport:
-    """The report that --json wrote."""
-    try:
-        return TrainingReport.read(path)
-    except (OSError, ValueError) as error:
-        screen.fail(f"--report={path}: {error}", screen.BAD_INPUT)
-
-
 def measured(order: TrainingOrder, json_file: Path | None) -> TrainingReport:
     """Run the order's lengths under a progress bar; the JSON file is written after each."""
     try:

@@ -10,14 +10,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from tessera.calls import keep
 from tessera.device import Device
 from tessera.operands import check_scale
 from tessera.serving import dispatch
 from tessera.serving.contents import check_contents
 from tessera.serving.operands import TENSORS, CacheOperands, CacheRequest, describe, gather
 from tessera.serving.plan import CachePlan
-
-_CAPACITY = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,9 +42,7 @@ def prepare(request: CacheRequest) -> tuple[Prepared, CacheOperands]:
         problem = describe(request)
         plan = dispatch.select(problem, Device.of(request.q.device), request.backend)
         prepared = Prepared(plan, dispatch.load(plan.backend).prepare(plan))
-        if len(_known) >= _CAPACITY:
-            _known.clear()
-        _known[key] = prepared
+        keep(_known, key, prepared)
     check_contents(request)
     return prepared, gather(request)
 

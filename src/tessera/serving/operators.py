@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tessera.operators import SCHEMA_TYPES
+from tessera.operators import SCHEMA_TYPES, is_unwatched
 from tessera.serving import calls
 from tessera.serving.operands import CacheRequest
 
@@ -23,21 +23,12 @@ _library = torch.library.Library("tessera", "FRAGMENT")
 
 def forward(request: CacheRequest) -> tuple[Tensor, Tensor]:
     """(out, lse): through the operators where anything watches (tracing, a mode), else straight to the backend."""
-    if torch.compiler.is_compiling() or not _is_plain(request):
+    v_cache = request.k_cache if request.v_cache is None else request.v_cache
+    if torch.compiler.is_compiling() or not is_unwatched(request.q, request.k_cache, v_cache):
         operator = torch.ops.tessera.attention_with_kvcache
         return (operator if request.k is None else torch.ops.tessera.attention_with_kvcache_)(*request)
     prepared, operands = calls.prepare(request)
     return prepared.runner.run(operands)
-
-
-def _is_plain(request: CacheRequest) -> bool:
-    return (
-        type(request.q) is type(request.k_cache) is Tensor
-        and not request.q.is_meta
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._len_torch_function_stack()
-        and not torch._C._are_functorch_transforms_active()
-    )
 
 
 def _run(*arguments: Any) -> tuple[Tensor, Tensor]:

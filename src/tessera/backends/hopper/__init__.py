@@ -27,14 +27,21 @@ FORWARD = "hopper-forward"
 BACKWARD = "hopper-backward"
 
 
+def why_not_here(device: Device) -> tuple[Reason, ...]:
+    """The reason against a device that is not Hopper."""
+    if device.kind == "cuda" and device.capability == (9, 0):
+        return ()
+    return (Reason("device", str(device), "the kernels are sm_90a machine code", "use an H100 or H200"),)
+
+
 class HopperBackend:
     """16-bit attention on sm_90a."""
 
     name = "hopper"
 
     def why_not(self, problem: Problem, device: Device) -> tuple[Reason, ...]:
-        if device.kind != "cuda" or device.capability != (9, 0):
-            return (Reason("device", str(device), "the kernels are sm_90a machine code", "use an H100 or H200"),)
+        if elsewhere := why_not_here(device):
+            return elsewhere
         score, reasons = problem.score, []
         if problem.dtype not in ELEMENTS:
             reasons.append(Reason("q.dtype", str(problem.dtype), "the tensor cores take 16-bit operands here", "use bfloat16"))

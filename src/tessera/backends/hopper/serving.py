@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tessera import jit
-from tessera.backends.hopper import chunk_plan, decode_plan
+from tessera.backends.hopper import chunk_plan, decode_plan, why_not_here
 from tessera.backends.hopper.append_launch import AppendLaunch, append_spec
 from tessera.backends.hopper.chunk_launch import ChunkLaunch
 from tessera.backends.hopper.chunk_plan import ChunkPlan
@@ -41,8 +41,8 @@ class HopperServing:
     name = "hopper"
 
     def why_not(self, problem: CacheProblem, device: Device) -> tuple[Reason, ...]:
-        if device.kind != "cuda" or device.capability != (9, 0):
-            return (Reason("device", str(device), "the kernels are sm_90a machine code", "use an H100 or H200"),)
+        if elsewhere := why_not_here(device):
+            return elsewhere
         return chunk_plan.why_not(problem) if takes_many_rows(problem) else decode_plan.why_not(problem)
 
     def plan(self, problem: CacheProblem, device: Device) -> Choices:
