@@ -30,7 +30,7 @@ from tessera.bench import (
 )
 from tessera.bench.ceilings import ceilings
 from tessera.bench.cells import flops_by_length
-from tessera.bench.grids import Metric, family_of, square
+from tessera.bench.grids import Metric, family_of, grid_named, square
 from tessera.bench.memory import peak_of
 from tessera.bench.peers import Eager, Sdpa, features
 from tessera.bench.report import CellResult, Entry, Report, geomean
@@ -147,6 +147,35 @@ def test_names_say_family_and_size_and_tell_cells_apart(grid):
     names = [case.name for case in grid.cases]
     assert len(set(names)) == len(names)
     assert all(all(family_of(name)) for name in names)
+
+
+def test_grids_joined_by_a_plus_are_one_report():
+    both = grid_named("window+heads")
+    assert both.name == "window+heads"
+    assert both.cases == GRIDS["window"].cases + GRIDS["heads"].cases
+    everything = [case.name for name in ("paper", "gqa", "varlen", "window", "dims", "heads") for case in GRIDS[name].cases]
+    assert len(set(everything)) == len(everything)
+    for wrong, words in (("paper+nothing", "nothing"), ("paper+cpu", "differ"), ("", "no such grid")):
+        with pytest.raises(ValueError, match=words):
+            grid_named(wrong)
+
+
+def test_our_own_call_in_a_fixed_order_is_timed_and_is_no_peer(tmp_path: Path):
+    order = Order("cpu-quick", Direction.BACKWARD, peers=("deterministic", "sdpa"), only="full, 256", rounds=2)
+    session = order.session()
+    assert [c.name for c in session.contenders] == ["tessera", "tessera-deterministic", "sdpa"]
+    assert session.schedule is not None
+    assert session.schedule.rounds == 2
+    (report,) = session.reports()
+    (cell,) = report.cells
+    assert set(cell.entries) == {"tessera", "tessera-deterministic", "sdpa"}
+    assert all(entry.outcome is Outcome.TIMED for entry in cell.entries.values())
+    own = replace(cell.entries["sdpa"], speedup=Ratio(0.5, 0.5, 0.5))
+    slower = replace(report, cells=(replace(cell, entries=cell.entries | {"tessera-deterministic": own}),))
+    theirs = cell.entries["sdpa"].speedup
+    assert theirs is not None
+    assert slower.against_best() == pytest.approx(theirs.median)
+    assert all(loss.peer == "sdpa" for loss in slower.lost())
 
 
 @pytest.mark.parametrize("route", ["oracle", "SDPA", "last 50 rows"])

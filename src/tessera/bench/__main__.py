@@ -1,6 +1,7 @@
 """`python -m tessera.bench GRID`: the grid without typer, rich and matplotlib, which a GPU machine often lacks.
 
     python -m tessera.bench paper --peers cudnn,fa3 --fa3-dir /peers --deadline 400 --json h200.json
+    python -m tessera.bench paper+gqa+window --backward --peers cudnn,fa3,deterministic --fa3-dir /peers --json backward.json
     python -m tessera.bench --train --peers cudnn,fa3 --fa3-dir /peers --json training.json
     python -m tessera.bench --learn --json learning.json
 
@@ -38,7 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _measure(asked: argparse.Namespace) -> int:
     direction = Direction.BACKWARD if asked.backward else Direction.FORWARD
     limits = Limits(asked.cell_limit, asked.deadline)
-    order = Order(asked.grid, direction, None, asked.device, asked.backend, asked.peers, asked.only, asked.fa3_dir, limits)
+    order = Order(
+        asked.grid, direction, None, asked.device, asked.backend, asked.peers, asked.only, asked.fa3_dir, limits, asked.rounds
+    )  # fmt: skip
     for report in order.session().reports():
         print(line(report.cells[-1]), flush=True)
         if asked.json is not None:
@@ -95,11 +98,11 @@ def line(cell: CellResult) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tessera.bench", description="Time Tessera beside its peers on a named grid.")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("grid", nargs="?", choices=list(GRIDS))
+    what.add_argument("grid", nargs="?", help=f"{', '.join(GRIDS)}; several with a plus between: paper+gqa")
     what.add_argument("--train", action="store_true", help="whole training steps of a GPT")
     what.add_argument("--learn", action="store_true", help="loss curves of a byte-level GPT")
     parser.add_argument("--layers", type=int, help="of the GPT that --train trains")
-    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each contender of --train")
+    parser.add_argument("--rounds", type=int, help="turns of each contender, timed steps of --train")
     parser.add_argument("--steps", type=int, help="of --learn")
     parser.add_argument("--peers", type=lambda names: tuple(names.split(",")), help="names with commas between them")
     parser.add_argument("--backward", action="store_true")

@@ -14,10 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tessera.bench.peers import BANDS, Backward, Eager, Forward, Peer, Sdpa, TorchFlash, longest, missing, through_autograd
+from tessera.bench.peers import (
+    BANDS,
+    Backward,
+    Eager,
+    Forward,
+    Peer,
+    Sdpa,
+    Tessera,
+    TorchFlash,
+    longest,
+    missing,
+    through_autograd,
+)
 from tessera.device import Device
 from tessera.operands import Request
-from tessera.problem import Gradients, Layout, Problem
+from tessera.problem import Gradients, Layout, Problem, Reproducibility
 
 _FLASH = BANDS | {"grouped queries", "packed sequences", "head_dim_v"}
 _HALF = (torch.float16, torch.bfloat16)
@@ -227,8 +239,9 @@ def _importable(module: str) -> bool:
         return False
 
 
-def peers(fa3_folder: Path | None = None) -> dict[str, Peer]:
-    """Every peer by name, whether or not it can run here: each says so itself (`Peer.why_not`)."""
+def peers(fa3_folder: Path | None = None, backend: str | None = None) -> dict[str, Peer]:
+    """Every peer by name, whether or not it can run here: each says so itself (`Peer.why_not`). Last our own call with
+    deterministic=True, by our `backend`: its ratio is what a fixed order costs."""
     fa3: Peer = FlashPackage("fa3", "flash_attn_interface") if fa3_folder is None else Fa3Operators(fa3_folder)
     everyone: tuple[Peer, ...] = (
         Sdpa(),
@@ -239,7 +252,8 @@ def peers(fa3_folder: Path | None = None) -> dict[str, Peer]:
         FlashPackage("fa4", "flash_attn.cute", None),
         Flex(),
     )
-    return {peer.name: peer for peer in everyone}
+    named = {peer.name: peer for peer in everyone}
+    return named | {"deterministic": Tessera(backend, Reproducibility.BITWISE)}
 
 
 DEFAULT_PEERS = {"cpu": ("sdpa", "eager"), "cuda": ("cudnn", "fa2", "fa3", "fa4")}

@@ -9,6 +9,7 @@ import torch
 
 from tessera.bench.cells import Cell, Direction
 from tessera.cases import Case
+from tessera.errors import bad_value
 
 
 class Metric(Enum):
@@ -70,11 +71,12 @@ def _named(case: Case) -> Case:
     score += " alibi" if case.alibi else ""
     if case.bias is not None:
         score += " bias of keys" if case.bias[2] == 1 else " bias"
+    dim = f"{case.head_dim}" if case.head_dim_v is None else f"{case.head_dim}/{case.head_dim_v}"
     length = _length(case.seqlen_k) if case.seqlen_q == case.seqlen_k else f"{case.seqlen_q}x{_length(case.seqlen_k)}"
     batch = f"b{case.batch} " if case.seqlen_q <= MOST_QUERIES else ""
     if case.lengths_k is not None:
         length, batch = f"{len(case.lengths_k)}x{_length(max(case.lengths_k))}", "packed "
-    return replace(case, name=f"d{case.head_dim}{heads} {mask}{score}, {batch}{length}")
+    return replace(case, name=f"d{dim}{heads} {mask}{score}, {batch}{length}")
 
 
 def family_of(name: str) -> tuple[str, str]:
@@ -87,6 +89,13 @@ def square(head_dim: int, seqlen: int, batch: int, heads: int, **options: object
     """A named case with seqlen_q = seqlen_k and, unless `options` say otherwise, as many key/value heads as query heads."""
     case = Case("", batch, seqlen, seqlen, heads, heads, head_dim)
     return _named(replace(case, **options))  # type: ignore[arg-type]
+
+
+def _odd_heads(heads_q: int, heads_kv: int) -> Case:
+    """Causal d128 with a number of heads that divides nothing, named by it."""
+    case = square(128, 4096, 2, heads_q, heads_kv=heads_kv, causal=True)
+    named = case.name if heads_q != heads_kv else case.name.replace(" causal", f" h{heads_q} causal")
+    return replace(case, name=named)
 
 
 TOKENS = 16384
@@ -150,8 +159,14 @@ _GRIDS = (
     ),
     Grid(
         "window",
-        "sliding windows: d 128, 16 heads, 16384 tokens, bf16",
-        tuple(square(128, s, TOKENS // s, 16, window=(w, 0)) for w in (256, 1024, 4096) for s in (4096, 8192, 16384) if s > w),
+        "sliding windows: d 64 and 128, hidden 2048, 16384 tokens, bf16",
+        tuple(
+            square(dim, s, TOKENS // s, 2048 // dim, window=(w, 0))
+            for w in (1024, 256, 4096)
+            for s in (16384, 4096)
+            for dim in (64, 128)
+            if s > w
+        ),
         torch.bfloat16,
         "cuda",
     ),
@@ -175,8 +190,34 @@ _GRIDS = (
     ),
     Grid(
         "varlen",
-        "packed sequences of 64 to 4096 tokens, 16384 in all, d 128, 16 heads, bf16",
-        tuple(square(128, 1, 1, 16, lengths_q=_MIXED, lengths_k=_MIXED, causal=causal) for causal in (False, True)),
+        "packed sequences of 64 to 4096 tokens, 16384 in all, d 128, 16 heads and 32 over 8, bf16",
+        tuple(
+            square(128, 1, 1, heads_q, heads_kv=heads_kv, lengths_q=_MIXED, lengths_k=_MIXED, causal=causal)
+            for heads_q, heads_kv in ((16, 16), (32, 8))
+            for causal in (False, True)
+        ),
+        torch.bfloat16,
+        "cuda",
+    ),
+    Grid(
+        "dims",
+        "head dims between the papers', 96 and 192, and 192 with values of 128 (MLA); 16384 tokens, bf16",
+        (
+            *(
+                square(dim, s, TOKENS // s, heads, causal=causal)
+                for dim, heads in ((96, 16), (192, 8))
+                for causal in (False, True)
+                for s in _LENGTHS
+            ),
+            *(square(192, s, TOKENS // s, 16, head_dim_v=128, causal=True) for s in (4096, 16384)),
+        ),
+        torch.bfloat16,
+        "cuda",
+    ),
+    Grid(
+        "heads",
+        "numbers of heads that fill no GPU evenly: 24, 25, 33, 25 over 5; causal, d 128, 2 x 4k, bf16",
+        tuple(_odd_heads(q, kv) for q, kv in ((24, 24), (25, 25), (33, 33), (25, 5))),
         torch.bfloat16,
         "cuda",
     ),
@@ -204,3 +245,18 @@ _GRIDS = (
 )  # fmt: skip
 
 GRIDS: dict[str, Grid] = {grid.name: grid for grid in _GRIDS}
+
+
+def grid_named(name: str) -> Grid:
+    """A grid, or several as one: "paper+gqa" has the cells of both. Raises ValueError where they cannot stand in one report."""
+    parts = []
+    for part in name.split("+"):
+        if part not in GRIDS:
+            raise bad_value("grid", repr(part), "there is no such grid", f"use some of {', '.join(GRIDS)}, with a plus between")
+        parts.append(GRIDS[part])
+    kinds = {(grid.dtype, grid.device, grid.metric, grid.kind) for grid in parts}
+    if len(kinds) > 1:
+        raise bad_value("grid", repr(name), "they differ in dtype, device or metric", "measure them one by one")
+    if len(parts) == 1:
+        return parts[0]
+    return replace(parts[0], name=name, about="; ".join(g.about for g in parts), cases=tuple(c for g in parts for c in g.cases))

@@ -7,7 +7,7 @@ The packages beside torch (FlashAttention-3 and -4, flex attention) stand in fla
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -20,7 +20,7 @@ from tessera.bench import machine
 from tessera.device import Device
 from tessera.mask import Mask
 from tessera.operands import Request
-from tessera.problem import Gradients, Layout, Problem
+from tessera.problem import Gradients, Layout, Problem, Reproducibility
 
 Forward = Callable[[], Tensor]
 """Runs attention and returns out, in the layout of tessera.attention."""
@@ -84,15 +84,19 @@ def through_autograd(peer: Peer, request: Request, problem: Problem, dout: Tenso
 
 @dataclass(frozen=True)
 class Tessera:
-    """Ours, through the operators that the public functions call. `backend`: one by name, or None for dispatch's choice."""
+    """Ours, through the operators that the public functions call. `backend`: one by name, or None for dispatch's choice;
+    `reproducibility`: of the gradients, by deterministic=True."""
 
     backend: str | None = None
+    reproducibility: Reproducibility = Reproducibility.ANY_ORDER
 
     @property
     def name(self) -> str:
-        return "tessera" if self.backend is None else f"tessera:{self.backend}"
+        name = "tessera" if self.backend is None else f"tessera:{self.backend}"
+        return name if self.reproducibility is Reproducibility.ANY_ORDER else f"{name}-deterministic"
 
     def why_not(self, problem: Problem, device: Device) -> str | None:
+        problem = replace(problem, reproducibility=self.reproducibility)
         refusals = dispatch.why_not(problem, device)
         asked = refusals if self.backend is None else {self.backend: dispatch.load(self.backend).why_not(problem, device)}
         if any(not reasons for reasons in asked.values()):
@@ -101,7 +105,8 @@ class Tessera:
 
     def forward(self, request: Request, problem: Problem) -> Forward:
         wanted = problem.gradients is Gradients.INPUTS
-        own = request._replace(backend=self.backend, requires_grad=wanted)
+        ordered = self.reproducibility is Reproducibility.BITWISE
+        own = request._replace(backend=self.backend, requires_grad=wanted, deterministic=ordered)
         return lambda: operators.forward(own)[0]
 
     def backward(self, request: Request, problem: Problem, dout: Tensor) -> Backward:

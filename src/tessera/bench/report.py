@@ -99,6 +99,10 @@ class Report:
         timed = {name: None for cell in self.cells for name, entry in cell.entries.items() if entry.outcome is Outcome.TIMED}
         return tuple(sorted(timed, key=lambda name: name != self.ours))
 
+    def is_peer(self, contender: str) -> bool:
+        """Whether this is somebody else's program: ours again, in another form, is named after ours ("tessera-pages16")."""
+        return not contender.startswith(self.ours)
+
     @property
     def ok(self) -> bool:
         """Whether every cell was measured and nothing of ours was wrong, failed or refused."""
@@ -118,14 +122,19 @@ class Report:
         """The geometric mean of our speedup over the fastest peer of each cell."""
         worst = []
         for cell in self.cells:
-            ratios = [s.median for peer in cell.entries if (s := _speedup(cell, peer)) is not None]
-            worst += [min(ratios)] if ratios else []
+            ratio = self.over_best(cell)
+            worst += [] if ratio is None else [ratio]
         return geomean(worst) if worst else None
+
+    def over_best(self, cell: CellResult) -> float | None:
+        """Our speedup over the fastest peer of a cell; None where no peer or not ours was timed."""
+        ratios = [s.median for peer in cell.entries if self.is_peer(peer) and (s := _speedup(cell, peer)) is not None]
+        return min(ratios, default=None)
 
     def lost(self) -> tuple[Lost, ...]:
         """The cells in which a peer was faster, the worst first."""
         pairs = ((cell.name, peer, _speedup(cell, peer)) for cell in self.cells for peer in cell.entries)
-        losses = [Lost(cell, peer, s) for cell, peer, s in pairs if s is not None and s.median < 1]
+        losses = [Lost(cell, peer, s) for cell, peer, s in pairs if s is not None and s.median < 1 and self.is_peer(peer)]
         return tuple(sorted(losses, key=lambda loss: loss.speedup.median))
 
     def to_json(self) -> dict[str, Any]:

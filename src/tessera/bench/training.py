@@ -182,7 +182,7 @@ class Course:
 
 @dataclass(frozen=True)
 class TrainingOrder:
-    """Training as a person asks for it. None: the GPU where there is one, the device's usual peers and number of layers.
+    """Training as a person asks for it. None: the GPU where there is one, the device's usual peers and layers, 5 rounds.
 
     On a GPU: the GPT-3 paper's 1.3B model with 16 heads of 128, in bfloat16; on a CPU a model of seconds, in float32.
     """
@@ -191,14 +191,14 @@ class TrainingOrder:
     peers: tuple[str, ...] | None = None
     fa3_folder: Path | None = None
     layers: int | None = None
-    rounds: int = 5
+    rounds: int | None = None
 
     def course(self) -> Course:
         """The course, or ValueError that names what cannot be."""
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         usable(device)
         everyone, ours = flash_peers.peers(self.fa3_folder), Tessera()
-        on_gpu = torch.device(device).type == "cuda"
+        on_gpu, rounds = torch.device(device).type == "cuda", self.rounds or 5
         names = self.peers if self.peers is not None else (("cudnn", "fa2", "fa3") if on_gpu else ("sdpa",))
         for name in names:
             if name not in everyone:
@@ -207,9 +207,9 @@ class TrainingOrder:
         contenders = (Contender(ours), *(Contender(everyone[name]) for name in names), *again)
         if on_gpu:
             shape = GptShape(self.layers or 24, 2048, 16, 50304, 16384)
-            return Course(shape, torch.bfloat16, 16384, (2048, 8192, 16384), contenders, device, self.rounds)
+            return Course(shape, torch.bfloat16, 16384, (2048, 8192, 16384), contenders, device, rounds)
         shape = GptShape(self.layers or 2, 128, 4, 512, 1024)
-        return Course(shape, torch.float32, 1024, (256, 1024), contenders, device, self.rounds)
+        return Course(shape, torch.float32, 1024, (256, 1024), contenders, device, rounds)
 
 
 @dataclass(frozen=True)

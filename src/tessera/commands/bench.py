@@ -24,7 +24,7 @@ _DRAW = {Outcome.REFUSED: "[dim]-[/]", Outcome.WRONG: "[bad]wrong[/]", Outcome.F
 
 def bench(
     grid: Annotated[str | None, typer.Option(help="One of the grids below; a quick one by default.")] = None,
-    peers: Annotated[str | None, typer.Option(help="sdpa, eager, cudnn, fa2, fa3, fa4, flex, with commas.")] = None,
+    peers: Annotated[str | None, typer.Option(help="Of sdpa, eager, cudnn, fa2, fa3, fa4, flex, deterministic.")] = None,
     backward: Annotated[bool, typer.Option("--backward", help="Time the backward.")] = False,
     dtype: Annotated[str | None, DtypeOption(help="Instead of the grid's own.")] = None,
     device: Annotated[str | None, typer.Option(help="A device of this machine; by default the grid's kind.")] = None,
@@ -34,6 +34,7 @@ def bench(
     plot: Annotated[Path | None, typer.Option(help="Draw the rates here, as PNG.")] = None,
     fa3_dir: Annotated[Path | None, typer.Option(help="A folder with FlashAttention-3's fa3.so.")] = None,
     saved: Annotated[Path | None, typer.Option("--report", help="Measure nothing: show (and draw) what --json wrote.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=2, help="Turns that each contender takes; 5 on a GPU.")] = None,
     deadline: Annotated[float | None, typer.Option(help="Seconds after which no cell is begun.")] = None,
     cell_limit: Annotated[float, typer.Option(help="Seconds after which a cell is given up.")] = CELL_LIMIT_S,
     training: Annotated[bool, typer.Option("--train", help="Time whole training steps of a GPT, no grid.")] = False,
@@ -45,10 +46,12 @@ def bench(
     turns, so that they meet the same clock and the same neighbours; a ratio is the median of the rounds' own ratios, with its
     quartiles. A cell that fails or hangs costs that cell. The exit code is 1 when a cell of ours has no time.
 
-    Grids:  cpu-quick, cpu;  on a GPU: paper, paper-quick, gqa, window, varlen; decode, chunk
+    Grids:  cpu-quick, cpu;  on a GPU: paper, paper-quick, gqa, window, varlen, dims, heads, modifiers; decode, chunk.
+    Several are one report with a plus between: paper+gqa
 
-    The last two run attention_with_kvcache; their peers are sdpa, cudnn, fa2, fa3, fa3-pages64 and -16, fa4, and ours again over
-    pages (pages1, pages16, pages64, ...) or batch-invariant (invariant).
+    With --backward the peer deterministic is our own call in a fixed order. decode and chunk run attention_with_kvcache; their
+    peers are sdpa, cudnn, fa2, fa3, fa3-pages64 and -16, fa4, and ours again over pages (pages1, pages16, pages64, ...) or
+    batch-invariant (invariant).
 
     With --train every contender's attention trains the same GPT, step by step in turns, and must find our gradients first.
 
@@ -57,14 +60,14 @@ def bench(
     console = screen.console()
     names = None if peers is None else tuple(peers.split(","))
     if training:
-        lessons = TrainingOrder(device, names, fa3_dir, layers)
+        lessons = TrainingOrder(device, names, fa3_dir, layers, rounds)
         trained = train.measured(lessons, json_file) if saved is None else screen.saved(TrainingReport.read, saved)
         train.show(console, trained)
         raise typer.Exit(0 if trained.ok else 1)
     if saved is None:
         order = Order(
             grid or quick_grid(), Direction.BACKWARD if backward else Direction.FORWARD, None if dtype is None else DTYPES[dtype],
-            device, backend, names, only, fa3_dir, Limits(cell_limit, deadline),
+            device, backend, names, only, fa3_dir, Limits(cell_limit, deadline), rounds,
         )  # fmt: skip
         report = _measure(console, order, json_file)
     else:
