@@ -134,6 +134,25 @@ def test_bad_calls_are_good_but_for_what_is_bad() -> None:
     call(), call(APPEND)
 
 
+@pytest.mark.parametrize("case", [CASE, APPEND], ids=["read", "append"])
+def test_a_repeated_call_is_recalled_and_does_the_same(case: CacheCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By shapes and options, without a look at its arguments' types; what a call is refused for is refused again."""
+    first = [call(case, **options) for options in ({}, {"softcap": 3.0})]
+    with monkeypatch.context() as patched:
+        patched.setattr(tessera.serving.api, "_check_types", None)
+        for options, expected in zip(({}, {"softcap": 3.0}), first, strict=True):
+            assert torch.equal(call(case, **options), expected)
+    assert not torch.equal(*first)
+    with pytest.raises(ValueError, match="cache_seqlens=1000: sequence 1"):
+        call(case, cache_seqlens=int32(20, 1000))
+    with pytest.raises(ValueError, match="requires_grad=True"):
+        call(case, q=torch.Tensor.requires_grad_)
+    with torch.no_grad():
+        assert torch.equal(call(case, q=torch.Tensor.requires_grad_), first[0])
+    with pytest.raises(TypeError, match="cache_seqlens=list"):
+        call(case, cache_seqlens=[20, 5])
+
+
 def test_cascade_within_the_prefix() -> None:
     case = CacheCase("", cached=(20, 16), page_size=8, head_dim=16)
     with pytest.raises(ValueError, match="cache_seqlens=16: sequence 1"):

@@ -124,9 +124,11 @@ def attention_with_kvcache(
         rotary_sin, sinks, k_descale, v_descale, head_dim_v, left, right, softmax_scale, softcap, rotary_interleaved,
         num_splits, schedule, batch_invariant, backend,
     )  # fmt: skip
-    _check_types(request)
-    out, lse = operators.forward(request)
-    return (out, lse) if return_lse else out
+    results = operators.recall(request)
+    if results is None:
+        _check_types(request)
+        results = operators.forward(request)
+    return results if return_lse else results[0]
 
 
 def _band(causal: bool, window: Window | None) -> tuple[int | None, int | None]:

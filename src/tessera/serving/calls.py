@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from tessera.calls import keep
 from tessera.device import Device
 from tessera.operands import check_scale
@@ -30,9 +28,26 @@ class Prepared:
 _known: dict[tuple[object, ...], Prepared] = {}
 
 
+def recall(request: CacheRequest) -> tuple[Prepared, CacheOperands] | None:
+    """What `prepare` would return, where such a call has been prepared before; else None, also of what is no call at all.
+
+    A call that is recalled needs no check of its arguments' types: its key holds them.
+    """
+    operands = gather(request)
+    try:
+        prepared = _known.get(_key(request, operands))
+    except (TypeError, AttributeError, RuntimeError):  # no hash, no tensor, no strides
+        return None
+    if prepared is None:
+        return None
+    check_contents(request)
+    return prepared, operands
+
+
 def prepare(request: CacheRequest) -> tuple[Prepared, CacheOperands]:
     """The prepared plan of a request, checked, and its operands. Raises as `attention_with_kvcache` does."""
-    key = (*map(_seen, request[:TENSORS]), *request[TENSORS:])
+    operands = gather(request)
+    key = _key(request, operands)
     try:
         prepared = _known.get(key)
     except TypeError:  # something among the options cannot be hashed: say which
@@ -44,8 +59,9 @@ def prepare(request: CacheRequest) -> tuple[Prepared, CacheOperands]:
         prepared = Prepared(plan, dispatch.load(plan.backend).prepare(plan))
         keep(_known, key, prepared)
     check_contents(request)
-    return prepared, gather(request)
+    return prepared, operands
 
 
-def _seen(tensor: object) -> tuple[object, ...] | None:
-    return (tensor.shape, tensor.stride(), tensor.dtype, tensor.device) if isinstance(tensor, Tensor) else None
+def _key(request: CacheRequest, operands: CacheOperands) -> tuple[object, ...]:
+    seen = [None if x is None else (type(x), x.shape, x.stride(), x.dtype, x.device) for x in operands]
+    return (*seen, *request[TENSORS:])

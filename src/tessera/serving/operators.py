@@ -21,10 +21,22 @@ _NAMES = CacheRequest._fields
 _library = torch.library.Library("tessera", "FRAGMENT")
 
 
+def recall(request: CacheRequest) -> tuple[Tensor, Tensor] | None:
+    """(out, lse), where such a call has been made before, nothing watches, and no gradient is to be refused."""
+    found = None if _is_watched(request) else calls.recall(request)
+    if found is None or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in found[1])):
+        return None
+    return found[0].runner.run(found[1])
+
+
+def _is_watched(request: CacheRequest) -> bool:
+    v_cache = request.k_cache if request.v_cache is None else request.v_cache
+    return torch.compiler.is_compiling() or not is_unwatched(request.q, request.k_cache, v_cache)
+
+
 def forward(request: CacheRequest) -> tuple[Tensor, Tensor]:
     """(out, lse): through the operators where anything watches (tracing, a mode), else straight to the backend."""
-    v_cache = request.k_cache if request.v_cache is None else request.v_cache
-    if torch.compiler.is_compiling() or not is_unwatched(request.q, request.k_cache, v_cache):
+    if _is_watched(request):
         operator = torch.ops.tessera.attention_with_kvcache
         return (operator if request.k is None else torch.ops.tessera.attention_with_kvcache_)(*request)
     prepared, operands = calls.prepare(request)

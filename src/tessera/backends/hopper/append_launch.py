@@ -78,6 +78,10 @@ class AppendLaunch:
     numbers: list[tuple[int, ...]] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @cached_property
+    def spec(self) -> jit.KernelSpec:
+        return append_spec(self.problem)
+
+    @cached_property
     def grid(self) -> tuple[int, int]:
         """Tokens, and blocks of heads: of q where there is an embedding, of k, of v."""
         problem, new = self.problem, self._new
@@ -107,7 +111,7 @@ class AppendLaunch:
             operands.page_table,
         )  # fmt: skip
         if all(self.grid):
-            kernel = jit.load(append_spec(self.problem), device.index)
+            kernel = jit.load(self.spec, device.index)
             addresses = [0 if tensor is None else tensor.data_ptr() for tensor in pointers]
             kernel(jit.current_stream(device.index), *self.grid, 1, *addresses, *self.numbers[0])
         return operands._replace(q=turned)
