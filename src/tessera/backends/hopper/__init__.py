@@ -21,7 +21,7 @@ from tessera.dropout import DRAWS, threshold
 from tessera.errors import Reason
 from tessera.operands import Operands
 from tessera.plan import Choice, Plan
-from tessera.problem import Bias, Gradients, Layout, Problem, Reproducibility, Score
+from tessera.problem import Bias, Gradients, Layout, Problem, Reproducibility
 
 FORWARD = "hopper-forward"
 BACKWARD = "hopper-backward"
@@ -52,7 +52,7 @@ class HopperBackend:
             names = ", ".join(problem.lengths)
             reasons.append(Reason(names, "tensor", "lengths of dense tensors are a mask here", "use Mask.padding"))
         if score.bias is not None and score.bias.gradients is Gradients.INPUTS:
-            reasons += _without_bias_gradient(score, score.bias, problem.reproducibility)
+            reasons += _without_bias_gradient(problem, score.bias)
         return tuple(reasons)
 
     def plan(self, problem: Problem, device: Device) -> Choices:
@@ -92,19 +92,14 @@ def _compile_together(specs: tuple[jit.KernelSpec, ...]) -> None:
         jit.warmup(specs)
 
 
-def _without_bias_gradient(score: Score, bias: Bias, reproducibility: Reproducibility) -> list[Reason]:
+def _without_bias_gradient(problem: Problem, bias: Bias) -> list[Reason]:
     """Which biases' gradients the backward has not."""
-    reasons = []
-    if reproducibility is Reproducibility.BITWISE:
-        why = "the bias's gradient is summed over what it is broadcast to in any order"
-        reasons.append(Reason("bias.requires_grad", "True", why, "use deterministic=False, or bias.detach()"))
-    if 1 in bias.shape[2:]:
-        why = "the gradient of a bias without rows or without keys of its own was wrong on the GPU"
-        reasons.append(Reason("bias.requires_grad", f"True of shape {bias.shape}", why, "use bias.detach(), or expand it"))
-    if score.softcap:
-        why = "the bias's gradient takes the softcap's slope, which it should not"
-        reasons.append(Reason("bias.requires_grad", f"True with softcap={score.softcap:g}", why, "use bias.detach()"))
-    return reasons
+    shape = problem.shape
+    own = bias.shape == (shape.batch, shape.heads_q, shape.seqlen_q, shape.seqlen_k)
+    if own or problem.reproducibility is not Reproducibility.BITWISE:
+        return []
+    why = "what several scores share is summed in any order"
+    return [Reason("bias.requires_grad", f"True of shape {bias.shape}", why, "expand it to (batch, heads, rows, keys) first")]
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from tessera.backends.hopper.pieces.gradients import (
     fresh_zero,
     issue_transposed,
     meet,
+    needs_slope_apart,
     probabilities,
     row_values,
     scaled_dv,
@@ -103,7 +104,10 @@ def _block(
     dp = warpgroup_mma_wait(0, deps=(dp,))
     d = row_values(shared.d, do_slot, config.rows)  # only now: it would take registers from S
     ds = derivatives(config, weight, dp, d)
-    add_to_dbias(config, score.modifiers, ds, row)
+    if needs_slope_apart(config):
+        add_to_dbias(config, score.modifiers, derivatives(config, p, dp, d), row)
+    else:
+        add_to_dbias(config, score.modifiers, ds, row)
     ds = to_16_bit(ds, dtype)
     p = unmarked(config, p)
     # dV covers the way of dS through shared memory and the meeting: 1.04 of issuing it before dS is computed (H200, 2026-11-21)

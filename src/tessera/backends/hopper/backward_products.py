@@ -18,6 +18,7 @@ from tessera.backends.hopper.pieces.gradients import (
     fresh_zero,
     issue_transposed,
     meet,
+    needs_slope_apart,
     probabilities,
     row_values,
     scaled_dv,
@@ -47,7 +48,7 @@ from tessera.jit.compat import (
 @aggregate
 class Exchange:
     """What the consumers hand on: P (or, with a softcap, P times its slope) and dS, both (64 keys, 64 rows) in 16 bits; and
-    parts of dQ."""
+    parts of dQ. Where the slope is wanted apart there is one block of P at a time: with its slope, then without."""
 
     p: gl.shared_memory_descriptor
     ds: gl.shared_memory_descriptor
@@ -69,7 +70,7 @@ def make_exchange(config: gl.constexpr, dq_map, dtype: gl.constexpr):
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, config.rows], dtype)
     p = gl.allocate_shared_memory(dtype, [2, M, config.rows], layout)
     ds = gl.allocate_shared_memory(dtype, [2, M, config.rows], layout)
-    return Exchange(p, ds, make_ring(2, 1), make_ring(2, 1), make_sums(config, dq_map))
+    return Exchange(p, ds, make_ring(1 if needs_slope_apart(config) else 2, 1), make_ring(2, 1), make_sums(config, dq_map))
 
 
 @gluon.constexpr_function
@@ -100,12 +101,14 @@ def _next_p(config: gl.constexpr, shared, exchange, score, bounds, s, n, row, is
     lse = row_values(shared.lse, shared.q_stream.slot(n), config.rows)
     p, weight = probabilities(config, score, s, lse, bounds, row, is_cut)
     signs = drawn(config, score, row, shared.q.dtype)
-    p = unmarked(config, with_signs(config, p, signs, shared.q.dtype))
+    p = with_signs(config, p, signs, shared.q.dtype)
     exchange.p_ring.acquire(n)
     exchange.p.index(exchange.p_ring.slot(n)).store(with_signs(config, weight, signs, shared.q.dtype))
+    if needs_slope_apart(config):
+        exchange.p.index(1).store(p)
     exchange.p_ring.publish(n)
     shared.q_stream.release(n)
-    return p
+    return unmarked(config, p)
 
 
 @gluon.jit
@@ -158,7 +161,10 @@ def _next_ds(config: gl.constexpr, shared, exchange, score, dp, n, row):
     exchange.p_ring.wait(n)
     p = exchange.p.index(exchange.p_ring.slot(n)).load(dp.type.layout)
     ds = derivatives(config, p, dp, d)
-    add_to_dbias(config, score.modifiers, ds, row)
+    if needs_slope_apart(config):
+        add_to_dbias(config, score.modifiers, derivatives(config, exchange.p.index(1).load(dp.type.layout), dp, d), row)
+    else:
+        add_to_dbias(config, score.modifiers, ds, row)
     ds = to_16_bit(ds, shared.q.dtype)
     exchange.p_ring.release(n)
     exchange.ds_ring.acquire(n)

@@ -17,7 +17,7 @@ _CAUSAL = MaskSpec(right=0)
 _WINDOW = MaskSpec(left=128, right=0)
 _DOCUMENTS = MaskSpec(right=0, bounds=("document_begin", "document_end"))
 _PLANE = Bias((1, 8, 1024, 1024), torch.bfloat16, Gradients.INPUTS)
-_OF_KEYS = Bias((1, 1, 1, 1024), torch.bfloat16)
+_OF_KEYS = Bias((1, 1, 1, 1024), torch.bfloat16, Gradients.INPUTS)
 _PADDING = MaskSpec(bounds=("key_start", "key_end", "query_end"))
 
 

@@ -162,6 +162,12 @@ def derivatives(config: gl.constexpr, weight, dp, d):
     return weight * (dp - d[None, :])
 
 
+@gluon.constexpr_function
+def needs_slope_apart(config):
+    """Whether dS is wanted without the softcap's slope too: the bias is added after the softcap."""
+    return has(config, "softcap") and has(config, "bias gradient")
+
+
 @gluon.jit
 def scaled_dv(config: gl.constexpr, score, dv):
     if has(config, "dropout"):

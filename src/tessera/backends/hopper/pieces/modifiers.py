@@ -229,12 +229,30 @@ def add_to_transposed(config: gl.constexpr, modifiers, x, first_row):
 
 @gluon.jit
 def add_to_dbias(config: gl.constexpr, modifiers, ds, first_row):
-    """dS^T (64 keys, rows) added to the bias's gradient, in float32: the sum over batch entries or heads that share it."""
+    """dS^T (64 keys, rows) added to the bias's gradient, in float32: the sum over all that share an element of it. Sums over rows
+    or keys are added as tensors that have no other dimension: an atomic is done once for each of a thread's registers, and in
+    a (64, 1) tensor all of its columns' registers hold the same sum."""
     if has(config, "bias gradient"):
+        dbias = modifiers.dbias[0]
         if has(config, "dropout"):
             ds = ds * modifiers.dropout[0].dropout.keep_scale
-        where = _places_in_bias(config, modifiers.dbias[0], first_row)
-        gl.atomic_add(where, ds, sem="relaxed")
+        if has(config, "bias of keys"):
+            gl.atomic_add(dbias.plane + dbias.keys, gl.sum(ds, axis=1), sem="relaxed")
+        elif has(config, "bias of rows"):
+            _add_to_rows(dbias, ds, first_row)
+        else:
+            gl.atomic_add(_places_in_bias(config, dbias, first_row), ds, sem="relaxed")
+
+
+@gluon.jit
+def _add_to_rows(dbias, ds, first_row):
+    """Each warp adds the sums over its own 16 keys: nothing crosses warps."""
+    rows: gl.constexpr = ds.shape[1]
+    sums = gl.sum(gl.reshape(ds, [4, M // 4, rows]), axis=1)
+    warps = gl.arange(0, 4, gl.SliceLayout(1, sums.type.layout))
+    lines = gl.minimum(gl.arange(0, rows, gl.SliceLayout(0, sums.type.layout)), dbias.rows - 1 - first_row)
+    block = dbias.plane + first_row * dbias.row
+    gl.atomic_add(block + (warps[:, None] * 0 + (lines * dbias.row.to(gl.int32))[None, :]), sums, sem="relaxed")
 
 
 @gluon.jit
