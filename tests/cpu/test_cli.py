@@ -36,7 +36,7 @@ def test_missing_packages_are_named_with_the_way_to_get_them(monkeypatch, capsys
     assert "typer and rich: pip install 'tessera-attn[cli]'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["demo", "doctor", "explain", "check", "bench"])
+@pytest.mark.parametrize("command", ["demo", "doctor", "explain", "explain-cache", "check", "bench"])
 def test_every_command_helps_with_an_example(command: str):
     result = invoke(command, "--help")
     assert result.exit_code == 0
@@ -123,6 +123,48 @@ def test_explain_says_when_nobody_can():
     assert result.exit_code == 3
     assert "backend='cpu' cannot run this problem" in result.output
     assert "this backend runs on the CPU" in " ".join(result.output.split())
+
+
+def test_explain_cache_shows_the_plan():
+    result = invoke("explain-cache", "--batch", "16", "--page-size", "64", "--append", "1", "--rotary", "128")
+    assert result.exit_code == 0
+    for word in ("2048 pages of 64", "rotary 128", "hopper-decode", "4.10 kB a cached position", "chosen"):
+        assert word in result.output
+
+
+@pytest.mark.parametrize(
+    ("flags", "kernel"),
+    [
+        (("--seqlen-q", "64"), "hopper-chunk"),
+        (("--latent", "--head-dim", "576", "--head-dim-v", "512", "--heads", "128", "--heads-kv", "1"), "hopper-latent"),
+        (("--fp8", "--sinks", "--window", "1000,0"), "hopper-decode"),
+        (("--varlen", "--append", "1", "--batch", "3"), "hopper-decode"),
+    ],
+)
+def test_explain_cache_for_programs(flags: tuple[str, ...], kernel: str):
+    result = invoke("explain-cache", *flags, "--json")
+    assert result.exit_code == 0, result.output
+    data = json.loads(result.stdout)
+    assert data["choice"]["kernel"] == kernel
+    assert data["reasons"]["hopper"] == []
+    assert data["reasons"]["cpu"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "words"),
+    [
+        (("--heads", "7"), 2, "heads=7 query, 8 key/value"),
+        (("--window", "wide"), 2, "--window='wide'"),
+        (("--rotary", "64"), 2, "rotary_cos"),
+        (("--schedule", "magic"), 2, "schedule='magic'"),
+        (("--fp8", "--seqlen-q", "64", "--head-dim", "72", "--backend", "hopper"), 3, "cannot run this problem"),
+    ],
+)
+def test_explain_cache_refuses_in_words(flags: tuple[str, ...], code: int, words: str):
+    result = invoke("explain-cache", *flags)
+    assert result.exit_code == code, result.output
+    assert words in " ".join(result.output.split())
+    assert "Traceback" not in result.output
 
 
 def test_check_passes_and_counts():

@@ -12,6 +12,7 @@ from tessera.commands.check import check
 from tessera.commands.demo import demo
 from tessera.commands.doctor import doctor
 from tessera.commands.explain import explain
+from tessera.commands.explain_cache import explain_cache
 from tessera.commands.learn import learn
 
 app = typer.Typer(
@@ -21,5 +22,5 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_show_locals=False,
 )
-for _command in (demo, doctor, explain, check, bench, learn):
+for _command in (demo, doctor, explain, explain_cache, check, bench, learn):
     app.command()(_command)

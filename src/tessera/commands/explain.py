@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from tessera import api, dispatch
 from tessera.bench.cells import BACKWARD_WORK, flops_by_length
@@ -80,10 +81,10 @@ def explain(
     Example:  tessera explain --device h200 --seqlen-q 16384 --heads 32 --heads-kv 8 --causal --backward
     """
     options: dict[str, Any] = {
-        "causal": causal, "window": None if window is None else _numbers("--window", window), "softmax_scale": softmax_scale,
+        "causal": causal, "window": None if window is None else numbers("--window", window), "softmax_scale": softmax_scale,
         "softcap": softcap, "dropout_p": dropout, "seed": 0 if dropout else None, "deterministic": deterministic,
         "backend": backend, "alibi_slopes": (heads,) if alibi else None, "sinks": (heads,) if sinks else None,
-        "bias": None if bias is None else _numbers("--bias", bias),
+        "bias": None if bias is None else numbers("--bias", bias),
     }  # fmt: skip
     seqlen_k, heads_kv = (seqlen_q if seqlen_k is None else seqlen_k), (heads if heads_kv is None else heads_kv)
     packed = _packed(batch, seqlen_q, seqlen_k, varlen, lengths)
@@ -107,7 +108,8 @@ def explain(
         _show(explanation)
 
 
-def _numbers(option: str, text: str) -> tuple[int, ...]:
+def numbers(option: str, text: str) -> tuple[int, ...]:
+    """An option's whole numbers with commas between them, or the end of the command."""
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
@@ -119,7 +121,7 @@ def _packed(
 ) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     """The lengths of packed queries and keys, or None for the dense layout."""
     if lengths is not None:
-        own = _numbers("--lengths", lengths)
+        own = numbers("--lengths", lengths)
         return own, own
     return ((seqlen_q,) * batch, (seqlen_k,) * batch) if varlen else None
 
@@ -127,37 +129,39 @@ def _packed(
 def _show(explanation: Explanation) -> None:
     plan, problem = explanation.plan, explanation.plan.problem
     console = screen.console()
-    facts = screen.table("", "")
-    facts.show_header = False
-
-    def row(label: str, value: str) -> None:
-        facts.add_row(f"[key]{label}[/]", value)
-
-    row("problem", screen.escape(str(problem)))
-    row("device", screen.escape(str(plan.device)))
-    row("backend", f"[ours]{plan.backend}[/]")
-    row("forward", _choice(plan.forward))
+    rows = {
+        "problem": screen.escape(str(problem)),
+        "device": screen.escape(str(plan.device)),
+        "backend": f"[ours]{plan.backend}[/]",
+        "forward": shown_choice(plan.forward),
+    }
     if plan.backward is not None:
-        row("backward", _choice(plan.backward))
+        rows["backward"] = shown_choice(plan.backward)
     moved = problem.io_bytes()
     work = f"{_flops(explanation.flops)} forward"
     if plan.backward is not None:
         work += f", {_flops(int(BACKWARD_WORK * explanation.flops))} backward"
-    row("work", work)
-    row("traffic", f"{screen.size(moved)} at least, {explanation.flops / max(moved, 1):,.0f} FLOP a byte")
+    rows["work"] = work
+    rows["traffic"] = f"{screen.size(moved)} at least, {explanation.flops / max(moved, 1):,.0f} FLOP a byte"
     scores = f"the matrix of scores, never made, would be {screen.size(explanation.score_bytes)}"
-    row("workspace", f"{screen.size(plan.workspace_bytes)} of scratch; {scores}")
-    console.print(facts)
+    rows["workspace"] = f"{screen.size(plan.workspace_bytes)} of scratch; {scores}"
+    console.print(screen.facts(rows))
+    show_backends(console, plan.backend, explanation.reasons)
+
+
+def show_backends(console: Console, chosen: str, reasons: dict[str, tuple[Reason, ...]]) -> None:
+    """Every backend, and why it can't run the problem."""
     backends = screen.table("backend", "")
-    for name, reasons in explanation.reasons.items():
-        words = "\n".join(f"[dim]{screen.escape(str(reason))}[/]" for reason in reasons)
-        if not reasons:
-            words = "[good]chosen[/]" if name == plan.backend else "can run it too"
+    for name, against in reasons.items():
+        words = "\n".join(f"[dim]{screen.escape(str(reason))}[/]" for reason in against)
+        if not against:
+            words = "[good]chosen[/]" if name == chosen else "can run it too"
         backends.add_row(f"[bold]{name}[/]", words)
     console.print(backends)
 
 
-def _choice(choice: Choice) -> str:
+def shown_choice(choice: Choice) -> str:
+    """A kernel, its configuration, and why."""
     config = f" [dim]({screen.escape(str(choice.config))})[/]" if choice.config is not None else ""
     return f"[bold]{screen.escape(choice.kernel)}[/]{config}  {screen.escape(choice.why)}"
 

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.theme import Theme
 
-__all__ = ["BAD_INPUT", "UNSUPPORTED", "console", "escape", "fail", "print_json", "saved", "seconds", "size", "table"]
+__all__ = ["BAD_INPUT", "UNSUPPORTED", "console", "escape", "facts", "fail", "print_json", "saved", "seconds", "size", "table"]
 
 _Report = TypeVar("_Report")
 
@@ -44,6 +44,15 @@ def table(*headings: str, title: str | None = None) -> Table:
     for heading in headings:
         right = heading.startswith(">")
         made.add_column(heading.removeprefix(">"), justify="right" if right else "left", no_wrap=right)
+    return made
+
+
+def facts(rows: dict[str, str]) -> Table:
+    """A table of two columns without a head: what something is called, and what it is."""
+    made = table("", "")
+    made.show_header = False
+    for label, value in rows.items():
+        made.add_row(f"[key]{label}[/]", value)
     return made
 
 
