@@ -34,7 +34,7 @@ from tessera.backends.hopper.pieces.modifiers import make_modifiers
 from tessera.backends.hopper.pieces.row_ranges import row_blocks
 from tessera.backends.hopper.pieces.sums import adds_in_order
 from tessera.backends.hopper.pieces.tiles import M, allocate_tiles
-from tessera.jit.compat import fence_async_shared, gl, gluon, mbarrier, tma_load
+from tessera.jit.compat import fence_async_shared, gl, gluon, let_next_begin, mbarrier, tma_load, wait_for_previous
 
 
 @gluon.constexpr_function
@@ -69,8 +69,11 @@ def producer(config: gl.constexpr, maps, stats_map, shared, call):
     tile = locate_keys(config, call)
     begin, count = row_blocks(config, call.band, tile.seq, tile.first)
     heads = call.heads_kv * call.group
+    let_next_begin()
     if count > 0:
         _load_keys(config, k_map, shared.k, shared.k_full, tile.seq.keys(call.pitch.k), tile)
+    wait_for_previous()  # for lse, D and dQ's zeros; keys were there before
+    if count > 0:
         for n in range(count * call.group):
             member = n // count
             head = tile.head * call.group + member
@@ -111,6 +114,7 @@ def _allocate(config: gl.constexpr, maps, stats_map):
 def _drawn(config: gl.constexpr, counter):
     """The number of this program's tile. Where tiles wait for those before them it is drawn, so that those are running."""
     if adds_in_order(config):
+        wait_for_previous()
         return gl.atomic_add(counter, 1, sem="relaxed", scope="gpu")
     else:
         return gl.program_id(0)

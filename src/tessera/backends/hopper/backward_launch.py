@@ -56,7 +56,8 @@ def main_spec(config: BackwardConfig, dtype: torch.dtype) -> jit.KernelSpec:
     constants: dict[str, object] = {"CONFIG": config}
     modifiers.describe(config.features, element, arguments, constants)
     modifiers.describe_gradient(config.features, arguments, constants)
-    return jit.KernelSpec.of("tessera.backends.hopper.backward:attention_backward", arguments, constants)
+    kernel = "tessera.backends.hopper.backward:attention_backward"
+    return jit.KernelSpec(kernel, tuple(arguments.items()), tuple(constants.items()), early=True)
 
 
 def prepare_spec(config: RowsConfig, dtype: torch.dtype) -> jit.KernelSpec:
@@ -85,7 +86,8 @@ def finish_spec(config: RowsConfig, dtype: torch.dtype) -> jit.KernelSpec:
     arguments |= {name: jit.Pointer("i32", align=4) for name in _LENGTHS}
     arguments |= {name: jit.Scalar("i32") for name in ("batch", "heads", "seqlen_q", "seqlen_k", "line")}
     arguments |= {"dim": jit.Scalar("i32", align=8), "factor": jit.Scalar("fp32")}
-    return jit.KernelSpec.of("tessera.backends.hopper.backward_rows:finish_queries", arguments, {"CONFIG": config})
+    kernel = "tessera.backends.hopper.backward_rows:finish_queries"
+    return jit.KernelSpec(kernel, tuple(arguments.items()), (("CONFIG", config),), early=True)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from tessera.backends.hopper.pieces.kv_source import Lengths
 from tessera.backends.hopper.pieces.softmax import exp2
 from tessera.backends.hopper.pieces.sums import LINE, PART_ROWS, adds_in_order, lies_in_rows
 from tessera.backends.hopper.pieces.tiles import has
-from tessera.jit.compat import gl, gluon
+from tessera.jit.compat import gl, gluon, let_next_begin, wait_for_previous
 
 
 @gluon.constexpr_function
@@ -58,6 +58,7 @@ def prepare_rows(
     """A program for each block of rows of the workspace and head. dsinks: one partial sum a program. `unit`: a score of 1 in the
     main kernel's units; `share`: of probabilities that dropout keeps."""
     config: gl.constexpr = CONFIG
+    let_next_begin()
     count: gl.constexpr = rows_of(config.dim_v)
     layout: gl.constexpr = _layout(config.dim_v)
     lengths = Lengths(cu_q, cu_k, used_q, used_k, key_start, key_end, query_end)
@@ -150,6 +151,7 @@ def finish_queries(
     start = block * PART_ROWS
     first_column = (chunk - head * chunks) * width
     place = head * (line // PART_ROWS) + block
+    wait_for_previous()
     is_written = True
     if adds_in_order(config):  # rows that no tile has reached: nobody has written anything
         is_written = gl.load(marks_ptr + 1 + place) != 0
