@@ -139,7 +139,7 @@ def test_a_repeated_call_is_recalled_and_does_the_same(case: CacheCase, monkeypa
     """By shapes and options, without a look at its arguments' types; what a call is refused for is refused again."""
     first = [call(case, **options) for options in ({}, {"softcap": 3.0})]
     with monkeypatch.context() as patched:
-        patched.setattr(tessera.serving.api, "_check_types", None)
+        patched.setattr(tessera.serving.api, "_checked", None)
         for options, expected in zip(({}, {"softcap": 3.0}), first, strict=True):
             assert torch.equal(call(case, **options), expected)
     assert not torch.equal(*first)

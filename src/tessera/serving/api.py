@@ -124,11 +124,8 @@ def attention_with_kvcache(
         rotary_sin, sinks, k_descale, v_descale, head_dim_v, left, right, softmax_scale, softcap, rotary_interleaved,
         num_splits, schedule, batch_invariant, backend,
     )  # fmt: skip
-    results = operators.recall(request)
-    if results is None:
-        _check_types(request)
-        results = operators.forward(request)
-    return results if return_lse else results[0]
+    out, lse = operators.recall(request) or operators.forward(_checked(request))
+    return (out, lse) if return_lse else out
 
 
 def _band(causal: bool, window: Window | None) -> tuple[int | None, int | None]:
@@ -138,8 +135,8 @@ def _band(causal: bool, window: Window | None) -> tuple[int | None, int | None]:
     return mask.left, mask.right
 
 
-def _check_types(request: CacheRequest) -> None:
-    """Tensors are tensors, none of them to be differentiated."""
+def _checked(request: CacheRequest) -> CacheRequest:
+    """The request, whose tensors are tensors, none of them to be differentiated."""
     for name, value in zip(_TENSOR_NAMES, request[:TENSORS], strict=True):
         if value is None and name not in _REQUIRED:
             continue
@@ -150,6 +147,7 @@ def _check_types(request: CacheRequest) -> None:
             if value is not None and value.requires_grad:
                 why = "attention over a cache has no backward"
                 raise bad_value(f"{name}.requires_grad", True, why, "call it under torch.no_grad(), or use tessera.attention")
+    return request
 
 
 _TENSOR_NAMES = CacheRequest._fields[:TENSORS]
@@ -194,8 +192,7 @@ def plan_kvcache(
     tensors = {name: x.detach().to("meta") if isinstance(x, Tensor) else x for name, x in options.items()}
     on_meta = [None if x is None else x.detach().to("meta") for x in (q, *caches, lengths)]
     request = CacheRequest(*on_meta, left=left, right=right, **tensors)  # type: ignore[arg-type, misc]
-    _check_types(request)
-    return dispatch.select(describe(request, described.kind), described, request.backend)
+    return dispatch.select(describe(_checked(request), described.kind), described, request.backend)
 
 
 _OPTION_DTYPES = dict.fromkeys(("page_table", "cache_batch_idx", "cache_leftpad", "cu_seqlens_q"), torch.int32) | {
