@@ -4,8 +4,8 @@
 
 ref is the oracle in float64; eager is the oracle's own arithmetic in the compute dtype on the same inputs; noise is the
 one unit in the last place of the result's dtype at the size of ref, twice what rounding ref alone costs, and 64 units of the
-compute dtype (FlashAttention's test rule, with its ref + 0.3 - 0.3 made explicit). For gradients the noise holds also what the
-rounding of the stored out does to them through D = rowsum(dO * O), and for those of bias and sinks the rounding of long sums.
+compute dtype (FlashAttention's test rule, with its ref + 0.3 - 0.3 made explicit). For gradients of bias and sinks it holds
+also the rounding of long sums, for the sinks' what the rounding of the stored out does to them through D = rowsum(dO * O).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tessera import operators, reference
 from tessera.operands import Request, bind, gather
+from tessera.problem import Problem
 
 
 @dataclass(frozen=True)
@@ -60,32 +61,60 @@ def compare(name: str, result: Tensor, ref: Tensor, eager: Tensor) -> Comparison
     return Comparison(name, error, tolerance(ref, eager, result.dtype))
 
 
+@dataclass(frozen=True, eq=False)
+class Oracle:
+    """(out, lse) of a request in float64, `refs`, and in the request's own dtype, `eagers`; what they say of results."""
+
+    problem: Problem
+    request: Request
+    exact: Request
+    refs: tuple[Tensor, Tensor]
+    eagers: tuple[Tensor, Tensor]
+
+    @staticmethod
+    def of(request: Request) -> Oracle:
+        """Differentiable where the request wants gradients."""
+        exact = in_float64(request)
+        with torch.set_grad_enabled(request.requires_grad):
+            problem, operands = bind(request)
+            refs = reference.attention(problem, gather(exact))
+            return Oracle(problem, request, exact, refs, reference.attention(problem, operands, request.q.dtype))
+
+    def outputs(self, results: tuple[Tensor, Tensor]) -> list[Comparison]:
+        """(out, lse) by the rule."""
+        return [compare(*row) for row in zip(("out", "lse"), results, self.refs, self.eagers, strict=True)]
+
+    def gradients(self, out: Tensor, found: dict[str, Tensor], dout: Tensor, dlse: Tensor) -> list[Comparison]:
+        """By the rule, the gradients of <out, dout> + <lse, dlse> that were `found`, by their inputs' names; `out` as stored."""
+        names, inputs = trainable(self.request)
+        exact_inputs = trainable(self.exact)[1]
+        refs, eagers = _gradients(*self.refs, dout, dlse, exact_inputs), _gradients(*self.eagers, dout, dlse, inputs)
+        stored = _gradients_of_stored_out(out, *self.refs, dout, exact_inputs)
+        rows, comparisons = self.refs[1].numel(), []
+        terms = {"bias": rows * self.problem.shape.seqlen_k, "sinks": rows}
+        for name, ref, eager, share in zip(names, refs, eagers, stored, strict=True):
+            if name not in found:
+                continue
+            compared = compare(f"d{name}", found[name], ref, eager)
+            of_out = 2 * share.abs().max().item() if share.numel() and name == "sinks" else 0.0
+            of_sums = _noise_of_sums(terms.get(name, 0) / max(1, ref.numel()), self.problem.lse_dtype)
+            comparisons.append(replace(compared, allowed=compared.allowed + of_out + of_sums))
+        return comparisons
+
+
 def run(request: Request, check_gradients: bool = True) -> list[Comparison]:
     """Run a request through the operators and compare out, lse and the gradients with the oracle's."""
-    names, inputs = trainable(request)
-    exact = in_float64(request)
+    oracle = Oracle.of(request)
     with torch.set_grad_enabled(request.requires_grad):
         results = operators.forward(request)
-        problem, operands = bind(request)
-        refs = reference.attention(problem, gather(exact))
-        eagers = reference.attention(problem, operands, request.q.dtype)
-    comparisons = [compare(*row) for row in zip(("out", "lse"), results, refs, eagers, strict=True)]
+    comparisons = oracle.outputs(results)
     if not request.requires_grad or not check_gradients:
         return comparisons
     generator = torch.Generator().manual_seed(1234)
-    dout = torch.randn(refs[0].shape, generator=generator).to(results[0].dtype).to(results[0].device)
-    dlse = torch.randn(refs[1].shape, generator=generator).to(results[1].dtype).to(results[1].device)
-    ours, eager_ones = (_gradients(*outputs, dout, dlse, inputs) for outputs in (results, eagers))
-    exact_inputs = trainable(exact)[1]
-    exact_ones = _gradients(*refs, dout, dlse, exact_inputs)
-    stored = _gradients_of_stored_out(results[0], *refs, dout, exact_inputs)
-    terms = {"bias": results[1].numel() * problem.shape.seqlen_k, "sinks": results[1].numel()}
-    for name, result, ref, eager, share in zip(names, ours, exact_ones, eager_ones, stored, strict=True):
-        compared = compare(f"d{name}", result, ref, eager)
-        of_out = 2 * share.abs().max().item() if share.numel() else 0.0
-        of_sums = _noise_of_sums(terms.get(name, 0) / max(1, result.numel()), problem.lse_dtype)
-        comparisons.append(replace(compared, allowed=compared.allowed + of_out + of_sums))
-    return comparisons
+    dout, dlse = (torch.randn(x.shape, generator=generator).to(x.dtype).to(x.device) for x in results)
+    names, inputs = trainable(request)
+    found = dict(zip(names, _gradients(*results, dout, dlse, inputs), strict=True))
+    return comparisons + oracle.gradients(results[0], found, dout, dlse)
 
 
 def trainable(request: Request) -> tuple[list[str], list[Tensor]]:

@@ -15,10 +15,10 @@ def replayable(step: Callable[[], None], device: torch.device) -> Callable[[], N
     if device.type != "cuda":
         return step
     torch.cuda.synchronize(device)  # the stream below does not wait for what made the step's tensors
-    with torch.cuda.stream(torch.cuda.Stream(device)):
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
         step()
     torch.cuda.synchronize(device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):  # by default it would capture on the device that was first captured on
         step()
     return graph.replay

@@ -54,6 +54,10 @@ class CudaClock:
         self._flushed = torch.empty(self.FLUSHED_BYTES, dtype=torch.int8, device=self.device)
 
     def seconds(self, call: Call, repeats: int) -> float:
+        with torch.cuda.device(self.device):  # events are recorded on the current device's stream
+            return self._seconds(call, repeats)
+
+    def _seconds(self, call: Call, repeats: int) -> float:
         starts = [torch.cuda.Event(enable_timing=True) for _ in range(repeats)]
         ends = [torch.cuda.Event(enable_timing=True) for _ in range(repeats)]
         torch.cuda._sleep(self.QUEUE_CYCLES)
