@@ -5,7 +5,7 @@
 ref is the oracle in float64; eager is the oracle's own arithmetic in the compute dtype on the same inputs; noise is the
 one unit in the last place of the result's dtype at the size of ref, twice what rounding ref alone costs, and 64 units of the
 compute dtype (FlashAttention's test rule, with its ref + 0.3 - 0.3 made explicit). For gradients of bias and sinks it holds
-also the rounding of long sums, for the sinks' what the rounding of the stored out does to them through D = rowsum(dO * O).
+also the rounding of long sums, and what the rounding of the stored out does to them through D = rowsum(dO * O).
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Oracle:
             if name not in found:
                 continue
             compared = compare(f"d{name}", found[name], ref, eager)
-            of_out = 2 * share.abs().max().item() if share.numel() and name == "sinks" else 0.0
+            of_out = 2 * share.abs().max().item() if share.numel() and name in terms else 0.0
             of_sums = _noise_of_sums(terms.get(name, 0) / max(1, ref.numel()), self.problem.lse_dtype)
             comparisons.append(replace(compared, allowed=compared.allowed + of_out + of_sums))
         return comparisons
