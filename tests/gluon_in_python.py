@@ -480,6 +480,7 @@ def _language() -> ModuleType:
         {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "int32", "int64")},
         uint32=torch.int64, uint64=torch.int64, tensor=object, tuple=object, shared_memory_descriptor=object,
         constexpr=_constexpr, static_range=range, abs=torch.abs, permute=lambda x, order: x.permute(order),
+        split=lambda x: x.unbind(-1),
         **dict.fromkeys(("BlockedLayout", "NVMMADistributedLayout", "DotOperandLayout", "SliceLayout"), Layout),
         **dict.fromkeys(("NVMMASharedLayout", "SwizzledSharedLayout"), Layout),
         program_id=lambda axis: Integer(_here.program[axis]), num_programs=lambda axis: Integer(_here.grid[axis]),

@@ -55,8 +55,8 @@ class Staging(Enum):
 
     OWN = "own buffer"
     """The store of a tile runs under the first products of the next."""
-    QUERY = "query buffer"
-    """The next tile's Q waits for the store: where shared memory is short (head_dim 256)."""
+    HALVES = "buffer of half its width"
+    """The right half waits until the left one has been read: where shared memory is short (head_dim 256)."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,15 @@ class ForwardConfig:
         """Query rows of a tile."""
         return ROWS * self.consumers
 
+    @property
+    def staged(self) -> tuple[int, ...]:
+        """Columns of O's buffer, for each part of the head dim."""
+        return tuple(dim // 2 for dim in self.dims_v) if self.staging is Staging.HALVES else self.dims_v
+
     def shared_bytes(self) -> int:
         """Shared memory of the tiles, in bytes (16-bit elements; barriers not counted)."""
         q, k, v = sum(self.dims) * self.rows * self.queries, sum(self.dims) * self.keys, sum(self.dims_v) * self.keys
-        o = sum(self.dims_v) * self.rows if self.staging is Staging.OWN else 0
-        return 2 * (q + o + self.stages * (k + v))
+        return 2 * (q + sum(self.staged) * self.rows + self.stages * (k + v))
 
     def __str__(self) -> str:
         dim = "+".join(map(str, self.dims))

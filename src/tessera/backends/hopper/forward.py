@@ -61,6 +61,7 @@ from tessera.backends.hopper.pieces.tiles import (
     allocate_tiles,
     columns_of,
     empty_accumulator,
+    halves_of,
     has,
     has_bias,
     head_bytes,
@@ -69,7 +70,7 @@ from tessera.backends.hopper.pieces.tiles import (
     operand_layout,
     overlaps,
     row_layout,
-    stages_output,
+    stages_halves,
 )
 from tessera.jit.compat import (
     aggregate,
@@ -423,15 +424,34 @@ def _finish_rows(me, tile, row, m, l, lse_ptr):
 
 
 @gluon.jit
-def _write_output(me, tile, row, o, factor, o_maps):
-    """out = O / l through shared memory, and TMA on its way."""
-    if stages_output(me.config):
-        tma_store_wait(0)  # the last tile's store has left the buffer
+def _outputs(me, tile, row, o, factor):
+    """out = O / l in 16 bits, a part of head_dim_v each."""
+    parts = ()
     for part in gl.static_range(len(o)):
         out = normalise(me.config, o[part], factor, row, tile.seq.q_live)
-        matrix(me.shared.o[part].index(me.index)).store(out.to(me.shared.o[part].dtype))
+        parts = parts + (out.to(me.shared.o[part].dtype),)
+    return parts
+
+
+@gluon.jit
+def _send(me, tile, row, parts, o_maps, column=0):
+    """Parts of out through shared memory, and TMA on its way with them, to columns from `column` on."""
+    tma_store_wait(0)  # the last store has left the buffer
+    for part in gl.static_range(len(parts)):
+        matrix(me.shared.o[part].index(me.index)).store(parts[part])
     fence_async_shared()
-    store_rows(o_maps, me.shared.o, me.index, tile.seq.queries(me.call.pitch.o), tile.head, row)
+    store_rows(o_maps, me.shared.o, me.index, tile.seq.queries(me.call.pitch.o), tile.head, row, column)
+
+
+@gluon.jit
+def _write_output(me, tile, row, o, factor, o_maps):
+    parts = _outputs(me, tile, row, o, factor)
+    if stages_halves(me.config):
+        left, right = halves_of(parts[0])
+        _send(me, tile, row, (left,), o_maps)
+        _send(me, tile, row, (right,), o_maps, left.shape[1])
+    else:
+        _send(me, tile, row, parts, o_maps)
 
 
 @gluon.jit
@@ -455,8 +475,7 @@ def consumer(me, o_maps, lse_ptr):
         row = tile.first + me.index * M
         shared.q_ring.wait(q_use)
         state, n = _main_loop(me, tile, n, _q_slot(me, q_use))
-        if stages_output(me.config):
-            shared.q_ring.release(q_use)  # every product with this Q is done
+        shared.q_ring.release(q_use)  # every product with this Q is done
         if overlaps(me.config):
             o, p, m, l = state
             shared.v_stream.wait(n - 1)
@@ -472,9 +491,6 @@ def consumer(me, o_maps, lse_ptr):
             o = _wait_for_values(o)
             shared.v_stream.release(n - 1)
         _write_output(me, tile, row, o, factor, o_maps)
-        if not stages_output(me.config):
-            tma_store_wait(0)
-            shared.q_ring.release(q_use)
         tile = following
     tma_store_wait(0)
 
@@ -496,10 +512,7 @@ def _allocate_all(config: gl.constexpr, q_maps, k_maps, v_maps, o_maps):
     q = _allocate(q_maps, config.consumers * config.queries)
     k = _allocate(k_maps, config.stages)
     v = _allocate(v_maps, config.stages)
-    if stages_output(config):
-        o = _allocate(o_maps, config.consumers)
-    else:
-        o = q
+    o = _allocate(o_maps, config.consumers)
     q_ring = make_ring(config.consumers * config.queries, 1)
     k_stream = make_stream(config.stages, config.consumers, NAMED_BARRIER_K)
     v_stream = make_stream(config.stages, config.consumers, NAMED_BARRIER_V)

@@ -38,7 +38,7 @@ def kernel_spec(config: ForwardConfig, dtype: torch.dtype) -> jit.KernelSpec:
     arguments: dict[str, jit.Tiles | jit.Pointer | jit.Scalar] = {}
     constants: dict[str, object] = {"CONFIG": config}
     for name, rows, dims in (
-        ("q", ROWS, config.dims), ("k", config.keys, config.dims), ("v", config.keys, config.dims_v), ("o", ROWS, config.dims_v),
+        ("q", ROWS, config.dims), ("k", config.keys, config.dims), ("v", config.keys, config.dims_v), ("o", ROWS, config.staged),
     ):  # fmt: skip
         arguments[f"{name}_map"] = jit.Tiles(element, (1, 1, 1, rows, dims[0]))
         if len(dims) == 2:

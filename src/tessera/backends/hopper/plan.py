@@ -138,11 +138,11 @@ def _is_ragged(features: tuple[Feature, ...]) -> bool:
 
 def deepest(config: ForwardConfig) -> ForwardConfig:
     """The same with as much in flight as shared memory has room for: Q's tiles as asked, if not one, then K's and V's stages,
-    three at most; O shares Q's buffer rather than have none."""
+    three at most; half a buffer for O, where a whole one does not fit."""
     room = [(queries, stages) for queries in dict.fromkeys((config.queries, 1)) for stages in (3, 2)]
     candidates = [replace(config, queries=queries, stages=stages) for queries, stages in room]
-    if config.dims[: len(config.dims_v)] == config.dims_v:
-        candidates += [replace(config, queries=1, stages=stages, staging=Staging.QUERY) for stages in (3, 2)]
+    if len(config.dims_v) == 1:
+        candidates.append(replace(config, queries=1, stages=2, staging=Staging.HALVES))
     for candidate in candidates:
         if candidate.shared_bytes() <= SHARED_LIMIT:
             return candidate

@@ -151,9 +151,8 @@ def load_rows(maps, buffers, slot, bar, span, head, row):
 
 
 @gluon.jit
-def store_rows(maps, buffers, slot, span, head, row):
-    """Start the copy of one tile to global memory."""
-    column = 0
+def store_rows(maps, buffers, slot, span, head, row, column=0):
+    """Start the copy of one tile to global memory, from `column` on."""
     for part in gl.static_range(len(maps)):
         where = [WRAP, span.first + span.count, head, WRAP - span.count + row, column]
         tma_store(maps[part], where, buffers[part].index(slot))

@@ -28,8 +28,8 @@ def overlaps(config):
 
 
 @gluon.constexpr_function
-def stages_output(config):
-    return config.staging is Staging.OWN
+def stages_halves(config):
+    return config.staging is Staging.HALVES
 
 
 @gluon.constexpr_function
@@ -78,6 +78,15 @@ def matrix(tile):
     rows: gl.constexpr = tile.shape[-2]
     columns: gl.constexpr = tile.shape[-1]
     return tile.reshape([rows, columns])
+
+
+@gluon.jit
+def halves_of(x):
+    """(64, columns) in an accumulator's layout as its left and its right half; no register moves."""
+    columns: gl.constexpr = x.shape[1]
+    left, right = gl.split(gl.permute(gl.reshape(x, [M, 2, columns // 2]), (0, 2, 1)))
+    layout: gl.constexpr = accumulator_layout(columns // 2)
+    return (gl.convert_layout(left, layout, assert_trivial=True), gl.convert_layout(right, layout, assert_trivial=True))
 
 
 @gluon.jit
