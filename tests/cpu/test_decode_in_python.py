@@ -18,6 +18,7 @@ from tessera.device import Device
 from tessera.serving import operators, verify
 from tessera.serving.cases import CACHE_CASES, CacheCase
 from tessera.serving.operands import CacheRequest, describe, gather
+from tessera.verify import compare
 
 FEW = replace(Device.named("h200"), multiprocessors=3)
 """So few multiprocessors that a stream-K share goes over the ends of items and sequences."""
@@ -93,3 +94,18 @@ def test_many_parts_are_added_in_two_steps() -> None:
 def test_more_sequences_than_are_scanned_at_once() -> None:
     case = CacheCase("many", cached=tuple((37 * i) % 90 for i in range(150)), heads_q=2, heads_kv=1, schedule="stream_k")
     check(case.request("cpu", torch.bfloat16))
+
+
+def test_queries_are_read_wherever_they_lie() -> None:
+    """One runner, the same strides: rows at multiples of 16 bytes, then not; and strides that no 16 bytes fit."""
+    request = CACHE_CASES["four queries"].request("cpu", torch.bfloat16)
+    problem, (batch, rows, heads, dim) = describe(request), request.q.shape
+    refs, eagers = (verify.attention(request, dtype) for dtype in (torch.float64, torch.bfloat16))
+    for width in (2 * dim, 2 * dim + 4):
+        launch = decode_launch.DecodeLaunch(problem, decode_plan.decode_plan(problem, FEW))
+        for first in (0, 4, 8):
+            q = torch.zeros(batch, rows, heads, width + 8, dtype=torch.bfloat16)[..., first : first + dim].copy_(request.q)
+            with in_python():
+                results = launch.run(gather(request._replace(q=q)))
+            for row in zip(("out", "lse"), results, refs, eagers, strict=True):
+                assert compare(*row).ok, (width, first, str(compare(*row)))

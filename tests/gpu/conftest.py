@@ -1,44 +1,47 @@
 """Compiles what the collected cases will run before the first of them, one process a core: one by one it is most of the time.
 
-With pytest-xdist, collect once before (`pytest tests/gpu --collect-only -q`): workers find the kernels on disk.
+With pytest-xdist too: whoever starts the workers collects once before, and they find the kernels on disk.
 """
 
 from __future__ import annotations
 
-import multiprocessing
+import subprocess
+import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 
 import pytest
 import torch
+from compile_ahead import compile_all, kernels
 from serving_simulation import Setting
 
-from tessera import dispatch, jit
 from tessera.cases import Case
 from tessera.device import Device
-from tessera.errors import Unsupported
-from tessera.operands import describe
-from tessera.serving import dispatch as serving
 from tessera.serving.cases import CACHE_CASES, CacheCase
-from tessera.serving.operands import describe as describe_cache
 
-FEW = 20
-"""Kernels that are not worth a pool of processes."""
 DTYPES = (torch.bfloat16, torch.float16)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """In the process that is going to start workers: a run of its own that collects, and so compiles."""
+    config = session.config
+    if hasattr(config, "workerinput") or not getattr(config.option, "numprocesses", None) or config.option.collectonly:
+        return
+    command = [sys.executable, "-m", "pytest", *config.invocation_params.args, "--collect-only", "-q", "-n0"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    print("".join(f"{line}\n" for line in done.stdout.splitlines() if line.startswith("compiled")), end="")
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     if hasattr(session.config, "workerinput") or not torch.cuda.is_available():
         return
-    specs = dict.fromkeys(spec for value, dtype in _parameters(session) for spec in _kernels(value, dtype))
-    if len(specs) > FEW:
-        with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-            print(f"compiled {sum(pool.map(_compile, specs))} of {len(specs)} kernels")
-
-
-def _compile(spec: jit.KernelSpec) -> int:
-    return jit.warmup([spec])
+    device = Device.of(torch.device("cuda", 0))
+    requests = (
+        case.request("meta", dtype, requires_grad=True) if isinstance(case, Case) else case.request("meta", dtype)
+        for case, dtype in _parameters(session)
+    )
+    compile_all(spec for request in requests for spec in kernels(request, device))
 
 
 def _parameters(session: pytest.Session) -> dict[tuple[Case | CacheCase, torch.dtype], None]:
@@ -61,17 +64,3 @@ def _of_parameter(value: object, dtype: torch.dtype) -> Iterator[tuple[Case | Ca
         yield value, dtype
     elif isinstance(value, Setting):
         yield from product(value.cases(), (dtype,))
-
-
-def _kernels(value: Case | CacheCase, dtype: torch.dtype) -> Iterator[jit.KernelSpec]:
-    """What the case runs, with gradients: the forward's kernels are among them."""
-    device = Device.of(torch.device("cuda", 0))
-    try:
-        if isinstance(value, Case):
-            request = value.request("meta", dtype, requires_grad=True)
-            yield from dispatch.load("hopper").kernels(dispatch.select(describe(request, "cuda"), device, "hopper"))
-        else:
-            plan = serving.select(describe_cache(value.request("meta", dtype), "cuda"), device)
-            yield from serving.load(plan.backend).kernels(plan)
-    except Unsupported:
-        return

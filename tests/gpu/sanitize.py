@@ -1,80 +1,244 @@
-"""compute-sanitizer over small cases of every forward variant: python tests/gpu/sanitize.py [memcheck racecheck ...]
+"""compute-sanitizer over small cases of every family of kernels: python tests/gpu/sanitize.py (-h for its options)
 
-Prints each tool's verdict and ends with 1 if one of them found something. Not a pytest: a run takes half a minute.
+Each tool sees each family in a process of its own, side by side; ends with 1 if something was found. Not a pytest: it takes a
+minute, and most of a machine.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import linecache
+import os
 import re
 import subprocess
 import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+
+import torch
+from compile_ahead import compile_all, kernels
+
+from tessera import operators
+from tessera.backends import hopper
+from tessera.bench import machine
+from tessera.cases import CASES, Case
+from tessera.device import Device
+from tessera.operands import Request
+from tessera.serving import operators as serving
+from tessera.serving.cases import CACHE_CASES, CacheCase
+from tessera.serving.operands import CacheRequest
+from tessera.verify import trainable
 
 TOOLS = ("memcheck", "racecheck")
-NAMES = (
-    "causal", "off the tile", "more queries, causal", "gqa", "d8", "d72", "d96", "d128", "d192", "d256", "d192 v128", "window",
-    "padding", "padding left", "documents", "softcap", "sinks, window", "varlen", "varlen, used", "varlen, empty sequences",
+EXPLAINED = {
+    "Triton's own words to its partitions, between two barrier.sync of the whole block": (
+        "def attention_", "def decode(", "gl.warp_specialize([", "if config.consumers == 2:", 'if divided_by(config, "keys"):',
+    ),
+    "the posted tile, between the arrives and the waits of an mbarrier pair": (
+        "board.entries.index(place).store(", "posted = board.entries.index(place).load(",
+        "out = o * gl.convert_layout(factor, layout)",  # such a load too, but for the compiler's table of lines
+    ),
+    "MLA's factors, between the arrives and the waits of an mbarrier pair": (
+        "shared.passed[1].index(0).store(", "out = o * shared.passed[1].index(0).load(", "return gl.inline_asm_elementwise(",
+    ),
+}  # fmt: skip
+"""Why racecheck sees hazards where there are none: it models neither way to order accesses. By each reason, the beginnings of
+the source lines; both accesses of a hazard must be of one reason. (Gluon puts a barrier of the partition before each arrive.)"""
+
+_REPORT = re.compile(r"Race reported between (.*?)(?:\n=+ *\n|\Z)", re.DOTALL)
+_PLACE = re.compile(r"(?:Write|Read) access at \w+\+0x[0-9a-f]+ in (\S+\.py):(\d+)")
+_SECONDS = 300
+GQA = {"heads_q": 16, "heads_kv": 4, "head_dim": 128}
+LATENT = {"latent": True, "head_dim": 576, "head_dim_v": 512, "heads_kv": 1}
+PLANE = {"seqlen_q": 200, "seqlen_k": 200, "heads_kv": 2}
+
+FORWARD = (
+    *(CASES[name] for name in ("causal", "off the tile", "more queries, causal", "gqa", "window", "padding left", "documents",
+                               "softcap", "sinks, window", "varlen, used", "varlen, empty sequences")),
+    *(CASES[name] for name in ("d8", "d72", "d96", "d128", "d192", "d256", "d192 v128")),
+    Case("more tiles than programs", head_dim=128, batch=4, seqlen_q=300, seqlen_k=300, heads_q=24, heads_kv=8, causal=True),
+    Case("three consumers", head_dim=128, batch=1, seqlen_q=200, seqlen_k=2000, heads_q=1, heads_kv=1),
 )  # fmt: skip
-EXPLAINED = (
-    # Triton's own words to its partitions, written and read between two `barrier.sync` of the whole block
-    "def attention_forward(",
-    "if config.consumers == 2:",
-    # the next tile's number, written and read between the arrives and the waits of an mbarrier pair
-    "shared.tile.index(shared.tile_ring.slot(turn))",
+BACKWARD = (
+    *(CASES[name] for name in ("gqa", "more queries, causal", "softcap", "sinks, window", "varlen, empty sequences")),
+    *(Case(f"d{d}, causal", head_dim=d, seqlen_q=330, seqlen_k=330, heads_kv=2, causal=True) for d in (128, 256)),
+    *(Case(f"d{d}, varlen", head_dim=d, lengths_q=(100, 1, 230, 0), lengths_k=(100, 1, 230, 0), causal=True) for d in (128, 256)),
+    Case("more tiles than programs", batch=4, seqlen_q=300, seqlen_k=300, heads_q=24, heads_kv=8, head_dim=128, causal=True),
 )
-"""Source lines (their beginnings) between which racecheck sees hazards because it models neither way to order accesses."""
+MODIFIERS = (
+    *(CASES[name] for name in ("alibi", "dropout, causal, gqa", "bias", "varlen, softcap, alibi, dropout")),
+    *(Case(f"d{d}, dropout", head_dim=d, dropout_p=0.2, **PLANE) for d in (128, 256)),
+    Case("d128, bias", head_dim=128, bias=(1, 4, 200, 200), causal=True, **PLANE),
+    Case("padding left, dropout", key_start=(30, 17), dropout_p=0.2, causal=True, **PLANE),
+)
+DECODE = (
+    *(CACHE_CASES[name] for name in ("one query", "group of 5", "four queries", "long", "left padding, window", "packed",
+                                     "sinks, window, softcap", "d96", "d256", "d192 v128", "pages of 16", "pages of 128",
+                                     "pages, vLLM's form", "one head beside", "three splits", "splits, pages, sinks")),
+    CacheCase("many parts", cached=(9000,), heads_q=8, num_splits=60),
+)  # fmt: skip
+STREAM_K = (
+    *(CACHE_CASES[name] for name in ("stream-k", "stream-k, pages, packed", "batch-invariant")),
+    CacheCase("ragged", cached=(3000, 37, 0, 410, 5000), schedule="stream_k", **GQA),
+    CacheCase("equal lengths", cached=(2000,) * 5, schedule="stream_k", **GQA),
+)
+FP8 = tuple(CACHE_CASES[f"fp8, {name}"] for name in ("no scales", "scales of heads", "scales of sequences", "scales of blocks",
+                                                      "scales of blocks, contiguous", "d128, window, sinks"))  # fmt: skip
+APPEND = tuple(CACHE_CASES[name] for name in (
+    "append", "append more than asked", "append fewer than asked", "append, pages of 1", "append, packed, pages, beside",
+    "append, left padding", "rotary", "rotary, halves, in part, packed", "rotary, float32 tables", "fp8, append",
+    "fp8, append, blocks, packed", "latent, append",
+))  # fmt: skip
+CHUNK = (
+    *(CACHE_CASES[name] for name in ("64 queries", "more queries than keys", "packed, sinks, long", "pages, 64 queries",
+                                     "pages of 1", "pages of 4", "window both ways")),
+    CacheCase("in splits", cached=(1000, 295, 130), seqlen_q=64, num_splits=4, **GQA),
+    CacheCase("in splits of pages", cached=(1000, 295, 130), seqlen_q=64, num_splits=4, page_size=16, **GQA),
+    CacheCase("pages of 24", cached=(500, 95), seqlen_q=40, heads_q=8, head_dim=128, page_size=24),
+    CacheCase("d256", cached=(500, 95), seqlen_q=40, heads_q=8, head_dim=256, page_size=64, num_splits=3),
+    CacheCase("packed, pages", lengths_q=(64, 1, 0, 200, 17), cached=(300, 150, 33, 30, 4), sinks=True, page_size=64, **GQA),
+)  # fmt: skip
+MLA = (
+    *(CACHE_CASES[name] for name in ("latent", "latent, pages, 3 queries", "latent, small")),
+    CacheCase("latent, splits", cached=(530, 400), heads_q=128, seqlen_q=2, num_splits=3, **LATENT),
+    CacheCase("latent, pages, splits", cached=(530, 400, 3), heads_q=128, page_size=64, num_splits=5, sinks=True, **LATENT),
+)
 
-_PLACE = re.compile(r"(Write|Read) access at \w+\+0x[0-9a-f]+ in (\S+\.py):(\d+)")
+
+@dataclass(frozen=True)
+class Family:
+    """Cases that one process runs: forward, and where `with_gradients` backward."""
+
+    cases: tuple[Case | CacheCase, ...]
+    with_gradients: bool = False
+    deterministic: bool = False
+
+    def request(self, case: Case | CacheCase, device: str) -> Request | CacheRequest:
+        if isinstance(case, CacheCase):
+            return case.request(device, torch.bfloat16)._replace(backend="hopper")
+        request = case.request(device, torch.bfloat16, requires_grad=self.with_gradients)
+        return request._replace(backend="hopper", deterministic=self.deterministic)
+
+    def run(self) -> None:
+        for case in self.cases:
+            request = self.request(case, "cuda")
+            if isinstance(request, CacheRequest):
+                serving.forward(request)
+            elif self.with_gradients:
+                (out, lse), (_, inputs) = operators.forward(request), trainable(request)
+                torch.autograd.grad((out, lse), inputs, (torch.randn_like(out), torch.randn_like(lse)))
+            else:
+                operators.forward(request)
+            torch.cuda.synchronize()
+            print("ran", case.name, flush=True)
 
 
-def run_cases() -> None:
-    """In the child: each case once, then one with more tiles than multiprocessors, and one for three consumers."""
-    import torch
+FAMILIES = {
+    "forward": Family(FORWARD),
+    "backward": Family(BACKWARD, with_gradients=True),
+    "backward, deterministic": Family(BACKWARD, with_gradients=True, deterministic=True),
+    "modifiers": Family(MODIFIERS),
+    "modifiers, backward": Family(MODIFIERS, with_gradients=True),
+    "decode": Family(DECODE),
+    "stream-K": Family(STREAM_K),
+    "FP8 cache": Family(FP8),
+    "append, rotary": Family(APPEND),
+    "chunk": Family(CHUNK),
+    "latent": Family(MLA),
+}
 
-    from tessera import operators
-    from tessera.cases import CASES, Case
 
-    many = Case("many tiles", head_dim=128, batch=4, seqlen_q=300, seqlen_k=300, heads_q=24, heads_kv=8, causal=True)
-    long = Case("three consumers", head_dim=128, batch=1, seqlen_q=200, seqlen_k=2000, heads_q=1, heads_kv=1)
-    for case in (*(CASES[name] for name in NAMES), many, long):
-        with torch.no_grad():
-            operators.forward(case.request("cuda", torch.bfloat16)._replace(backend="hopper"))
-        torch.cuda.synchronize()
-        print(case.name, flush=True)
+@dataclass(frozen=True)
+class Verdict:
+    """What one tool said of one family: the hazards that a reason above explains, by reason, and what nothing explains."""
+
+    tool: str
+    family: str
+    cases: int
+    clean: bool
+    explained: dict[str, int]
+    found: tuple[str, ...]
+
+    def __str__(self) -> str:
+        said = f"{self.tool:10} {self.family:24} {'clean' if self.clean else 'FOUND'}: {self.cases} cases"
+        return "\n    ".join((said, *(f"{count} of {reason}" for reason, count in self.explained.items()), *self.found))
 
 
-def unexplained(report: str) -> list[str]:
-    """The source lines of racecheck's report that EXPLAINED does not cover."""
-    from tessera.backends import hopper
+def hazards(report: str) -> tuple[Counter[str], tuple[str, ...]]:
+    """racecheck's pairs of accesses: how many each reason explains, and the others as source lines."""
+    explained, others = Counter[str](), set()
+    for block in _REPORT.findall(report):
+        first, *rest = _PLACE.findall(block)
+        for other in rest:
+            lines = [_source(*place) for place in (first, other)]
+            reason = next((why for why, known in EXPLAINED.items() if all(line.startswith(known) for line in lines)), None)
+            if reason is None:
+                others.add(" and ".join(f"{Path(name).name}:{number}: {line}" for (name, number), line in
+                                        zip((first, other), lines, strict=True)))  # fmt: skip
+            else:
+                explained[reason] += 1
+    return explained, tuple(sorted(others))
 
-    folder = hopper.__path__[0]
-    lines = {(name, int(number)) for _, name, number in _PLACE.findall(report)}
-    found = []
-    for name, number in sorted(lines):
-        text = linecache.getline(f"{folder}/{name.rsplit('/', 1)[-1]}", number).strip()
-        if not any(known in text for known in EXPLAINED):
-            found.append(f"{name}:{number}: {text}")
-    return found
+
+def _source(path: str, number: str) -> str:
+    """A line of the kernels' sources, which need not lie where they were compiled from."""
+    here = next(Path(hopper.__path__[0]).rglob(Path(path).name), path)
+    return linecache.getline(str(here), int(number)).strip()
+
+
+def judge(tool: str, name: str, reports: Path | None) -> Verdict:
+    """Runs a family under a tool. Memory comes from the driver, tensor by tensor: what lies beside one is nobody's."""
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "2000"]
+    command += [sys.executable, __file__, "--child", name]
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": "1"}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=_SECONDS)
+        report, status = done.stdout + done.stderr, done.returncode
+    except subprocess.TimeoutExpired as late:
+        report, status = f"{late.stdout}\nno end after {_SECONDS} s", 1
+    if reports is not None:
+        (reports / f"{tool} {name}.txt").write_text(report)
+    ran = len(re.findall(r"^ran ", report, re.MULTILINE))
+    explained, found = hazards(report)
+    if not found and (ran < len(FAMILIES[name].cases) or (status and not explained)):
+        found = tuple(report.splitlines()[-12:])
+    return Verdict(tool, name, ran, not found, dict(explained), found)
 
 
 def main() -> int:
-    if sys.argv[1:] == ["--child"]:
-        run_cases()
+    parser = argparse.ArgumentParser(description="compute-sanitizer over small cases of every family of kernels")
+    parser.add_argument("--tools", nargs="+", default=TOOLS, choices=(*TOOLS, "synccheck", "initcheck"))
+    parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES), metavar="NAME")
+    parser.add_argument("--json", type=Path, help="write the verdicts")
+    parser.add_argument("--reports", type=Path, help="a folder for what the tools said, in full")
+    parser.add_argument("--compile", action="store_true", help="compile what is needed and end; needs no GPU")
+    parser.add_argument("--child", choices=list(FAMILIES), help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.child:
+        FAMILIES[asked.child].run()
         return 0
-    failed = False
-    for tool in sys.argv[1:] or TOOLS:
-        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, __file__, "--child"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        report = done.stdout + done.stderr
-        ran = "three consumers" in done.stdout
-        hazards = unexplained(report) if tool == "racecheck" and ran else []
-        clean = ran and (done.returncode == 0 or (tool == "racecheck" and _PLACE.search(report) is not None and not hazards))
-        failed |= not clean
-        reports = f", {report.count('hazards]')} reports at lines explained above" if tool == "racecheck" else ""
-        print(f"{tool}: {'clean' if clean else 'FAILED'}{reports}", *hazards, sep="\n  ")
-        if not clean:
-            print(report[-2000:])
-    return int(failed)
+    names = asked.families
+    device = Device.named("h200")
+    compile_all(spec for name in names for case in FAMILIES[name].cases
+                for spec in kernels(FAMILIES[name].request(case, "meta"), device))  # fmt: skip
+    if asked.compile:
+        return 0
+    if asked.reports is not None:
+        asked.reports.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        futures = [pool.submit(judge, tool, name, asked.reports) for tool, name in product(asked.tools, names)]
+        verdicts = []
+        for future in futures:
+            verdicts.append(future.result())
+            print(verdicts[-1], flush=True)
+    if asked.json is not None:
+        data = {"schema": 1, "kind": "sanitizer", "machine": asdict(machine.describe()), "verdicts": list(map(asdict, verdicts))}
+        asked.json.write_text(json.dumps(data, indent=1) + "\n")
+    return int(not all(verdict.clean for verdict in verdicts))
 
 
 if __name__ == "__main__":

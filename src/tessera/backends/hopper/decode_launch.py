@@ -5,6 +5,7 @@ Nothing here asks questions of the data or waits for the device, so a launch can
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from tessera.backends.hopper.append_launch import scale_strides
 from tessera.backends.hopper.decode_config import DecodeConfig, Storage
 from tessera.backends.hopper.decode_plan import DecodePlan
 from tessera.backends.hopper.decode_workspace import workspace
-from tessera.backends.hopper.launch import ELEMENTS, LOG2_E
+from tessera.backends.hopper.launch import ELEMENTS, LOG2_E, allocator
 from tessera.problem import Layout
 from tessera.serving.operands import CacheOperands
 from tessera.serving.problem import CacheProblem
@@ -64,12 +65,15 @@ def kernel_spec(config: DecodeConfig, dtype: torch.dtype) -> jit.KernelSpec:
 
 
 class Bound(NamedTuple):
-    """What a runner's one set of shapes and strides decides: the kernel, the tensor maps' places (each with the index of its
-    tensor, 0 for k_cache, 1 for v_cache), and all the kernel's numbers."""
+    """What a runner's one set of shapes and strides decides: the kernel, how out is made from q, the tensor maps' places (each
+    with the index of its tensor, 0 for k_cache, 1 for v_cache), and all the kernel's numbers, for q as it lies (None where its
+    rows can't be read) and for a dense copy of it."""
 
     kernel: jit.Kernel
+    allocate: Callable[[Tensor], Tensor]
     places: tuple[tuple[jit.Place, int], ...]
-    numbers: tuple[int | float, ...]
+    numbers: tuple[int | float, ...] | None
+    copy_numbers: tuple[int | float, ...]
     scale_strides: tuple[int, ...]
 
 
@@ -88,41 +92,42 @@ class DecodeLaunch:
     def run(self, operands: CacheOperands) -> tuple[Tensor, Tensor]:
         """(out, lse) as CacheProblem.out_shape and lse_shape say, contiguous. Raises Unsupported where TMA can't reach the
         cache: rows, heads or pages whose strides are not multiples of 16 bytes."""
-        problem, q, device = self.problem, operands.q, operands.q.device
-        packed = problem.layout is Layout.VARLEN
-        out = torch.empty(problem.out_shape, dtype=problem.dtype, device=device)
-        lse = torch.empty(problem.lse_shape, dtype=torch.float32, device=device)
-        if packed:  # rows of no sequence are nobody's work
+        q, caches = operands.q, (operands.k_cache, operands.k_cache if operands.v_cache is None else operands.v_cache)
+        if not self.bound:
+            self.bound.append(self._bind(caches, operands))
+        bound = self.bound[0]
+        out, lse = bound.allocate(q), q.new_empty(self.problem.lse_shape, dtype=torch.float32)
+        if self.problem.layout is Layout.VARLEN:  # rows of no sequence are nobody's work
             out.zero_()
             lse.fill_(float("-inf"))
-        index = device.index
+        index = bound.kernel.device
         stream = jit.current_stream(index)
-        partial = workspace.partial(index, stream, self._partial_count)
+        partial = workspace.partial(index, stream, sum(self.parts))
         tickets = workspace.tickets(index, stream, self.plan.tickets)
-        q = _readable(q)
-        caches = (operands.k_cache, operands.k_cache if operands.v_cache is None else operands.v_cache)
-        if not self.bound:
-            self.bound.append(self._bind(q, caches, operands))
-        bound = self.bound[0]
-        addresses = tuple(cache.data_ptr() for cache in caches)
-        partial_lse = partial.data_ptr() + 4 * self.plan.slots * self.plan.slot_rows * self.plan.slot_columns
+        numbers = bound.numbers
+        if numbers is None or q.data_ptr() % 16:  # it is small
+            q, numbers = q.clone(memory_format=torch.contiguous_format), bound.copy_numbers
+        addresses = (caches[0].data_ptr(), caches[1].data_ptr())
         scales = [None if x is None else x.contiguous() for x in (operands.k_descale, operands.v_descale)]
         sinks = None if operands.sinks is None else operands.sinks.float().contiguous()
         bound.kernel(
             stream, *self.plan.programs, *[place[addresses[which]] for place, which in bound.places],
-            q.data_ptr(), out.data_ptr(), lse.data_ptr(), partial.data_ptr(), partial_lse, _address(sinks), tickets.data_ptr(),
-            operands.cache_seqlens.data_ptr(), _address(operands.cu_seqlens_q), _address(operands.cache_leftpad),
-            _address(operands.cache_batch_idx), _address(operands.page_table), *bound.numbers,
+            q.data_ptr(), out.data_ptr(), lse.data_ptr(), partial.data_ptr(), partial.data_ptr() + 4 * self.parts[0],
+            _address(sinks), tickets.data_ptr(), operands.cache_seqlens.data_ptr(), _address(operands.cu_seqlens_q),
+            _address(operands.cache_leftpad), _address(operands.cache_batch_idx), _address(operands.page_table), *numbers,
             _address(scales[0]), _address(scales[1]), *bound.scale_strides,
         )  # fmt: skip
         return out, lse
 
-    @property
-    def _partial_count(self) -> int:
-        return self.plan.slots * self.plan.slot_rows * (self.plan.slot_columns + 1)
+    @cached_property
+    def parts(self) -> tuple[int, int]:
+        """Float32 numbers of all partial outs, and of their lse."""
+        rows = self.plan.slots * self.plan.slot_rows
+        return rows * self.plan.slot_columns, rows
 
-    def _bind(self, q: Tensor, caches: tuple[Tensor, Tensor], operands: CacheOperands) -> Bound:
+    def _bind(self, caches: tuple[Tensor, Tensor], operands: CacheOperands) -> Bound:
         """The kernel and its arguments for these shapes and strides."""
+        q = operands.q
         kernel = jit.load(self.spec, q.device.index)
         parts = (len(set(self.plan.config.dims)), len(set(self.plan.config.dims_v)))
         which = [index for index, count in enumerate(parts) for _ in range(count)]
@@ -132,8 +137,11 @@ class DecodeLaunch:
         )
         cache, heads = self.problem.cache, self.problem.shape.heads_kv
         strides = (scale_strides(descale, heads, operands.k_cache.shape[1]) for descale in (cache.k_descale, cache.v_descale))
-        numbers = (*self._sizes(operands), *_query_strides(q), *self._dims_and_scales())
-        return Bound(kernel, places, numbers, tuple(stride for own in strides for stride in own))
+        sizes, rest, own = self._sizes(operands), self._dims_and_scales(), _query_strides(q)
+        copied = (*sizes, *_query_strides(torch.empty(q.shape, device="meta")), *rest)
+        numbers = None if any(stride % 8 for stride in own) else (*sizes, *own, *rest)
+        scale_steps = tuple(step for steps in strides for step in steps)
+        return Bound(kernel, allocator(q, self.problem.out_shape), places, numbers, copied, scale_steps)
 
     def _sizes(self, operands: CacheOperands) -> tuple[int, ...]:
         problem, plan = self.problem, self.plan
@@ -169,9 +177,3 @@ def _query_strides(q: Tensor) -> tuple[int, int, int]:
     strides = [stride if size > 1 else 0 for size, stride in zip(q.shape, q.stride(), strict=True)]
     batch, row, head = strides[:3] if q.dim() == 4 else (0, *strides[:2])
     return batch, row, head
-
-
-def _readable(q: Tensor) -> Tensor:
-    """q where its rows begin at multiples of 16 bytes, else a copy: it is small."""
-    aligned = not q.data_ptr() % 16 and not any(stride % 8 for stride in _query_strides(q))
-    return q if aligned else q.clone(memory_format=torch.contiguous_format)

@@ -186,7 +186,7 @@ class ForwardLaunch:
             for encode, index in zip(kernel.tiles, indices, strict=True)
         )
         numbers = (*self._integers(operands), *(row.pitch for row in rows), *self.scales)
-        return Bound(kernel, _allocator(operands.q, self.problem.out_shape), places, numbers), rows
+        return Bound(kernel, allocator(operands.q, self.problem.out_shape), places, numbers), rows
 
     def _pointers(self, operands: Operands, kept: list[Tensor | None]) -> Sequence[int]:
         """Addresses of sinks, lengths, padding and documents; 0 for what there is not (the kernel has no code for it)."""
@@ -212,7 +212,7 @@ class ForwardLaunch:
         return (*self.integers[:place], stride, *self.integers[place + 1 :])
 
 
-def _allocator(q: Tensor, shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+def allocator(q: Tensor, shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
     """Makes out from a q of these strides: empty_like, where it gives the same, takes half of new_empty's host time."""
     return torch.empty_like if q.is_contiguous() and q.shape == shape else lambda q: q.new_empty(shape)
 

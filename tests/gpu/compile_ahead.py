@@ -1,0 +1,42 @@
+"""Compiling on all cores what tests are going to run: kernel by kernel it is most of their time."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+
+from tessera import dispatch, jit
+from tessera.device import Device
+from tessera.errors import Unsupported
+from tessera.operands import Request, describe
+from tessera.serving import dispatch as serving
+from tessera.serving.operands import CacheRequest
+from tessera.serving.operands import describe as describe_cache
+
+FEW = 20
+"""Kernels that are not worth a pool of processes."""
+
+
+def kernels(request: Request | CacheRequest, device: Device) -> Iterator[jit.KernelSpec]:
+    """What a request (of tensors on meta) runs on Hopper; with gradients the forward's kernels are among them."""
+    try:
+        if isinstance(request, Request):
+            yield from dispatch.load("hopper").kernels(dispatch.select(describe(request, "cuda"), device, "hopper"))
+        else:
+            plan = serving.select(describe_cache(request, "cuda"), device)
+            yield from serving.load(plan.backend).kernels(plan)
+    except Unsupported:
+        return
+
+
+def compile_all(wanted: Iterable[jit.KernelSpec]) -> None:
+    """Leaves the kernels on disk, where there are enough of them to be worth it."""
+    specs = dict.fromkeys(wanted)
+    if len(specs) > FEW:
+        with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+            print(f"compiled {sum(pool.map(_compile, specs))} of {len(specs)} kernels")
+
+
+def _compile(spec: jit.KernelSpec) -> int:
+    return jit.warmup([spec])
