@@ -21,13 +21,14 @@ def test_code_runs(block: str) -> None:
     exec(compile(imports + block, "README.md", "exec"), {})
 
 
-def test_the_serving_pages_code_runs() -> None:
+@pytest.mark.parametrize(("page", "least"), [("serving.md", 7), ("replacing.md", 3)])
+def test_the_pages_code_runs(page: str, least: int) -> None:
     """From the first block to the last, each going on from the one before."""
     names: dict[str, object] = {}
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "serving.md").read_text(), flags=re.DOTALL)
-    assert len(blocks) >= 7
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), flags=re.DOTALL)
+    assert len(blocks) >= least
     for block in blocks:
-        exec(compile(block, "docs/serving.md", "exec"), names)
+        exec(compile(block, f"docs/{page}", "exec"), names)
 
 
 def test_there_is_code() -> None:
