@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ from tessera.errors import Reason
 from tessera.operands import Operands
 from tessera.plan import Choice, Plan
 from tessera.problem import Bias, Gradients, Layout, Problem, Reproducibility
+
+if TYPE_CHECKING:
+    from tessera.serving.problem import CacheProblem
 
 FORWARD = "hopper-forward"
 BACKWARD = "hopper-backward"
@@ -112,12 +116,12 @@ class HopperRunner:
 
     def forward(self, operands: Operands) -> tuple[Tensor, Tensor]:
         if operands.q.numel() == 0 or operands.k.numel() == 0:
-            return _without_scores(self.problem, operands)
+            return without_scores(self.problem, operands.q, operands.sinks)
         return self.launch(operands)
 
     def output(self, operands: Operands) -> Tensor:
         if operands.q.numel() == 0 or operands.k.numel() == 0:
-            return _without_scores(self.problem, operands)[0]
+            return without_scores(self.problem, operands.q, operands.sinks)[0]
         return self.launch.output(operands)
 
     def backward(self, operands: Operands, upstream: Upstream) -> InputGradients:
@@ -128,13 +132,12 @@ class HopperRunner:
         return self.gradients(operands, upstream)
 
 
-def _without_scores(problem: Problem, operands: Operands) -> tuple[Tensor, Tensor]:
-    """No queries, or no keys: zeros, and the sink's logit or -inf."""
-    device = operands.q.device
-    out = torch.zeros(problem.out_shape, dtype=problem.dtype, device=device)
-    lse = torch.full(problem.lse_shape, float("-inf"), dtype=torch.float32, device=device)
-    if operands.sinks is not None and problem.layout is Layout.DENSE:
-        lse = operands.sinks.float()[:, None].expand(lse.shape).contiguous()
+def without_scores(problem: Problem | CacheProblem, q: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(out, lse) of no queries, or no keys: zeros, and the sink's logit or -inf."""
+    out = torch.zeros(problem.out_shape, dtype=problem.dtype, device=q.device)
+    lse = torch.full(problem.lse_shape, float("-inf"), dtype=torch.float32, device=q.device)
+    if sinks is not None and problem.layout is Layout.DENSE:
+        lse = sinks.float()[:, None].expand(lse.shape).contiguous()
     return out, lse
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tessera import jit
 from tessera.backends.hopper.append_config import HEADS, AppendConfig, AppendFeature
+from tessera.backends.hopper.arguments import address
 from tessera.backends.hopper.launch import ELEMENTS
 from tessera.problem import Layout
 from tessera.serving.operands import CacheOperands
@@ -112,8 +113,7 @@ class AppendLaunch:
         )  # fmt: skip
         if all(self.grid):
             kernel = jit.load(self.spec, device.index)
-            addresses = [0 if tensor is None else tensor.data_ptr() for tensor in pointers]
-            kernel(jit.current_stream(device.index), *self.grid, 1, *addresses, *self.numbers[0])
+            kernel(jit.current_stream(device.index), *self.grid, 1, *map(address, pointers), *self.numbers[0])
         return operands._replace(q=turned)
 
     def _sizes(self, operands: CacheOperands) -> tuple[int, ...]:

@@ -13,15 +13,17 @@ from torch import Tensor
 
 from tessera import jit
 from tessera.backends.hopper import modifiers
+from tessera.backends.hopper.arguments import reach, score_scales, score_unit
 from tessera.backends.hopper.backward_plan import PART_LINE, BackwardConfig, PartLayout, RowsConfig, work_lines
 from tessera.backends.hopper.config import Feature
-from tessera.backends.hopper.launch import ELEMENTS, L2_BYTES, LOG2_E, Rows
+from tessera.backends.hopper.launch import ELEMENTS, L2_BYTES, Rows
 from tessera.dispatch import InputGradients, Upstream
 from tessera.dropout import keep_scale
 from tessera.operands import Operands
 from tessera.problem import Gradients, Layout, Problem
 
 _FAR = 1 << 29
+"""As pieces/row_ranges.FAR: rows are found from keys by sums of these."""
 _PIECE = 64
 """Rows of K, V, dK and dV that TMA moves at a time: a consumer's keys."""
 _ELEMENTS_A_PROGRAM = 4096
@@ -140,20 +142,13 @@ class BackwardLaunch:
     def integers(self) -> tuple[int, ...]:
         """The main kernel's integers in its order, up to the stride of the documents' bounds."""
         shape, mask = self.problem.shape, self.problem.mask
-        left, right = (_FAR if side is None else min(side, _FAR) for side in (mask.left, mask.right))
-        return (shape.batch, shape.heads_kv, shape.group, shape.seqlen_q, shape.seqlen_k, left, right)
+        return (shape.batch, shape.heads_kv, shape.group, shape.seqlen_q, shape.seqlen_k, *reach(mask, _FAR))
 
     @cached_property
     def scales(self) -> tuple[float, float, float]:
         """See pieces/gradients.Score."""
         score = self.problem.score
-        outer, inner = (score.softcap, score.scale / score.softcap) if score.softcap else (score.scale, 0.0)
-        return outer * self.unit, inner, score.scale * keep_scale(score.dropout_p)
-
-    @cached_property
-    def unit(self) -> float:
-        """A score of 1 in the main kernel's units (pieces/modifiers.py)."""
-        return LOG2_E if self.problem.score.bias is None else 1.0
+        return *score_scales(score), score.scale * keep_scale(score.dropout_p)
 
     @cached_property
     def has_unwritten_keys(self) -> bool:
@@ -205,7 +200,7 @@ class BackwardLaunch:
             stats.data_ptr(), sums.data_ptr(), marks.data_ptr(), 0 if partial is None else partial.data_ptr(), *kept.lengths,
             shape.batch, shape.heads_q, shape.seqlen_q, shape.seqlen_k, self.line, shape.head_dim, shape.head_dim_v,
             dout.pitch, int(dlse != 0), dout.strides[3], dout.strides[2],
-            self.unit, 1 / keep_scale(self.problem.score.dropout_p),
+            score_unit(self.problem.score), 1 / keep_scale(self.problem.score.dropout_p),
         )  # fmt: skip
         wanted = self.problem.score.sinks is not None and self.problem.score.sinks.gradients is Gradients.INPUTS
         return partial.sum(dim=1).to(sinks.dtype) if wanted and partial is not None and sinks is not None else None

@@ -13,16 +13,15 @@ import torch
 from torch import Tensor
 
 from tessera import jit
+from tessera.backends.hopper.arguments import FAR, WRAP_STRIDE, address, reach, score_scales
 from tessera.backends.hopper.chunk_config import COLUMNS, ChunkConfig, LatentConfig, Reading, Result
 from tessera.backends.hopper.chunk_plan import ChunkPlan, programs_of
-from tessera.backends.hopper.launch import ELEMENTS, LOG2_E
+from tessera.backends.hopper.launch import ELEMENTS
 from tessera.errors import Reason, Unsupported
 from tessera.problem import Layout
 from tessera.serving.operands import CacheOperands
 from tessera.serving.problem import CacheProblem
 
-_FAR = 1 << 30
-_WRAP_STRIDE = 1 << 34
 _POINTERS = ("cu_q", "cache_seqlens", "cache_leftpad", "cache_batch_idx", "page_table")
 _INTEGERS = (
     "batch", "heads", "group", "seqlen_q", "splits", "lines", "left_reach", "right_reach", "capacity", "appended",
@@ -142,14 +141,14 @@ class ChunkLaunch:
         stream = jit.current_stream(bound.kernel.device)
         bound.kernel(
             stream, *self.grid, place[q.data_ptr()], *[place[at] for place, at in zip(bound.places, addresses, strict=False)],
-            *addresses, parts.data_ptr(), lses.data_ptr(), _address(sinks), *self._pointers(operands), *bound.numbers,
+            *addresses, parts.data_ptr(), lses.data_ptr(), address(sinks), *self._pointers(operands), *bound.numbers,
         )  # fmt: skip
         if bound.combine is not None:
             shape, starts = problem.shape, operands.cu_seqlens_q
             total_q = 0 if starts is None else starts.data_ptr() + shape.batch * starts.element_size()
             grid = (-(-self.lines // COMBINE_ROWS), -(-shape.head_dim_v // COMBINE_COLUMNS), 1)
             bound.combine(
-                stream, *grid, parts.data_ptr(), lses.data_ptr(), _address(sinks), total_q, out.data_ptr(), lse.data_ptr(),
+                stream, *grid, parts.data_ptr(), lses.data_ptr(), address(sinks), total_q, out.data_ptr(), lse.data_ptr(),
                 self.lines, self.plan.splits, shape.heads_q, shape.seqlen_q, shape.head_dim_v,
             )  # fmt: skip
         return out, lse
@@ -165,7 +164,7 @@ class ChunkLaunch:
         tensors = (
             operands.cu_seqlens_q, operands.cache_seqlens, operands.cache_leftpad, operands.cache_batch_idx, operands.page_table,
         )  # fmt: skip
-        return tuple(map(_address, tensors))
+        return tuple(map(address, tensors))
 
     def _bind(self, operands: CacheOperands) -> Bound:
         """The kernels and their arguments for these strides. Raises Unsupported where TMA can't reach a cache."""
@@ -179,27 +178,19 @@ class ChunkLaunch:
         q_place = kernel.tiles[0].bind(shape, q.stride()) if can_reach else None
         copy_place = kernel.tiles[0].bind(shape, (positions * heads * dim, heads * dim, dim, 1))
         steps = [step for row in rows for step in row.steps]
-        numbers = (*self._integers(operands), *steps, *self._scales())
+        numbers = (*self._integers(operands), *steps, *score_scales(self.problem.score))
         return Bound(kernel, combine[0] if combine else None, q_place, copy_place, tuple(places), numbers)
 
     def _integers(self, operands: CacheOperands) -> tuple[int, ...]:
         problem, shape, table = self.problem, self.problem.shape, operands.page_table
         mask, pages = problem.mask, problem.cache.pages
-        left = _FAR if mask.left is None else min(mask.left, _FAR)
-        right = _FAR if mask.right is None else min(mask.right, _FAR)
         appended = 0 if problem.append is None else problem.append.seqlen
         stride = 0 if table is None or table.shape[0] == 1 else table.stride(0)
         paging = (stride, 0, problem.cache.entries, 1) if pages is None else (stride, pages.per_sequence, pages.count, pages.size)
         return (
-            shape.batch, shape.heads_q, shape.group, shape.seqlen_q, self.plan.splits, self.lines, left, right,
+            shape.batch, shape.heads_q, shape.group, shape.seqlen_q, self.plan.splits, self.lines, *reach(mask),
             shape.seqlen_k, appended, *paging,
         )  # fmt: skip
-
-    def _scales(self) -> tuple[float, float]:
-        """What turns a score into log2 units; with a cap c it multiplies tanh(inner q.k), inner = scale / c."""
-        score = self.problem.score
-        outer, inner = (score.softcap, score.scale / score.softcap) if score.softcap else (score.scale, 0.0)
-        return outer * LOG2_E, inner
 
 
 class CacheRows(NamedTuple):
@@ -227,17 +218,12 @@ class CacheRows(NamedTuple):
             head_stride = 8
         if (entry_stride | row_stride | head_stride) % 8 or cache.data_ptr() % 16:
             why, instead = "TMA reads rows and heads that lie 16 bytes apart", "pad the last dimension to a multiple of 8"
-        elif row_stride <= 0 or entry_stride % row_stride or entry_stride // row_stride * entries > _FAR:
+        elif row_stride <= 0 or entry_stride % row_stride or entry_stride // row_stride * entries > FAR:
             why, instead = "pages must lie a whole number of rows apart, 2^30 rows in all", "allocate the pool as one tensor"
         else:
             width = columns if name == "v_cache" else dim
-            shape = (_FAR + 1, _FAR, max(heads, 2), _FAR, width)  # a size of 1 would be given a stride past TMA's limit
-            strides = (_WRAP_STRIDE - row_stride, row_stride, head_stride, row_stride, 1)
+            shape = (FAR + 1, FAR, max(heads, 2), FAR, width)  # a size of 1 would be given a stride past TMA's limit
+            strides = (WRAP_STRIDE - row_stride, row_stride, head_stride, row_stride, 1)
             return cls(shape, strides, entry_stride, entry_stride // row_stride)
         form = f"strides {tuple(cache.stride())}, address {cache.data_ptr():#x}"
         raise Unsupported("the kernel can't read this cache", {"hopper": (Reason(name, form, why, instead),)})
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-

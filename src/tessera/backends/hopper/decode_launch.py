@@ -15,16 +15,16 @@ from torch import Tensor
 
 from tessera import jit
 from tessera.backends.hopper.append_launch import scale_strides
+from tessera.backends.hopper.arguments import address, reach, score_scales
 from tessera.backends.hopper.decode_config import DecodeConfig, Storage
 from tessera.backends.hopper.decode_plan import DecodePlan
 from tessera.backends.hopper.decode_workspace import workspace
-from tessera.backends.hopper.launch import ELEMENTS, LOG2_E, allocator
+from tessera.backends.hopper.launch import ELEMENTS, allocator
 from tessera.problem import Layout
 from tessera.serving.operands import CacheOperands
 from tessera.serving.problem import CacheProblem
 
 KERNEL = "tessera.backends.hopper.decode:decode"
-_FAR = 1 << 30
 _PLACES = ("seqlens", "cu_q", "leftpad", "batch_index", "page_table")
 _SIZES = (
     "batch", "heads_kv", "group", "seqlen_q", "added", "capacity", "row_blocks", "slot_rows", "left", "right", "table_stride",
@@ -113,9 +113,9 @@ class DecodeLaunch:
         bound.kernel(
             stream, *self.plan.programs, *[place[addresses[which]] for place, which in bound.places],
             q.data_ptr(), out.data_ptr(), lse.data_ptr(), partial.data_ptr(), partial.data_ptr() + 4 * self.parts[0],
-            _address(sinks), tickets.data_ptr(), operands.cache_seqlens.data_ptr(), _address(operands.cu_seqlens_q),
-            _address(operands.cache_leftpad), _address(operands.cache_batch_idx), _address(operands.page_table), *numbers,
-            _address(scales[0]), _address(scales[1]), *bound.scale_strides,
+            address(sinks), tickets.data_ptr(), operands.cache_seqlens.data_ptr(), address(operands.cu_seqlens_q),
+            address(operands.cache_leftpad), address(operands.cache_batch_idx), address(operands.page_table), *numbers,
+            address(scales[0]), address(scales[1]), *bound.scale_strides,
         )  # fmt: skip
         return out, lse
 
@@ -137,7 +137,8 @@ class DecodeLaunch:
         )
         cache, heads = self.problem.cache, self.problem.shape.heads_kv
         strides = (scale_strides(descale, heads, operands.k_cache.shape[1]) for descale in (cache.k_descale, cache.v_descale))
-        sizes, rest, own = self._sizes(operands), self._dims_and_scales(), _query_strides(q)
+        shape, sizes, own = self.problem.shape, self._sizes(operands), _query_strides(q)
+        rest = (shape.head_dim, shape.head_dim_v, *score_scales(self.problem.score))
         copied = (*sizes, *_query_strides(torch.empty(q.shape, device="meta")), *rest)
         numbers = None if any(stride % 8 for stride in own) else (*sizes, *own, *rest)
         scale_steps = tuple(step for steps in strides for step in steps)
@@ -149,20 +150,10 @@ class DecodeLaunch:
         added = 0 if problem.append is None else problem.append.seqlen
         return (
             shape.batch, shape.heads_kv, shape.group, shape.seqlen_q, added, shape.seqlen_k, plan.row_blocks, plan.slot_rows,
-            _FAR if mask.left is None else min(mask.left, _FAR), _FAR if mask.right is None else min(mask.right, _FAR),
-            0 if table is None or shape.batch == 1 else table.stride(0), 0 if pages is None else pages.size.bit_length() - 1,
-            plan.tickets_per_item, operands.k_cache.shape[0], plan.splits, plan.least, plan.crew,
+            *reach(mask), 0 if table is None or shape.batch == 1 else table.stride(0),
+            0 if pages is None else pages.size.bit_length() - 1, plan.tickets_per_item, operands.k_cache.shape[0], plan.splits,
+            plan.least, plan.crew,
         )  # fmt: skip
-
-    def _dims_and_scales(self) -> tuple[int | float, ...]:
-        """Head dims; what turns a score into log2 units: with a cap c it multiplies tanh(inner q.k), inner = scale / c."""
-        shape, score = self.problem.shape, self.problem.score
-        outer, inner = (score.softcap, score.scale / score.softcap) if score.softcap else (score.scale, 0.0)
-        return shape.head_dim, shape.head_dim_v, outer * LOG2_E, inner
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _as_words(cache: Tensor, words: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tessera import jit
 from tessera.backends.hopper import modifiers
+from tessera.backends.hopper.arguments import FAR, WRAP_STRIDE, reach, score_scales
 from tessera.backends.hopper.config import ROWS, Feature, ForwardConfig
 from tessera.operands import Operands
 from tessera.problem import Layout, Problem
@@ -27,9 +28,6 @@ SECTION_BYTES = 16 << 20
 """K and V of the heads of one section of tiles (pieces/scheduler.py). Causal, 512 to 16k, geometric mean of ours / FA3 with 2, 4,
 8, 12, 16, 32 MB: d128 1.00 1.01 1.02 1.02 1.03 1.00, d64 1.04 1.04 1.05 1.05 1.06 1.05, d256 1.01 1.02 1.04 1.03 1.05 1.03; 64 MB
 is worse still (H200, 2026-11-21)."""
-LOG2_E = 1.4426950408889634
-_FAR = 1 << 30
-_WRAP_STRIDE = 1 << 34
 
 
 def kernel_spec(config: ForwardConfig, dtype: torch.dtype) -> jit.KernelSpec:
@@ -123,7 +121,7 @@ class ForwardLaunch:
         shape = self.problem.shape
         keys = max(1, SECTION_BYTES // (2 * (shape.head_dim + shape.head_dim_v)))
         if self.problem.layout is Layout.VARLEN:
-            return min(keys, _FAR)
+            return min(keys, FAR)
         heads = max(1, keys // max(1, shape.seqlen_k))
         return min(shape.batch * shape.heads_q, (1 << (heads.bit_length() - 1)) * shape.group)
 
@@ -131,20 +129,10 @@ class ForwardLaunch:
     def integers(self) -> tuple[int, ...]:
         """The kernel's integers in its order, but for the stride of the documents' bounds (see `_integers`) and the pitches."""
         shape, mask = self.problem.shape, self.problem.mask
-        left = _FAR if mask.left is None else min(mask.left, _FAR)
-        right = _FAR if mask.right is None else min(mask.right, _FAR)
         return (
-            shape.batch, shape.heads_q, shape.group, shape.seqlen_q, shape.seqlen_k, left, right, 0,
+            shape.batch, shape.heads_q, shape.group, shape.seqlen_q, shape.seqlen_k, *reach(mask), 0,
             self.tiles, self.blocks, self.section,
         )  # fmt: skip
-
-    @cached_property
-    def scales(self) -> tuple[float, float]:
-        """What turns a score into log2 units, or natural ones under a bias; with a cap c it multiplies tanh(inner q.k), and
-        inner = scale / c."""
-        score = self.problem.score
-        outer, inner = (score.softcap, score.scale / score.softcap) if score.softcap else (score.scale, 0.0)
-        return outer * (LOG2_E if score.bias is None else 1.0), inner
 
     def __call__(self, operands: Operands) -> tuple[Tensor, Tensor]:
         lse = torch.empty(self.problem.lse_shape, dtype=torch.float32, device=operands.q.device)
@@ -185,7 +173,7 @@ class ForwardLaunch:
             (encode.bind(rows[index].shape, rows[index].strides), index)
             for encode, index in zip(kernel.tiles, indices, strict=True)
         )
-        numbers = (*self._integers(operands), *(row.pitch for row in rows), *self.scales)
+        numbers = (*self._integers(operands), *(row.pitch for row in rows), *score_scales(self.problem.score))
         return Bound(kernel, allocator(operands.q, self.problem.out_shape), places, numbers), rows
 
     def _pointers(self, operands: Operands, kept: list[Tensor | None]) -> Sequence[int]:
@@ -241,10 +229,10 @@ class Rows(NamedTuple):
         if heads == 1:
             head_stride = 8
         misaligned = tensor.data_ptr() % 16 or (batch_stride | row_stride | head_stride) % 8
-        if misaligned or row_stride == 0 or batch_stride % row_stride or batch_stride // row_stride * batch > _FAR:
+        if misaligned or row_stride == 0 or batch_stride % row_stride or batch_stride // row_stride * batch > FAR:
             return cls.of(tensor.clone(memory_format=torch.contiguous_format))
-        shape = (_FAR + 1, _FAR, heads, _FAR, columns)
-        strides = (_WRAP_STRIDE - row_stride, row_stride, head_stride, row_stride, 1)
+        shape = (FAR + 1, FAR, heads, FAR, columns)
+        strides = (WRAP_STRIDE - row_stride, row_stride, head_stride, row_stride, 1)
         return cls(tensor.data_ptr(), shape, strides, batch_stride // row_stride, tensor)
 
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from tessera import jit
-from tessera.backends.hopper import chunk_plan, decode_plan, why_not_here
+from tessera.backends.hopper import chunk_plan, decode_plan, why_not_here, without_scores
 from tessera.backends.hopper.append_launch import AppendLaunch, append_spec
 from tessera.backends.hopper.chunk_launch import ChunkLaunch
 from tessera.backends.hopper.chunk_plan import ChunkPlan
@@ -107,18 +106,8 @@ class HopperServingRunner:
         if self.append is not None and operands.k_cache.numel() > 0:
             operands = self.append.run(operands)
         if operands.q.numel() == 0 or operands.k_cache.numel() == 0 or self.problem.shape.seqlen_k == 0:
-            return _without_scores(self.problem, operands)
+            return without_scores(self.problem, operands.q, operands.sinks)
         return self.launch.run(operands)
-
-
-def _without_scores(problem: CacheProblem, operands: CacheOperands) -> tuple[Tensor, Tensor]:
-    """No queries, or a cache without rows: zeros, and the sink's logit or -inf."""
-    device = operands.q.device
-    out = torch.zeros(problem.out_shape, dtype=problem.dtype, device=device)
-    lse = torch.full(problem.lse_shape, float("-inf"), dtype=torch.float32, device=device)
-    if operands.sinks is not None and problem.layout is Layout.DENSE:
-        lse = operands.sinks.float()[:, None].expand(lse.shape).contiguous()
-    return out, lse
 
 
 SERVING_BACKEND = HopperServing()
