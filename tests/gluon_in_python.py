@@ -401,6 +401,7 @@ def _assembly(text: str, constraints: str, arguments: list[Any], dtype: Any, is_
     functions: dict[str, Callable[[Tensor], Tensor]] = {
         "ex2.": torch.exp2, "tanh.": torch.tanh, "lg2.": torch.log2, "{ .reg .b32 s, e, c;": lambda x: unpack_e4m3(x, dtype[0]),
         "cvt.rn.bf16x2": lambda x: x.to(torch.bfloat16), "cvt.rn.f16x2": lambda x: x.to(torch.float16),
+        "shl.b32": lambda x: x.to(torch.float32),
     }  # fmt: skip
     return next(run for name, run in functions.items() if text.startswith(name))(arguments[0])
 

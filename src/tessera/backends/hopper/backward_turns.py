@@ -3,6 +3,9 @@ hide one another's latencies; 192 keys a tile, and rows of Q and dO are read a t
 
 The three do not march in step. Each puts its dS^T into a ring, and they take turns at dQ: consumer n mod 3 adds up block n's,
 when all three parts are there. A block that sees none of a consumer's keys costs it a store of zeros.
+
+A consumer's V stays in its registers, which spares shared memory a read of it a block: for that S ends before dP begins, and the
+other two consumers' products run under its exponentials.
 """
 
 from tessera.backends.hopper.pieces.channel import Ring
@@ -17,8 +20,8 @@ from tessera.backends.hopper.pieces.gradients import (
 )
 from tessera.backends.hopper.pieces.key_tiles import locate_keys
 from tessera.backends.hopper.pieces.masking import has_lower_bound
-from tessera.backends.hopper.pieces.row_ranges import cut_and_full, first_row, key_bounds, row_blocks
-from tessera.backends.hopper.pieces.softmax import to_16_bit
+from tessera.backends.hopper.pieces.row_ranges import cut_and_full, end_row, first_row, key_bounds, row_blocks
+from tessera.backends.hopper.pieces.softmax import to_16_bit, to_32_bit
 from tessera.backends.hopper.pieces.sums import Sums, add_part, make_sums, row_block
 from tessera.backends.hopper.pieces.tiles import M, accumulator_layout, empty_accumulator, matrix, operand_layout
 from tessera.jit.compat import (
@@ -89,30 +92,54 @@ def _sum_in_turn(config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, p
 
 
 @gluon.jit
+def _own_v(config: gl.constexpr, consumer: gl.constexpr, shared):
+    """This consumer's V as dP's operand from registers; 0 where it is read from shared memory."""
+    mbarrier.wait(shared.v_full, 0)
+    if config.keeps_v:
+        return matrix(shared.v.index(consumer)).load(operand_layout(config.rows))
+    else:
+        return 0
+
+
+@gluon.jit
+def _issue_dp(config: gl.constexpr, consumer: gl.constexpr, shared, v, n):
+    """Start dP^T = V dO^T of block n."""
+    shared.do_stream.wait(n)
+    do = matrix(shared.do.index(shared.do_stream.slot(n)))
+    if config.keeps_v:
+        return issue_transposed(v, do)
+    else:
+        return issue_transposed(matrix(shared.v.index(consumer + fresh_zero())), do)
+
+
+@gluon.jit
 def _block(
-    config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, parts, score, bounds, n, row, block, state,
+    config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, parts, score, own, n, row, block, state,
     MASKED: gl.constexpr,
 ):  # fmt: skip
     """One turn of the main loop: the rows from `row` on, which are row block `block` of the workspace."""
     dk, dv = state
+    bounds, v = own
     dtype: gl.constexpr = shared.q.dtype
-    zero = fresh_zero()
     q_slot = shared.q_stream.slot(n)
     do_slot = shared.do_stream.slot(n)
     q = matrix(shared.q.index(q_slot))
     do = matrix(shared.do.index(do_slot))
     shared.q_stream.wait(n)
-    s = issue_transposed(matrix(shared.k.index(consumer + zero)), q)
-    shared.do_stream.wait(n)
-    dp = issue_transposed(matrix(shared.v.index(consumer + zero)), do)
-
-    s = warpgroup_mma_wait(1, deps=(s,))
+    s = issue_transposed(matrix(shared.k.index(consumer + fresh_zero())), q)
+    if config.keeps_v:
+        s = warpgroup_mma_wait(0, deps=(s,))
+    else:
+        dp = _issue_dp(config, consumer, shared, v, n)
+        s = warpgroup_mma_wait(1, deps=(s,))
     lse = row_values(shared.lse, q_slot, config.rows)
     p, weight = probabilities(config, score, s, lse, bounds, row, MASKED)
     p, weight = to_16_bit(p, dtype), to_16_bit(weight, dtype)  # in 32 bits it would spill beside dP
+    if config.keeps_v:
+        dp = _issue_dp(config, consumer, shared, v, n)
     dp = warpgroup_mma_wait(0, deps=(dp,))
     d = row_values(shared.d, do_slot, config.rows)
-    ds = to_16_bit(weight.to(gl.float32) * (dp - d[None, :]), dtype)
+    ds = to_16_bit(to_32_bit(weight) * (dp - d[None, :]), dtype)
     dv = warpgroup_mma(gl.convert_layout(p, operand_layout(config.dim_v)), do, dv, is_async=True)
     _hand_over(config, consumer, parts, ds, n)
 
@@ -139,18 +166,30 @@ def _pass_over(config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, par
 
 
 @gluon.jit
+def _seen_end(config: gl.constexpr, call, tile, first, begin, count):
+    """How many of a tile's `count` blocks from `begin` on come before the last that sees any of the 64 keys from `first` on, it
+    included."""
+    if has_lower_bound(config):
+        last = gl.minimum(first + M, tile.seq.k_rows) - 1
+        end = gl.maximum(end_row(config, call.band, tile.seq, last), 0)
+        return gl.minimum((end + config.rows - 1) // config.rows - begin, count)
+    else:
+        return count
+
+
+@gluon.jit
 def _main_loop(config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, parts, score, call, tile):
     """dK and dV of 64 keys: the sums over all blocks of rows of all query heads that share them."""
     first = tile.first + consumer * M
     begin, count = row_blocks(config, call.band, tile.seq, tile.first)
     own_begin = first_row(config, call.band, tile.seq, first) // config.rows
     unseen = gl.minimum(gl.maximum(own_begin - begin, 0), count)
-    cut, full = cut_and_full(config, call.band, tile.seq, first, begin + unseen, count - unseen)
+    seen_end = _seen_end(config, call, tile, first, begin, count)
+    cut, full = cut_and_full(config, call.band, tile.seq, first, begin + unseen, gl.maximum(seen_end - unseen, 0))
     state = (empty_accumulator(shared.k), empty_accumulator(shared.v))
     if count > 0:
-        bounds = key_bounds(config, call.band, tile.seq, first)
         mbarrier.wait(shared.k_full, 0)
-        mbarrier.wait(shared.v_full, 0)
+        own = (key_bounds(config, call.band, tile.seq, first), _own_v(config, consumer, shared))
         rows: gl.constexpr = config.rows
         row = begin * rows
         for member in range(call.group):
@@ -160,14 +199,16 @@ def _main_loop(config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, par
                 _pass_over(config, consumer, dq_map, shared, parts, n + i, block + i)
             for i in range(unseen, unseen + cut):
                 at = row + i * rows
-                state = _block(config, consumer, dq_map, shared, parts, score, bounds, n + i, at, block + i, state, True)
+                state = _block(config, consumer, dq_map, shared, parts, score, own, n + i, at, block + i, state, True)
             for i in range(unseen + cut, unseen + cut + full):
                 at = row + i * rows
-                state = _block(config, consumer, dq_map, shared, parts, score, bounds, n + i, at, block + i, state, False)
+                state = _block(config, consumer, dq_map, shared, parts, score, own, n + i, at, block + i, state, False)
             if has_lower_bound(config):
-                for i in range(unseen + cut + full, count):
+                for i in range(unseen + cut + full, seen_end):
                     at = row + i * rows
-                    state = _block(config, consumer, dq_map, shared, parts, score, bounds, n + i, at, block + i, state, True)
+                    state = _block(config, consumer, dq_map, shared, parts, score, own, n + i, at, block + i, state, True)
+                for i in range(gl.maximum(seen_end, unseen), count):
+                    _pass_over(config, consumer, dq_map, shared, parts, n + i, block + i)
     return state
 
 

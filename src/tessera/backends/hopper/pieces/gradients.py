@@ -6,7 +6,7 @@ from tessera.backends.hopper.pieces.epilogue import LOG2_E
 from tessera.backends.hopper.pieces.kv_source import store_rows
 from tessera.backends.hopper.pieces.modifiers import Modifiers, add_to_transposed, of_keys
 from tessera.backends.hopper.pieces.row_ranges import mask_rows
-from tessera.backends.hopper.pieces.softmax import exp2, tanh, to_16_bit
+from tessera.backends.hopper.pieces.softmax import exp2, tanh, to_16_bit, to_32_bit
 from tessera.backends.hopper.pieces.tiles import M, accumulator_layout, has, has_bias, matrix
 from tessera.jit.compat import aggregate, fence_async_shared, gl, gluon, warpgroup_mma
 
@@ -88,7 +88,7 @@ def meet(kind: gl.constexpr, barrier: gl.constexpr, threads: gl.constexpr):
 
 @gluon.jit
 def issue_transposed(keys, rows):
-    """Start (64 keys, rows) float32 = a tile of K or V times a tile of Q or dO transposed."""
+    """Start (64 keys, rows) float32 = a tile of K or V, from shared memory or registers, times a tile of Q or dO transposed."""
     count: gl.constexpr = rows.shape[0]
     s = gl.zeros([M, count], gl.float32, accumulator_layout(count))
     return warpgroup_mma(keys, rows.permute((1, 0)), s, use_acc=False, is_async=True)
@@ -155,7 +155,7 @@ def unmarked(config: gl.constexpr, p):
 @gluon.jit
 def derivatives(config: gl.constexpr, weight, dp, d):
     """dS^T = P^T (dP^T - D). A weight's mark says where P is dropped and dP therefore 0."""
-    weight = weight.to(gl.float32)
+    weight = to_32_bit(weight)
     if has(config, "dropout"):
         dp = gl.where(weight < 0.0, 0.0, dp)
         weight = gl.abs(weight)

@@ -36,6 +36,16 @@ def to_16_bit(x, dtype: gl.constexpr):
 
 
 @gluon.jit
+def to_32_bit(x):
+    """Exact. Pairs of bfloat16 come apart by two instructions; by themselves they take four."""
+    if x.dtype == gl.bfloat16:
+        asm: gl.constexpr = "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xFFFF0000;"
+        return gl.inline_asm_elementwise(asm, "=r,=r,r", [x], dtype=gl.float32, is_pure=True, pack=2)
+    else:
+        return x.to(gl.float32)
+
+
+@gluon.jit
 def move_reference(s, m, scale):
     """The reference after block s (64, keys), and the factor for what was summed under the old one: 1 where it stays."""
     top = gl.max(s, axis=1) * scale  # (64,)
