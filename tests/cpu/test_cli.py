@@ -68,6 +68,23 @@ def test_doctor_sees_a_wrong_backend(monkeypatch):
     result = invoke("doctor")
     assert result.exit_code == 1
     assert "WRONG" in result.output
+    assert "Something is broken here" in result.output
+
+
+def test_doctor_sees_a_backend_that_fails(monkeypatch):
+    """Another one works, and yet not all is well."""
+
+    def fail(request: object) -> None:
+        if request.backend == "torch":
+            raise RuntimeError("no such kernel")
+        return right(request)
+
+    right = operators.forward
+    monkeypatch.setattr(operators, "forward", fail)
+    result = invoke("doctor", "--json")
+    states = {entry["backend"]: entry["state"] for entry in json.loads(result.stdout)["backends"] if entry["device"] == "cpu"}
+    assert states == {"hopper": "no", "cpu": "works", "torch": "broken"}
+    assert result.exit_code == 1
 
 
 def test_explain_shows_the_plan():

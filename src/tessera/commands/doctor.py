@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from enum import Enum
 from typing import Annotated
 
 import torch
@@ -14,19 +15,38 @@ from tessera.cases import Case
 from tessera.commands import screen
 from tessera.device import Device
 from tessera.operands import bind
+from tessera.serving import dispatch as serving
+from tessera.serving.cases import CacheCase
+from tessera.serving.operands import describe
+from tessera.serving.verify import run as verify_step
 
 _PROBE = Case("probe", batch=1, seqlen_q=256, seqlen_k=256, heads_q=4, heads_kv=2, head_dim=64, causal=True)
-"""What every backend is asked: causal, grouped queries, d 64; bfloat16 on a GPU, float32 on a CPU."""
+_CACHE_PROBE = CacheCase("probe", cached=(100, 37), new=1, page_size=16)
+"""What every backend is asked: causal, grouped queries, d 64; a step over pages that appends. bfloat16 on a GPU, else float32."""
+
+
+class State(Enum):
+    """How a backend does on a device."""
+
+    WORKS = "works"
+    REFUSES = "no"
+    """In words, as a backend for other devices should."""
+    BROKEN = "broken"
+    """It said that it could, and then failed or gave a wrong answer."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One backend on one device: why it can't run there, or how the probe's result compared with the oracle's."""
+    """One backend on one device: why it can't run there, or how the probes' results compared with the oracle's."""
 
     backend: str
     device: str
-    works: bool
+    state: State
     detail: str
+
+    def to_json(self) -> dict[str, object]:
+        return {"backend": self.backend, "device": self.device, "works": self.state is State.WORKS, "state": self.state.value,
+                "detail": self.detail}  # fmt: skip
 
 
 def doctor(
@@ -34,17 +54,18 @@ def doctor(
 ) -> None:
     """Say what is installed here, and which backends work, and why the others do not.
 
-    Each backend that can run here computes a small problem, which is compared with the float64 oracle. The exit code is 0
-    when at least one backend gave the right answer.
+    Each backend that can run here computes two small problems, which are compared with the float64 oracle: attention, and a step
+    over a KV cache. The exit code is 0 when at least one backend gave the right answers and none a wrong one.
 
     Example:  tessera doctor --json | jq .backends
     """
     here = machine.describe()
     findings = examine()
     cache = jit.cache_info()
-    ok = any(finding.works for finding in findings)
+    states = {finding.state for finding in findings}
+    ok = State.WORKS in states and State.BROKEN not in states
     if as_json:
-        backends = [asdict(finding) for finding in findings]
+        backends = [finding.to_json() for finding in findings]
         screen.print_json({"ok": ok, "machine": asdict(here), "cache": asdict(cache), "backends": backends})
     else:
         _show(here, findings, str(cache))
@@ -58,20 +79,23 @@ def examine() -> list[Finding]:
 
 
 def _probe(backend: str, device: str) -> Finding:
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    dtype, described = torch.float32 if device == "cpu" else torch.bfloat16, Device.of(torch.device(device))
     try:
         problem, _ = bind(_PROBE.request(device, dtype))
-        reasons = dispatch.load(backend).why_not(problem, Device.of(torch.device(device)))
+        reasons = dispatch.load(backend).why_not(problem, described)
         if reasons:
-            return Finding(backend, device, False, "; ".join(str(reason) for reason in reasons))
-        plan = dispatch.select(problem, Device.of(torch.device(device)), backend)
-        comparisons = verify.run(_PROBE.request(device, dtype)._replace(backend=backend))
+            return Finding(backend, device, State.REFUSES, "; ".join(str(reason) for reason in reasons))
+        plan = dispatch.select(problem, described, backend)
+        compared = {plan.forward.kernel: verify.run(_PROBE.request(device, dtype)._replace(backend=backend))}
+        step = _CACHE_PROBE.request(device, dtype)._replace(backend=backend)
+        kernel = serving.select(describe(step), described, backend).choice.kernel
+        compared[f"{kernel} over a cache"] = verify_step(step)
     except Exception as failure:  # whatever a broken installation raises is what this command is there to show
-        return Finding(backend, device, False, f"{type(failure).__name__}: {failure}")
-    worst = max(comparisons, key=lambda c: c.error / c.allowed)
-    right = all(comparison.ok for comparison in comparisons)
-    verdict = f"{plan.forward.kernel}, error {worst.error:.1e} of {worst.allowed:.1e} allowed"
-    return Finding(backend, device, right, verdict if right else f"WRONG: {verdict}")
+        return Finding(backend, device, State.BROKEN, f"{type(failure).__name__}: {failure}")
+    detail = "; ".join(f"{kernel}, error {all_of[0].error:.1e} of {all_of[0].allowed:.1e} allowed"
+                       for kernel, all_of in compared.items())  # fmt: skip
+    wrong = [f"{kernel}: {one}" for kernel, all_of in compared.items() for one in all_of if not one.ok]
+    return Finding(backend, device, *((State.BROKEN, f"WRONG: {'; '.join(wrong)}") if wrong else (State.WORKS, detail)))
 
 
 def _show(here: machine.Machine, findings: list[Finding], cache: str) -> None:
@@ -83,15 +107,19 @@ def _show(here: machine.Machine, findings: list[Finding], cache: str) -> None:
     console.print(facts)
     backends = screen.table("backend", "device", "", "")
     for finding in findings:
-        mark = "[good]works[/]" if finding.works else "[dim]no[/]"
-        if finding.detail.startswith("WRONG"):
-            mark = "[bad]wrong[/]"
+        mark = f"[{_STYLES[finding.state]}]{finding.state.value}[/]"
         backends.add_row(f"[bold]{finding.backend}[/]", finding.device, mark, screen.escape(finding.detail))
     console.print(backends)
-    if any(finding.works for finding in findings):
-        console.print("[good]All is well:[/] attention runs here, and a probe agrees with the float64 oracle.\n")
+    states = [finding.state for finding in findings]
+    if State.BROKEN in states:
+        console.print("[bad]Something is broken here:[/] a backend that should work does not; its words stand above.\n")
+    elif State.WORKS in states:
+        console.print("[good]All is well:[/] attention runs here, and probes agree with the float64 oracle.\n")
     else:
         console.print("[bad]No backend works here:[/] the reasons stand above.\n")
+
+
+_STYLES = {State.WORKS: "good", State.REFUSES: "dim", State.BROKEN: "bad"}
 
 
 def _facts(here: machine.Machine, cache: str) -> list[tuple[str, str]]:
