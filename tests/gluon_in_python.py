@@ -368,6 +368,8 @@ def _assembly(text: str, constraints: str, arguments: list[Any], dtype: Any, is_
         keys = torch.arange(32) * box + row
         pages = _load(table + (keys // size).clamp(max=last)).clamp(0, last_page)
         return pages * pitch + keys % size
+    if "prefetch." in text:  # of what comes next, to L2
+        return Integer(0)
     if text.startswith("shfl.") and len(arguments) == 2:
         return Integer(arguments[0][arguments[1]])
     if text.startswith("{ .reg .pred same;"):  # softmax.rescale
@@ -482,8 +484,8 @@ def _language() -> ModuleType:
         uint32=torch.int64, uint64=torch.int64, tensor=object, tuple=object, shared_memory_descriptor=object,
         constexpr=_constexpr, static_range=range, abs=torch.abs, permute=lambda x, order: x.permute(order),
         split=lambda x: x.unbind(-1),
-        **dict.fromkeys(("BlockedLayout", "NVMMADistributedLayout", "DotOperandLayout", "SliceLayout"), Layout),
-        **dict.fromkeys(("NVMMASharedLayout", "SwizzledSharedLayout"), Layout),
+        **dict.fromkeys(("BlockedLayout", "DistributedLinearLayout", "NVMMADistributedLayout", "DotOperandLayout"), Layout),
+        **dict.fromkeys(("SliceLayout", "NVMMASharedLayout", "SwizzledSharedLayout"), Layout),
         program_id=lambda axis: Integer(_here.program[axis]), num_programs=lambda axis: Integer(_here.grid[axis]),
         minimum=_either(min, torch.minimum), maximum=_either(max, torch.maximum), where=_where,
         zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),

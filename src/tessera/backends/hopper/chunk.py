@@ -31,6 +31,7 @@ from tessera.backends.hopper.pieces.packed_rows import (
     CacheCall,
     Outcome,
     Reach,
+    ask_for_places,
     is_part,
     kinds_of_blocks,
     locate_cache_tile,
@@ -40,7 +41,7 @@ from tessera.backends.hopper.pieces.packed_rows import (
     unit_of,
 )
 from tessera.backends.hopper.pieces.tiles import M, has, overlaps, row_layout
-from tessera.jit.compat import aggregate, fence_async_shared, gl, gluon, let_next_begin
+from tessera.jit.compat import aggregate, fence_async_shared, gl, gluon, let_next_begin, wait_for_previous
 
 
 @aggregate
@@ -91,8 +92,9 @@ def producer(config: gl.constexpr, maps, shared, call, pages, k_rows, v_rows):
     width_v: gl.constexpr = config.widths[1]
     q_map, k_map, v_map = maps
     _, k_boxes, v_boxes = shared.boxes
-    if is_part(config):
-        let_next_begin()  # combine.py's programs take their places as these leave theirs
+    ask_for_places(config, pages, call)
+    wait_for_previous()
+    let_next_begin()  # the next kernel's programs take their places as these leave theirs
     tile = locate_cache_tile(config, call)
     if tile.begin < tile.end:
         keys = cache_source(config, k_rows, pages, call.cache, tile.seq, tile.head)
@@ -172,6 +174,7 @@ def finish_rows(me, tile, unit, m, l, outcome):
 def consumer(me, outcome):
     config: gl.constexpr = me.config
     shared = me.shared
+    wait_for_previous()
     tile = locate_cache_tile(config, me.call)
     unit = unit_of(config, tile, me.index)
     if tile.begin < tile.end:

@@ -6,7 +6,7 @@ not read: nothing was written there.
 
 from tessera.backends.hopper.pieces.epilogue import LN_2, LOG2_E, log2
 from tessera.backends.hopper.pieces.softmax import exp2
-from tessera.jit.compat import gl, gluon, wait_for_previous
+from tessera.jit.compat import gl, gluon, let_next_begin, wait_for_previous
 
 
 @gluon.jit
@@ -26,6 +26,7 @@ def combine(
     time. SINKS: "none", "rows", or, where rows of no sequence may come after `total_q` packed ones and have no sink, "packed
     rows"."""
     wait_for_previous()
+    let_next_begin()
     spread: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 1, 32], [1, 4, 1], [2, 1, 0])
     by_line: gl.constexpr = gl.SliceLayout(2, spread)
     flat: gl.constexpr = gl.SliceLayout(0, by_line)

@@ -34,6 +34,7 @@ from tessera.backends.hopper.pieces.packed_rows import (
     CacheCall,
     Outcome,
     Reach,
+    ask_for_places,
     is_part,
     kinds_of_blocks,
     locate_cache_tile,
@@ -51,7 +52,16 @@ from tessera.backends.hopper.pieces.softmax import (
     to_16_bit,
 )
 from tessera.backends.hopper.pieces.tiles import M, accumulator_layout, has, operand_layout, row_layout
-from tessera.jit.compat import aggregate, fence_async_shared, gl, gluon, let_next_begin, warpgroup_mma, warpgroup_mma_wait
+from tessera.jit.compat import (
+    aggregate,
+    fence_async_shared,
+    gl,
+    gluon,
+    let_next_begin,
+    wait_for_previous,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
 
 @aggregate
@@ -120,8 +130,9 @@ def producer(config: gl.constexpr, maps, shared, call, pages, rows):
     right_half: gl.constexpr = config.right
     width: gl.constexpr = config.widths[0]
     _, k_boxes = shared.boxes
-    if is_part(config):
-        let_next_begin()  # combine.py's programs take their places as these leave theirs
+    ask_for_places(config, pages, call)
+    wait_for_previous()
+    let_next_begin()  # the next kernel's programs take their places as these leave theirs
     tile = locate_cache_tile(config, call)
     if tile.begin < tile.end:
         _load_q(config, maps[0], shared, call, tile)
@@ -225,6 +236,7 @@ def _left_loop(me, tile, first):
 def left(me, outcome):
     config: gl.constexpr = me.config
     half: gl.constexpr = config.parts.dims[0]
+    wait_for_previous()
     tile = locate_cache_tile(config, me.call)
     unit = unit_of(config, tile, 0)
     if tile.begin < tile.end:
@@ -245,6 +257,7 @@ def right(me, outcome):
     config: gl.constexpr = me.config
     half: gl.constexpr = config.parts.dims[1]
     shared = me.shared
+    wait_for_previous()
     tile = locate_cache_tile(config, me.call)
     blocks = tile.end - tile.begin
     if tile.begin < tile.end:

@@ -122,6 +122,32 @@ def _packed(config: gl.constexpr, call, wanted):
     return CacheSequence(index, begin, rows, live, seq.k_begin, keys, seq.diagonal), position
 
 
+_ASK_ASM = gl.constexpr(
+    "{ .reg .s32 at; .reg .s64 place; mov.u32 at, %laneid; mad.lo.s32 at, at, -32, $2; max.s32 at, at, 0;"
+    " mad.wide.s32 place, at, 4, $1; prefetch.global.L2 [place]; mov.u32 $0, 0; }"
+)
+
+
+@gluon.jit
+def _ask_for_lines(pointer, last):
+    """Bring the 32 lines that end with pointer[last], int32, to L2 (none before pointer[0])."""
+    asm: gl.constexpr = _ASK_ASM
+    gl.inline_asm_elementwise(asm, "=r,l,r", [pointer, last], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def ask_for_places(config: gl.constexpr, pages, call):
+    """Ask for what the first keys wait for, one read after the other: the sequence's length, then its page numbers, those that
+    the split is likely to begin with. What the kernel before this one may still write is written to L2 too."""
+    if not has(config, "varlen"):
+        batch = gl.program_id(2)
+        _ask_for_lines(call.cache.seqlens + batch, 0)
+        if has(config, "pages"):
+            split = gl.program_id(1) % call.splits
+            table = pages.table + batch.to(gl.int64) * pages.stride
+            _ask_for_lines(table, (split + 1) * pages.per_sequence // call.splits - 1)
+
+
 @gluon.jit
 def locate_cache_tile(config: gl.constexpr, call):
     """This program's tile; begin == end where it has no rows or, as a part, no keys."""
