@@ -17,7 +17,7 @@ import math
 from tessera.backends.hopper.chunk_config import COLUMNS as BOX_COLUMNS
 from tessera.backends.hopper.chunk_config import Reading
 from tessera.backends.hopper.pieces.cache_stream import copies_rows
-from tessera.backends.hopper.pieces.kv_source import WRAP
+from tessera.backends.hopper.pieces.kv_source import WRAP, Sequence
 from tessera.backends.hopper.pieces.tiles import has
 from tessera.jit.compat import aggregate, copy_to_shared, gl, gluon, reinterpret, tma_load
 
@@ -42,30 +42,6 @@ class Cache:
         self.batch_index = batch_index
         self.capacity = capacity
         self.appended = appended
-
-
-@aggregate
-class CacheSequence:
-    """One sequence. Rows q_begin .. + q_rows are its output, the first q_live of them attend; its visible keys are the cache's
-    rows k_begin .. + k_rows, and position i's diagonal stands at key i + diagonal, counted from k_begin."""
-
-    batch: gl.tensor
-    q_begin: gl.tensor
-    q_rows: gl.tensor
-    q_live: gl.tensor
-    k_begin: gl.tensor
-    k_rows: gl.tensor
-    diagonal: gl.tensor
-
-    @gluon.constexpr_function
-    def __init__(self, batch, q_begin, q_rows, q_live, k_begin, k_rows, diagonal):
-        self.batch = batch
-        self.q_begin = q_begin
-        self.q_rows = q_rows
-        self.q_live = q_live
-        self.k_begin = k_begin
-        self.k_rows = k_rows
-        self.diagonal = diagonal
 
 
 @aggregate
@@ -147,7 +123,7 @@ def cache_sequence(config: gl.constexpr, cache, cu_q, index, seqlen_q):
     start = index * 0
     if has(config, "leftpad"):
         start = gl.maximum(gl.load(cache.leftpad + index), 0)
-    return CacheSequence(index, q_begin, q_rows, q_rows, start, gl.maximum(end - start, 0), end - start - q_rows)
+    return Sequence(index, q_begin, q_rows, q_rows, start, gl.maximum(end - start, 0), end - start - q_rows, index)
 
 
 @gluon.jit

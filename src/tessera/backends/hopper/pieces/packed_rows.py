@@ -5,7 +5,8 @@ the device, so a captured graph serves them as they grow; a program whose rows o
 """
 
 from tessera.backends.hopper.chunk_config import Result
-from tessera.backends.hopper.pieces.cache_rows import Cache, CacheSequence, cache_sequence
+from tessera.backends.hopper.pieces.cache_rows import Cache, cache_sequence
+from tessera.backends.hopper.pieces.kv_source import Sequence
 from tessera.backends.hopper.pieces.masking import block_range, full_block_range, has_lower_bound
 from tessera.backends.hopper.pieces.tiles import M, has
 from tessera.jit.compat import aggregate, gl, gluon
@@ -53,7 +54,7 @@ class CacheCall:
 class CacheTile:
     """Positions from `position` on, heads from `first_head` of the group of key/value head `head`, blocks begin .. end."""
 
-    seq: CacheSequence
+    seq: Sequence
     position: gl.tensor
     head: gl.tensor
     first_head: gl.tensor
@@ -119,7 +120,7 @@ def _packed(config: gl.constexpr, call, wanted):
     live = gl.where(past, 0, seq.q_live)
     keys = gl.where(past, 0, seq.k_rows)
     position = (wanted - _first_tile(config, call, low)) * config.positions
-    return CacheSequence(index, begin, rows, live, seq.k_begin, keys, seq.diagonal), position
+    return Sequence(index, begin, rows, live, seq.k_begin, keys, seq.diagonal, index), position
 
 
 _ASK_ASM = gl.constexpr(
