@@ -20,10 +20,18 @@ from tessera.backends.hopper.pieces.cache_rows import (
     load_keys,
     load_queries,
     pool_rows,
+    producer_warps,
     query_box,
 )
-from tessera.backends.hopper.pieces.cache_stream import CacheStream, make_cache_stream, producer_warps
-from tessera.backends.hopper.pieces.channel import NAMED_BARRIER_K, NAMED_BARRIER_V, Ring, make_ring, pass_turn
+from tessera.backends.hopper.pieces.channel import (
+    NAMED_BARRIER_K,
+    NAMED_BARRIER_V,
+    Ring,
+    Stream,
+    make_ring,
+    make_stream,
+    pass_turn,
+)
 from tessera.backends.hopper.pieces.epilogue import LOG2_E, normaliser
 from tessera.backends.hopper.pieces.masking import has_lower_bound, row_bounds
 from tessera.backends.hopper.pieces.modifiers import no_modifiers
@@ -53,8 +61,8 @@ class Shared:
     v: gl.tuple
     boxes: gl.tuple
     q_ring: Ring
-    k_stream: CacheStream
-    v_stream: CacheStream
+    k_stream: Stream
+    v_stream: Stream
 
     @gluon.constexpr_function
     def __init__(self, q, k, v, boxes, q_ring, k_stream, v_stream):
@@ -211,8 +219,8 @@ def _allocate(config: gl.constexpr, maps):
     k, k_boxes = allocate_parts(dtype, config.stages, config.keys, parts, box)
     v, v_boxes = allocate_parts(dtype, config.stages, config.keys, parts_v, box)
     q_ring = make_ring(config.consumers, 1)
-    k_stream = make_cache_stream(config, config.consumers, NAMED_BARRIER_K)
-    v_stream = make_cache_stream(config, config.consumers, NAMED_BARRIER_V)
+    k_stream = make_stream(config.stages, config.consumers, NAMED_BARRIER_K, producer_warps(config))
+    v_stream = make_stream(config.stages, config.consumers, NAMED_BARRIER_V, producer_warps(config))
     fence_async_shared()
     return Shared(q, k, v, (q_boxes, k_boxes, v_boxes), q_ring, k_stream, v_stream)
 

@@ -23,10 +23,10 @@ from tessera.backends.hopper.pieces.cache_rows import (
     load_keys,
     load_queries,
     pool_rows,
+    producer_warps,
     query_box,
 )
-from tessera.backends.hopper.pieces.cache_stream import CacheStream, make_cache_stream, producer_warps
-from tessera.backends.hopper.pieces.channel import NAMED_BARRIER_K, NAMED_BARRIER_V, Ring, make_ring
+from tessera.backends.hopper.pieces.channel import NAMED_BARRIER_K, NAMED_BARRIER_V, Ring, Stream, make_ring, make_stream
 from tessera.backends.hopper.pieces.gradients import fresh_zero
 from tessera.backends.hopper.pieces.masking import has_lower_bound, mask_scores, row_bounds
 from tessera.backends.hopper.pieces.modifiers import no_modifiers
@@ -77,8 +77,8 @@ class Shared:
     boxes: gl.tuple
     passed: gl.tuple
     q_ring: Ring
-    outer: CacheStream
-    right: CacheStream
+    outer: Stream
+    right: Stream
     p_ring: Ring
 
     @gluon.constexpr_function
@@ -292,8 +292,8 @@ def _allocate(config: gl.constexpr, maps):
     p = gl.allocate_shared_memory(dtype, [1, M, config.keys], _p_layout(dtype, config.keys))
     factors = gl.allocate_shared_memory(gl.float32, [1, M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_ring = make_ring(1, 1)
-    outer = make_cache_stream(config, 1, NAMED_BARRIER_K)
-    right = make_cache_stream(config, 1, NAMED_BARRIER_V)
+    outer = make_stream(config.stages, 1, NAMED_BARRIER_K, producer_warps(config))
+    right = make_stream(config.stages, 1, NAMED_BARRIER_V, producer_warps(config))
     p_ring = make_ring(1, 1)
     fence_async_shared()
     return Shared(q, k, (q_boxes, k_boxes), (p, factors), q_ring, outer, right, p_ring)

@@ -16,7 +16,6 @@ import math
 
 from tessera.backends.hopper.chunk_config import COLUMNS as BOX_COLUMNS
 from tessera.backends.hopper.chunk_config import Reading
-from tessera.backends.hopper.pieces.cache_stream import copies_rows
 from tessera.backends.hopper.pieces.kv_source import WRAP, Sequence
 from tessera.backends.hopper.pieces.tiles import has
 from tessera.jit.compat import aggregate, copy_to_shared, gl, gluon, reinterpret, tma_load
@@ -134,6 +133,19 @@ def cache_source(config: gl.constexpr, rows, pages, cache, seq, head):
     return Source(rows, pages, entry, head, seq.k_begin, seq.k_rows)
 
 
+COPYING_WARPS = 4
+
+
+@gluon.constexpr_function
+def copies_rows(config):
+    return config.reading is Reading.ROWS
+
+
+@gluon.constexpr_function
+def producer_warps(config):
+    return COPYING_WARPS if copies_rows(config) else 1
+
+
 @gluon.constexpr_function
 def _blocks(parts, part):
     """Blocks of 64 columns of a part."""
@@ -161,7 +173,7 @@ def _rows_layout():
 
 @gluon.constexpr_function
 def _lookup_layout(keys):
-    """The rows that each of those warps copies, one a lane: a lane looks up one, and the eight that copy it get it by shuffles."""
+    """Each of those warps' rows, one a lane: a lane looks up one, and the eight that copy it are told."""
     lanes = [[1], [2]] + [[16 << i] if 16 << i < keys else [0] for i in range(3)]
     return gl.DistributedLinearLayout([], lanes, [[4], [8]], [], [keys])
 

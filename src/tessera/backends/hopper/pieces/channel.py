@@ -4,7 +4,7 @@ The n-th use of a ring is slot n mod slots; the parity of n div slots tells this
 for `empty`, the TMA's bytes complete `full`.
 """
 
-from tessera.jit.compat import aggregate, gl, gluon, mbarrier
+from tessera.jit.compat import aggregate, arrive_after_copies, fence_async_shared, gl, gluon, mbarrier
 
 # Hardware's named barriers, 0 to 15. Triton takes 0, 1 and one for each partition (2 to 4 here).
 NAMED_BARRIER_TURN = gl.constexpr(7)
@@ -79,19 +79,25 @@ class Stream:
     Gluon's mbarrier.arrive holds up the whole warpgroup before one thread arrives for it. On a named barrier each warp
     arrives by itself and goes on. The producer needs no lap's parity: a consumer can't come to release a slot again
     before the producer has filled it again. Every use is acquired and released, whether or not something is loaded.
+
+    One warp produces by TMA, and `full` counts bytes. More `warps` copy by cp.async, and `full` counts threads, each of which
+    arrives when its own copies have landed; those are ordinary writes to shared memory, so a consumer orders them before its
+    products, which read it asynchronously.
     """
 
     full: gl.shared_memory_descriptor
     slots: gl.constexpr
     consumers: gl.constexpr
     first: gl.constexpr
+    warps: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, full, slots, consumers, first):
+    def __init__(self, full, slots, consumers, first, warps):
         self.full = full
         self.slots = gl.constexpr(slots)
         self.consumers = gl.constexpr(consumers)
         self.first = gl.constexpr(first)
+        self.warps = gl.constexpr(warps)
 
     @gluon.jit
     def slot(self, n):
@@ -101,39 +107,52 @@ class Stream:
     def acquire(self, n):
         """Producer: wait until every consumer has released use n - slots."""
         if n >= self.slots:
-            _named_barrier("sync", self.first + self.slot(n), self.consumers)
+            _named_barrier("sync", self.first + self.slot(n), self.warps, self.consumers)
 
     @gluon.jit
     def expect(self, n, count):
+        """Producer: `count` bytes will arrive by TMA; returns the barrier that they complete."""
         bar = self.full.index(self.slot(n))
         mbarrier.expect(bar, count)
         return bar
 
     @gluon.jit
+    def publish(self, n):
+        """Producer: the slot is full when the copies under way have landed."""
+        arrive_after_copies(self.full.index(self.slot(n)), increment_count=False)
+
+    @gluon.jit
     def wait(self, n):
         mbarrier.wait(self.full.index(self.slot(n)), (n // self.slots) & 1)
+        if self.warps > 1:
+            fence_async_shared()
 
     @gluon.jit
     def release(self, n):
-        _named_barrier("arrive", self.first + self.slot(n), self.consumers)
-
-
-@gluon.jit
-def make_stream(slots: gl.constexpr, consumers: gl.constexpr, first: gl.constexpr):
-    full = gl.allocate_shared_memory(gl.int64, [slots, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(slots):
-        mbarrier.init(full.index(slot), count=1)
-    return Stream(full, slots, consumers, first)
+        _named_barrier("arrive", self.first + self.slot(n), self.warps, self.consumers)
 
 
 @gluon.constexpr_function
-def _slot_asm(kind, consumers):
-    return f"bar.{kind} $1, {32 + 128 * consumers}; mov.u32 $0, 0;"  # the producer's warp and all of the consumers'
+def _arrivals(warps):
+    return 1 if warps == 1 else 32 * warps
 
 
 @gluon.jit
-def _named_barrier(kind: gl.constexpr, number, consumers: gl.constexpr):
-    asm: gl.constexpr = _slot_asm(kind, consumers)
+def make_stream(slots: gl.constexpr, consumers: gl.constexpr, first: gl.constexpr, warps: gl.constexpr = 1):
+    full = gl.allocate_shared_memory(gl.int64, [slots, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(slots):
+        mbarrier.init(full.index(slot), count=_arrivals(warps))
+    return Stream(full, slots, consumers, first, warps)
+
+
+@gluon.constexpr_function
+def _slot_asm(kind, warps, consumers):
+    return f"bar.{kind} $1, {32 * warps + 128 * consumers}; mov.u32 $0, 0;"
+
+
+@gluon.jit
+def _named_barrier(kind: gl.constexpr, number, warps: gl.constexpr, consumers: gl.constexpr):
+    asm: gl.constexpr = _slot_asm(kind, warps, consumers)
     gl.inline_asm_elementwise(asm, "=r,r", [number], dtype=gl.int32, is_pure=False, pack=1)
 
 
