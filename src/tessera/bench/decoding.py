@@ -27,6 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tessera.api import warmup
 from tessera.bench.flash_peers import load_fa3
+from tessera.bench.replay import replayable
 from tessera.jit.toolchain import triton_version
 from tessera.serving.api import CacheOptions, attention_with_kvcache, plan_kvcache
 from tessera.serving.plan import CachePlan
@@ -213,30 +214,28 @@ def _sdpa_step(caches: Caches, backend: SDPBackend, i: int) -> object:
 
 @dataclass(frozen=True)
 class Graph:
-    """`steps` calls as one CUDA graph."""
+    """`steps` calls as one CUDA graph, and what it was captured from: the graph reads tensors that only `step` may hold."""
 
-    graph: torch.cuda.CUDAGraph
+    replay: Callable[[], None]
     steps: int
+    step: Step
 
     @staticmethod
     def of(step: Step, buffers: int, steps: int) -> Graph:
-        aside = torch.cuda.Stream()
-        with torch.cuda.stream(aside):
-            step(0)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        def run() -> None:
             for i in range(steps):
                 step(i % buffers)
-        graph.replay()
+
+        replay = replayable(run, torch.device("cuda", torch.cuda.current_device()))
+        replay()
         torch.cuda.synchronize()
-        return Graph(graph, steps)
+        return Graph(replay, steps, step)
 
     def seconds(self) -> float:
         """Of one call, over one replay."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        self.graph.replay()
+        self.replay()
         end.record()
         torch.cuda.synchronize()
         return start.elapsed_time(end) / 1e3 / self.steps
