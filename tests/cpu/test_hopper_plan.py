@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ import torch
 import tessera
 from tessera import dispatch, jit
 from tessera.backends.hopper import HopperBackend, _compile_together
-from tessera.backends.hopper.plan import SHARED_LIMIT, forward_config, forward_family
+from tessera.backends.hopper.plan import LOW, SHARED_LIMIT, forward_config, forward_family, tall_blocks
 from tessera.cases import CASES
 from tessera.device import KNOWN_DEVICES
 from tessera.operands import describe
@@ -76,3 +78,21 @@ def test_warmup_compiles_what_plans_will_need_and_nothing_twice(monkeypatch: pyt
     forward_kernels = set(HopperBackend().kernels(forward))
     assert len(asked) == len(set(asked)) == len(forward_kernels) + 3
     assert forward_kernels < set(asked)
+
+
+@pytest.mark.parametrize("rows", [1, 191, 512, 1024, 4096, 10_000])
+@pytest.mark.parametrize("heads", [1, 16, 100, 512])
+def test_low_tiles_end_the_grid_sooner(rows: int, heads: int) -> None:
+    """The end that a division is chosen by is the one that a queue of tiles gives, and no division ends sooner."""
+    config = replace(forward_config(problem(1 << 20, 128, {})), consumers=3)
+
+    def end(tall: int) -> float:
+        low = -(-(rows - tall * config.rows) // config.low_rows)
+        free = [0.0] * 132
+        for time in [1.0] * (tall * heads) + [LOW] * (low * heads):
+            heapq.heappush(free, heapq.heappop(free) + time)
+        return max(free)
+
+    tall = tall_blocks(config, rows, heads, 132)
+    assert 0 <= tall <= rows // config.rows
+    assert end(tall) == pytest.approx(min(map(end, range(rows // config.rows + 1))))

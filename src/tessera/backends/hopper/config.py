@@ -82,6 +82,17 @@ class ForwardConfig:
         return ROWS * self.consumers
 
     @property
+    def low_rows(self) -> int:
+        """Query rows of a low tile, which leaves the last consumer idle."""
+        return self.rows - ROWS
+
+    @property
+    def has_low_blocks(self) -> bool:
+        """Whether a dense sequence's last rows may go by low tiles: where all tiles are equally long otherwise, so that the end
+        of the grid is as ragged as one tile is long."""
+        return self.consumers == 3 and not {Feature.RIGHT, Feature.VARLEN} & set(self.features)
+
+    @property
     def staged(self) -> tuple[int, ...]:
         """Columns of O's buffer, for each part of the head dim."""
         return tuple(dim // 2 for dim in self.dims_v) if self.staging is Staging.HALVES else self.dims_v

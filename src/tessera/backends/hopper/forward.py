@@ -463,35 +463,56 @@ def _q_slot(me, use):
 
 
 @gluon.jit
-def consumer(me, o_maps, lse_ptr):
+def _attend(me, tile, n, turn, o_maps, lse_ptr):
+    """This consumer's rows of a tile, from Q to out; the streams' position, and the next tile."""
     shared = me.shared
+    q_use = turn * me.config.consumers + me.index
+    row = tile.first + me.index * M
+    shared.q_ring.wait(q_use)
+    state, n = _main_loop(me, tile, n, _q_slot(me, q_use))
+    shared.q_ring.release(q_use)  # every product with this Q is done
+    if overlaps(me.config):
+        o, p, m, l = state
+        shared.v_stream.wait(n - 1)
+        o = _issue_values(me, n - 1, p, o)
+    else:
+        o, m, l = state
+
+    # under the last P V: the log-sum-exp, and where the next tile lies
+    number, following = read(me.config, shared.board, me.call, turn + 1)
+    factor = _finish_rows(me, tile, row, m, l, lse_ptr)
+    if overlaps(me.config):
+        o = _wait_for_values(o)
+        shared.v_stream.release(n - 1)
+    _write_output(me, tile, row, o, factor, o_maps)
+    return n, number, following
+
+
+@gluon.jit
+def _stand_by(me, tile, n, turn):
+    """The same where the tile has no rows for this consumer."""
+    q_use = turn * me.config.consumers + me.index
+    begin, end = tile_blocks(me.config, me.call.band, tile)
+    me.shared.q_ring.wait(q_use)
+    me.shared.q_ring.release(q_use)
+    n = _pass_over(me, n, end - begin)
+    number, following = read(me.config, me.shared.board, me.call, turn + 1)
+    return n, number, following
+
+
+@gluon.jit
+def consumer(me, o_maps, lse_ptr):
     if overlaps(me.config) and me.index == me.config.consumers - 1:
         pass_turn(me.index, me.config.consumers)  # the first turn is consumer 0's
     n = 0
     turn = 0
-    number, tile = read(me.config, shared.board, me.call, turn)
+    number, tile = read(me.config, me.shared.board, me.call, turn)
     while number < me.call.schedule.tiles:
-        q_use = turn * me.config.consumers + me.index
-        row = tile.first + me.index * M
-        shared.q_ring.wait(q_use)
-        state, n = _main_loop(me, tile, n, _q_slot(me, q_use))
-        shared.q_ring.release(q_use)  # every product with this Q is done
-        if overlaps(me.config):
-            o, p, m, l = state
-            shared.v_stream.wait(n - 1)
-            o = _issue_values(me, n - 1, p, o)
+        if me.index == 0 or me.index * M < tile.rows:
+            n, number, tile = _attend(me, tile, n, turn, o_maps, lse_ptr)
         else:
-            o, m, l = state
-
-        # under the last P V: the log-sum-exp, and where the next tile lies
+            n, number, tile = _stand_by(me, tile, n, turn)
         turn += 1
-        number, following = read(me.config, shared.board, me.call, turn)
-        factor = _finish_rows(me, tile, row, m, l, lse_ptr)
-        if overlaps(me.config):
-            o = _wait_for_values(o)
-            shared.v_stream.release(n - 1)
-        _write_output(me, tile, row, o, factor, o_maps)
-        tile = following
     tma_store_wait(0)
 
 
@@ -533,7 +554,7 @@ def _parts(whole, tail):
 def attention_forward(
     q_map, q_tail, k_map, k_tail, v_map, v_tail, o_map, o_tail,
     lse_ptr, sinks_ptr, cu_q, cu_k, used_q, used_k, key_start, key_end, query_end, document_begin, document_end, counter,
-    batch, heads, group, seqlen_q, seqlen_k, left, right, document_stride, tiles, blocks, section,
+    batch, heads, group, seqlen_q, seqlen_k, left, right, document_stride, tiles, blocks, tall, section,
     q_pitch, k_pitch, v_pitch, o_pitch, scale, inner,
     slopes, slopes_stride, bias, bias_batch, bias_head, bias_row, key_low, key_high, threshold, keep_scale,
     CONFIG: gl.constexpr,
@@ -550,7 +571,7 @@ def attention_forward(
         Band(left, right, document_begin, document_end, document_stride),
         Lengths(cu_q, cu_k, used_q, used_k, key_start, key_end, query_end),
         Pitch(q_pitch, k_pitch, v_pitch, o_pitch),
-        Schedule(counter, tiles, blocks, section),
+        Schedule(counter, tiles, blocks, tall, section),
     )  # fmt: skip
     modifiers = make_modifiers(
         config, (slopes, slopes_stride, bias, bias_batch, bias_head, bias_row, key_low, key_high, threshold, keep_scale), ()

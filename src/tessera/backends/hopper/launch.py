@@ -18,6 +18,7 @@ from tessera import jit
 from tessera.backends.hopper import modifiers
 from tessera.backends.hopper.arguments import FAR, WRAP_STRIDE, reach, score_scales
 from tessera.backends.hopper.config import ROWS, Feature, ForwardConfig
+from tessera.backends.hopper.plan import tall_blocks
 from tessera.operands import Operands
 from tessera.problem import Layout, Problem
 
@@ -60,7 +61,7 @@ _POINTERS = (
 _NO_POINTERS = (0,) * len(_POINTERS)
 _WITHOUT_POINTERS = frozenset({Feature.LEFT, Feature.RIGHT, Feature.SOFTCAP})
 _INTEGERS = (
-    "batch", "heads", "group", "seqlen_q", "seqlen_k", "left", "right", "document_stride", "tiles", "blocks", "section",
+    "batch", "heads", "group", "seqlen_q", "seqlen_k", "left", "right", "document_stride", "tiles", "blocks", "tall", "section",
     "q_pitch", "k_pitch", "v_pitch", "o_pitch",
 )  # fmt: skip
 
@@ -94,7 +95,15 @@ class ForwardLaunch:
         shape = self.problem.shape
         if self.problem.layout is Layout.VARLEN:
             return shape.seqlen_q // self.config.rows + shape.batch + 1
-        return -(-shape.seqlen_q // self.config.rows)
+        return self.tall + -(-max(0, shape.seqlen_q - self.tall * self.config.rows) // self.config.low_rows)
+
+    @cached_property
+    def tall(self) -> int:
+        """How many of a dense sequence's row blocks are of full height."""
+        shape, rows = self.problem.shape, self.config.rows
+        if not self.config.has_low_blocks:
+            return -(-shape.seqlen_q // rows)
+        return tall_blocks(self.config, shape.seqlen_q, shape.batch * shape.heads_q, self.multiprocessors)
 
     @cached_property
     def tiles(self) -> int:
@@ -131,7 +140,7 @@ class ForwardLaunch:
         shape, mask = self.problem.shape, self.problem.mask
         return (
             shape.batch, shape.heads_q, shape.group, shape.seqlen_q, shape.seqlen_k, *reach(mask), 0,
-            self.tiles, self.blocks, self.section,
+            self.tiles, self.blocks, self.tall, self.section,
         )  # fmt: skip
 
     def __call__(self, operands: Operands) -> tuple[Tensor, Tensor]:

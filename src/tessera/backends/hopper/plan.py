@@ -147,3 +147,29 @@ def deepest(config: ForwardConfig) -> ForwardConfig:
         if candidate.shared_bytes() <= SHARED_LIMIT:
             return candidate
     raise ValueError(f"{config}: no room in shared memory")
+
+
+LOW = 0.7
+"""Time of a low tile (two of three consumers at work) over a tall one's: two alone take 2420 cycles a block at head_dim 128,
+three 3520. With low tiles over without (idle consumers then worked past the end): d64 full 512 1.04, 1k 1.05, 2k 1.02, 16k 1.01,
+d128 1.01 (H200, 2026-11-21)."""
+
+
+def tall_blocks(config: ForwardConfig, rows: int, heads: int, multiprocessors: int) -> int:
+    """How many row blocks of `rows` rows are tall, so that the grid ends soonest: all heads' tall tiles are drawn first, then the
+    low ones, by whoever is free."""
+    return min(range(rows // config.rows, -1, -1), key=lambda tall: _end(config, rows, heads, multiprocessors, tall))
+
+
+def _end(config: ForwardConfig, rows: int, heads: int, multiprocessors: int, tall: int) -> float:
+    """When the last tile ends, in times of a tall tile."""
+    rounds, ahead = divmod(tall * heads, multiprocessors)  # `ahead` have one tall tile more
+    low = -(-(rows - tall * config.rows) // config.low_rows) * heads
+    end = float(rounds + (ahead > 0))
+    while True:
+        slack = end - rounds + 1e-6
+        room = (multiprocessors - ahead) * int(slack / LOW) + ahead * int(max(0.0, slack - 1) / LOW)
+        if room >= low:
+            return end
+        steps = [rounds + (int(slack / LOW) + 1) * LOW, rounds + 1 + (int(max(0.0, slack - 1) / LOW) + 1) * LOW]
+        end = min(steps)

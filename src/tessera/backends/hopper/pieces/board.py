@@ -10,7 +10,7 @@ from tessera.backends.hopper.pieces.scheduler import Tile
 from tessera.backends.hopper.pieces.tiles import has
 from tessera.jit.compat import aggregate, gl, gluon
 
-FIELDS = gl.constexpr(10)
+FIELDS = gl.constexpr(11)
 TURNS = gl.constexpr(2)
 
 
@@ -48,17 +48,18 @@ def post(config: gl.constexpr, board, turn, number, tile):
     _write(board, place, number)
     _write(board, place + 1, tile.head)
     _write(board, place + 2, tile.first)
+    _write(board, place + 3, tile.rows)
     seq = tile.seq
     if has(config, "varlen"):
-        _write(board, place + 3, seq.q_begin)
-        _write(board, place + 4, seq.q_rows)
-        _write(board, place + 5, seq.q_live)
-        _write(board, place + 6, seq.k_begin)
-        _write(board, place + 7, seq.k_rows)
-        _write(board, place + 8, seq.diagonal)
-        _write(board, place + 9, seq.number)
+        _write(board, place + 4, seq.q_begin)
+        _write(board, place + 5, seq.q_rows)
+        _write(board, place + 6, seq.q_live)
+        _write(board, place + 7, seq.k_begin)
+        _write(board, place + 8, seq.k_rows)
+        _write(board, place + 9, seq.diagonal)
+        _write(board, place + 10, seq.number)
     else:
-        _write(board, place + 3, seq.batch)
+        _write(board, place + 4, seq.batch)
     board.ring.publish(turn)
 
 
@@ -80,16 +81,17 @@ def read(config: gl.constexpr, board, call, turn):
     number = _entry(board, place)
     head = _entry(board, place + 1)
     first = _entry(board, place + 2)
+    rows = _entry(board, place + 3)
     if has(config, "varlen"):
-        q_begin = _entry(board, place + 3)
-        q_rows = _entry(board, place + 4)
-        q_live = _entry(board, place + 5)
-        k_begin = _entry(board, place + 6)
-        k_rows = _entry(board, place + 7)
-        diagonal = _entry(board, place + 8)
-        index = _entry(board, place + 9)
+        q_begin = _entry(board, place + 4)
+        q_rows = _entry(board, place + 5)
+        q_live = _entry(board, place + 6)
+        k_begin = _entry(board, place + 7)
+        k_rows = _entry(board, place + 8)
+        diagonal = _entry(board, place + 9)
+        index = _entry(board, place + 10)
         seq = Sequence(index * 0, q_begin, q_rows, q_live, k_begin, k_rows, diagonal, index)
     else:
-        seq = dense_sequence(config, call.lengths, _entry(board, place + 3), call.seqlen_q, call.seqlen_k)
+        seq = dense_sequence(config, call.lengths, _entry(board, place + 4), call.seqlen_q, call.seqlen_k)
     board.ring.release(turn)
-    return number, Tile(seq, head, first)
+    return number, Tile(seq, head, first, rows)

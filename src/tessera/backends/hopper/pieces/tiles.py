@@ -28,6 +28,11 @@ def overlaps(config):
 
 
 @gluon.constexpr_function
+def has_low_blocks(config):
+    return config.has_low_blocks
+
+
+@gluon.constexpr_function
 def stages_halves(config):
     return config.staging is Staging.HALVES
 
