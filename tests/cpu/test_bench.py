@@ -6,6 +6,7 @@ import json
 import os
 import time
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,14 @@ def test_everybody_takes_a_turn_in_every_round():
     rounds = [order[i : i + 3] for i in range(6, len(order), 3)]  # after two warm-up calls each
     assert all(sorted(turn) == ["a", "b", "c"] for turn in rounds)
     assert len({turn[0] for turn in rounds}) == 3  # nobody is always first
+    neighbours = {name: {before for turn in rounds for before, after in pairwise(turn) if after == name} for name in calls}
+    assert all(len(before) == 2 for before in neighbours.values())  # nor always after the same one
+
+
+def test_a_turn_may_begin_with_calls_that_are_not_measured():
+    seconds = iter([9.0, 9.0, *(5.0, 1.0) * 4])  # two to warm up
+    times = interleaved({"a": lambda: next(seconds)}, CountingClock(), Schedule(rounds=4, turn_s=0.0, unmeasured=1))
+    assert times["a"] == (1.0,) * 4
 
 
 def test_no_round_begins_after_the_limit():

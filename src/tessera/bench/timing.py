@@ -77,8 +77,12 @@ def clock_for(device: torch.device | str) -> Clock:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long to measure. `rounds` turns; in each, a call runs so often that it takes about `turn_s`, at least once and at
-    most `most_repeats` times; then the device rests for `rest_s`. Rounds stop once `limit_s` is over, two are always made.
+    """How long to measure. `rounds` turns; in each, a call runs `unmeasured` times, then so often that it takes about `turn_s`,
+    at least once and at most `most_repeats` times; then the device rests for `rest_s`. Rounds stop once `limit_s` is over, two
+    are always made.
+
+    A GPU at its power limit runs a call at the clock that the calls of the last tenth of a second have left it: either it rests
+    between turns, or each turn begins with calls of its own that are not measured.
     """
 
     rounds: int = 7
@@ -86,6 +90,7 @@ class Schedule:
     most_repeats: int = 20
     rest_s: float = 0.0
     limit_s: float = 30.0
+    unmeasured: int = 0
 
     @staticmethod
     def of(device: torch.device | str) -> Schedule:
@@ -104,15 +109,22 @@ def interleaved(calls: Mapping[str, Call], clock: Clock, schedule: Schedule) -> 
         estimate = clock.seconds(call, 1)
         repeats[name] = max(1, min(schedule.most_repeats, int(schedule.turn_s / max(estimate, 1e-9))))
     times: dict[str, list[float]] = {name: [] for name in calls}
-    order = list(calls)
     for round_number in range(schedule.rounds):
         if round_number >= 2 and time.monotonic() > deadline:
             break
-        first = round_number % len(order)  # nobody always follows the same neighbour
-        for name in order[first:] + order[:first]:
+        for name in _order(list(calls), round_number):
+            for _ in range(schedule.unmeasured):
+                calls[name]()
             times[name].append(clock.seconds(calls[name], repeats[name]))
             time.sleep(schedule.rest_s)
     return {name: tuple(values) for name, values in times.items()}
+
+
+def _order(names: list[str], round_number: int) -> list[str]:
+    """Nobody is always first, and nobody always follows the same neighbour: every second round goes backwards."""
+    first = round_number // 2 % len(names)
+    turned = names[first:] + names[:first]
+    return turned[::-1] if round_number % 2 else turned
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Whole training steps: one GPT whose attention is ours or a peer's in turn, step by step, in one process.
 
 All contenders take their steps with the same weights, on the same random tokens, so they differ in attention alone, and in time
-by as much of it as a step holds. Before the clock starts each must find our gradients of the deepest block.
+by as much of it as a step holds. Before the clock starts each must find our gradients of the deepest block. A turn is two steps,
+of which the second is timed: a step that follows a cooler one, of slower attention say, runs at a higher clock (see LOG.md).
 """
 
 from __future__ import annotations
@@ -168,7 +169,8 @@ class Course:
             right = gradients if right is None else right
             if results[contender.name].outcome is Outcome.TIMED:
                 calls[contender.name] = turn.step
-        times = interleaved(calls, clock_for(self.device), Schedule(self.rounds, turn_s=0.0, limit_s=600.0)) if calls else {}
+        schedule = Schedule(self.rounds, turn_s=0.0, limit_s=600.0, unmeasured=1)
+        times = interleaved(calls, clock_for(self.device), schedule) if calls else {}
         flops = shape.flops(batch * seqlen, seqlen)
         results |= {name: self._timed(results[name], times, name, flops) for name in times}
         return Length(seqlen, batch, flops, shape.causal_flops(batch * seqlen, seqlen), results)
