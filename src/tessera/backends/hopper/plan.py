@@ -157,8 +157,10 @@ d128 1.01 (H200, 2026-11-21)."""
 
 def tall_blocks(config: ForwardConfig, rows: int, heads: int, multiprocessors: int) -> int:
     """How many row blocks of `rows` rows are tall, so that the grid ends soonest: all heads' tall tiles are drawn first, then the
-    low ones, by whoever is free."""
-    return min(range(rows // config.rows, -1, -1), key=lambda tall: _end(config, rows, heads, multiprocessors, tall))
+    low ones, by whoever is free. What low tiles can win is a round's end, so at most two rounds of tall ones are given up."""
+    most = rows // config.rows
+    least = max(0, most - 2 * multiprocessors // heads - 2)
+    return min(range(most, least - 1, -1), key=lambda tall: _end(config, rows, heads, multiprocessors, tall))
 
 
 def _end(config: ForwardConfig, rows: int, heads: int, multiprocessors: int, tall: int) -> float:
