@@ -150,6 +150,7 @@ _PLAIN = (
 )
 _HEAD_DIMS = (8, 16, 32, 40, 72, 80, 96, 128, 160, 192, 256)
 _DIMS = tuple(Case(f"d{d}", head_dim=d, causal=d % 16 == 0, seqlen_q=160, seqlen_k=190) for d in _HEAD_DIMS) + (
+    Case("d192, full", head_dim=192, seqlen_q=200, seqlen_k=330),
     Case("d192 v128", head_dim=192, head_dim_v=128, causal=True, seqlen_q=200, seqlen_k=200),
     Case("d64 v256", head_dim=64, head_dim_v=256, seqlen_q=200, seqlen_k=200),
     Case("d128 v40", head_dim=128, head_dim_v=40, seqlen_q=200, seqlen_k=200),

@@ -19,7 +19,7 @@ from tessera.verify import compare
 
 NAMES = (
     "full", "off the tile, causal", "more queries, causal", "gqa", "scale below 0, causal", "window", "padding", "padding left",
-    "d72", "d192 v128", "documents", "varlen", "varlen, empty sequences",
+    "d72", "d192, full", "d192 v128", "documents", "varlen", "varlen, empty sequences",
 )  # fmt: skip
 LONG = {"batch": 2, "seqlen_q": 200, "seqlen_k": 330, "heads_q": 2, "heads_kv": 1}
 MODIFIED = (

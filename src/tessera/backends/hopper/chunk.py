@@ -48,7 +48,7 @@ from tessera.backends.hopper.pieces.packed_rows import (
     store_out,
     unit_of,
 )
-from tessera.backends.hopper.pieces.tiles import M, has, overlaps, row_layout
+from tessera.backends.hopper.pieces.tiles import M, has, overlaps, query_tiles, row_layout
 from tessera.jit.compat import aggregate, fence_async_shared, gl, gluon, let_next_begin, wait_for_previous
 
 
@@ -151,14 +151,15 @@ def _main_loop(me, tile, position):
     """All blocks of the tile's keys, last to first, but for the last P V where that overlaps; the state, and how many."""
     config: gl.constexpr = me.config
     bounds = row_bounds(config, me.call.reach, tile.seq, position, config.packing.heads)
-    state, n = _start(me, tile.end * 0, me.index, bounds, (tile.end - 1) * config.keys)
+    q = query_tiles(me.shared.q, me.index, config.keys, 0)
+    state, n = _start(me, tile.end * 0, q, bounds, (tile.end - 1) * config.keys)
     block = tile.end - 1 - n
     upper, full, lower = kinds_of_blocks(config, me.call, tile, position, tile.begin, block + 1)
     n += tile.end * 0
-    state, n = _blocks(me, n, me.index, bounds, block, state, upper, "upper")
-    state, n = _blocks(me, n, me.index, bounds, block - upper, state, full, None)
+    state, n = _blocks(me, n, q, bounds, block, state, upper, "upper")
+    state, n = _blocks(me, n, q, bounds, block - upper, state, full, None)
     if has_lower_bound(config):
-        state, n = _blocks(me, n, me.index, bounds, block - upper - full, state, lower, "lower")
+        state, n = _blocks(me, n, q, bounds, block - upper - full, state, lower, "lower")
     return state, n
 
 

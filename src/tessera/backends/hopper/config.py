@@ -76,6 +76,10 @@ class ForwardConfig:
     queries: int = 1
     """Tiles of Q that a consumer has room for. With 2 the next tile's Q is loaded under the work on this one."""
 
+    held: int = 0
+    """Parts of Q's head dim, the last ones, that consumers keep in registers over the main loop: shared memory then gives the
+    tensor cores K alone for them, where blocks of 64 keys read as much Q as K."""
+
     @property
     def rows(self) -> int:
         """Query rows of a tile."""
@@ -108,4 +112,5 @@ class ForwardConfig:
         text = f"{self.rows}x{self.keys} d{dim}, {self.consumers} consumers, {self.stages} stages"
         text += f", PV under {self.overlap.value}, O in {self.staging.value}"
         text += ", Q ahead" if self.queries == 2 else ""
+        text += f", {sum(self.dims[-self.held :])} columns of Q held" if self.held else ""
         return text + "".join(f", {feature.value}" for feature in self.features)

@@ -69,6 +69,7 @@ from tessera.backends.hopper.pieces.tiles import (
     matrix,
     operand_layout,
     overlaps,
+    query_tiles,
     row_layout,
     stages_halves,
 )
@@ -218,15 +219,14 @@ class Consumer:
 
 
 @gluon.jit
-def _issue_scores(me, n, q_slot):
+def _issue_scores(me, n, q):
     """Start S = Q K^T for the n-th block, (64, keys) float32."""
     keys: gl.constexpr = me.config.keys
     slot = me.shared.k_stream.slot(n)
     s = gl.zeros([M, keys], gl.float32, accumulator_layout(keys))
-    for part in gl.static_range(len(me.shared.q)):
-        q = matrix(me.shared.q[part].index(q_slot))
+    for part in gl.static_range(len(q)):
         k = matrix(me.shared.k[part].index(slot))
-        s = warpgroup_mma(q, k.permute((1, 0)), s, use_acc=part > 0, is_async=True)
+        s = warpgroup_mma(q[part], k.permute((1, 0)), s, use_acc=part > 0, is_async=True)
     return s
 
 
@@ -267,11 +267,11 @@ def _rescale_output(o, alpha):
 
 
 @gluon.jit
-def _first_block(me, n, q_slot, bounds, first_key):
+def _first_block(me, n, q, bounds, first_key):
     """P, m and l of a tile's first block: nothing to rescale, no P V to wait for. It is always masked."""
     me.shared.k_stream.wait(n)
     take_turn(me.index)
-    s = _issue_scores(me, n, q_slot)
+    s = _issue_scores(me, n, q)
     pass_turn(me.index, me.config.consumers)
     s = warpgroup_mma_wait(0, deps=(s,))
     me.shared.k_stream.release(n)
@@ -282,12 +282,12 @@ def _first_block(me, n, q_slot, bounds, first_key):
 
 
 @gluon.jit
-def _overlapped_block(me, n, q_slot, bounds, first_key, state, CUT: gl.constexpr):
+def _overlapped_block(me, n, q, bounds, first_key, state, CUT: gl.constexpr):
     """S of this block, issued with O += P V of the one before; then m, l and P."""
     o, p, m, l = state
     me.shared.k_stream.wait(n)
     take_turn(me.index)
-    s = _issue_scores(me, n, q_slot)
+    s = _issue_scores(me, n, q)
     me.shared.v_stream.wait(n - 1)
     products = _issue_values(me, n - 1, p, o)
     pass_turn(me.index, me.config.consumers)
@@ -312,11 +312,11 @@ def _overlapped_block(me, n, q_slot, bounds, first_key, state, CUT: gl.constexpr
 
 
 @gluon.jit
-def _lone_block(me, n, q_slot, bounds, first_key, state, CUT: gl.constexpr):
+def _lone_block(me, n, q, bounds, first_key, state, CUT: gl.constexpr):
     """S, then m, l and P, then O += P V of one block: what overlaps is the other consumers' work."""
     o, m, l = state
     me.shared.k_stream.wait(n)
-    s = _issue_scores(me, n, q_slot)
+    s = _issue_scores(me, n, q)
     s = warpgroup_mma_wait(0, deps=(s,))
     me.shared.k_stream.release(n)
     s = finish_scores(me.config, me.score, s, bounds, first_key, CUT)
@@ -331,10 +331,10 @@ def _lone_block(me, n, q_slot, bounds, first_key, state, CUT: gl.constexpr):
 
 
 @gluon.jit
-def _start(me, n, q_slot, bounds, first_key):
+def _start(me, n, q, bounds, first_key):
     """The loop's state before its first turn, and how many blocks that took."""
     if overlaps(me.config):
-        p, m, l = _first_block(me, n, q_slot, bounds, first_key)
+        p, m, l = _first_block(me, n, q, bounds, first_key)
         return (_empty_output(me.shared), p, m, l), 1
     else:
         keys: gl.constexpr = me.config.keys
@@ -343,13 +343,13 @@ def _start(me, n, q_slot, bounds, first_key):
 
 
 @gluon.jit
-def _blocks(me, n, q_slot, bounds, block, state, count, CUT: gl.constexpr):
+def _blocks(me, n, q, bounds, block, state, count, CUT: gl.constexpr):
     """`count` turns of the main loop, from block `block` down."""
     for i in range(count):
         if overlaps(me.config):
-            state = _overlapped_block(me, n, q_slot, bounds, (block - i) * me.config.keys, state, CUT)
+            state = _overlapped_block(me, n, q, bounds, (block - i) * me.config.keys, state, CUT)
         else:
-            state = _lone_block(me, n, q_slot, bounds, (block - i) * me.config.keys, state, CUT)
+            state = _lone_block(me, n, q, bounds, (block - i) * me.config.keys, state, CUT)
         n += 1
     return state, n
 
@@ -383,19 +383,20 @@ def _main_loop(me, tile, n, q_slot):
     me = _at_rows(me, tile, row)
     if has_unseen(me.config, me.index):
         n = _pass_over(me, n, share.unseen)
-    state, started = _start(me, n, q_slot, bounds, (share.end - 1) * me.config.keys)
+    q = query_tiles(me.shared.q, q_slot, me.config.keys, me.config.held)
+    state, started = _start(me, n, q, bounds, (share.end - 1) * me.config.keys)
     n += started
     block = share.end - 1 - started
     upper = gl.maximum(block + 1 - gl.maximum(share.full_end, share.begin), 0)  # blocks that upper bounds cut
-    state, n = _blocks(me, n, q_slot, bounds, block, state, upper, "upper")
+    state, n = _blocks(me, n, q, bounds, block, state, upper, "upper")
     block -= upper
     full = block + 1 - share.begin
     if has_lower_bound(me.config):
         full = gl.maximum(block + 1 - gl.maximum(share.full_begin, share.begin), 0)
-    state, n = _blocks(me, n, q_slot, bounds, block, state, full, None)
+    state, n = _blocks(me, n, q, bounds, block, state, full, None)
     if has_lower_bound(me.config):
         block -= full
-        state, n = _blocks(me, n, q_slot, bounds, block, state, block + 1 - share.begin, "lower")
+        state, n = _blocks(me, n, q, bounds, block, state, block + 1 - share.begin, "lower")
     if has_spare(me.config, me.index):
         n = _pass_over(me, n, share.spare)
     return state, n

@@ -99,7 +99,8 @@ def _config_for(problem: Problem, keys: float) -> ForwardConfig:
     if widest <= 64:
         window = {Feature.LEFT, Feature.RIGHT} <= set(features)
         if Feature.RIGHT in features and keys <= 640:
-            return deepest(pairs)  # 128 rows over 192: causal 1.08 at 1k, 0.97 at 2k, 0.92 at 4k
+            # 128 rows over 192: causal 1.08 at 1k, 0.97 at 2k, 0.92 at 4k. Q held: 1.015 at 512, 1.02 at 1k
+            return deepest(replace(pairs, held=len(dims)))
         if window:
             # a window of 1024 at 16k: 1.06 over two consumers, whose few blocks hide the time between tiles less
             return deepest(replace(triples, overlap=Overlap.NONE, queries=pairs.queries))
@@ -111,6 +112,8 @@ def _config_for(problem: Problem, keys: float) -> ForwardConfig:
     if widest <= 128 and keys > 1536 and not ragged:
         # three over two: 1.01 at 2k, 4k and 16k full; 0.94 at 1k full, 0.99 at 16k causal
         return deepest(replace(triples, overlap=Overlap.NONE))
+    if sum(dims_v) > 128 and len(dims) == 2 and not ragged:
+        return deepest(replace(pairs, held=1))  # d192: 1.00 at 1k, 1.01 at 2k, 1.015 from 4k on; causal, d96, d128: 1.00 at best
     return deepest(pairs)
 
 

@@ -86,6 +86,20 @@ def matrix(tile):
 
 
 @gluon.jit
+def query_tiles(buffers, slot, keys: gl.constexpr, held: gl.constexpr):
+    """Q (64, columns) for products with `keys` keys, a part of the head dim each: the last `held` parts in registers, the others
+    where they lie in shared memory."""
+    q = ()
+    for part in gl.static_range(len(buffers)):
+        tile = matrix(buffers[part].index(slot))
+        if part < len(buffers) - held:
+            q = q + (tile,)
+        else:
+            q = q + (tile.load(operand_layout(keys)),)
+    return q
+
+
+@gluon.jit
 def halves_of(x):
     """(64, columns) in an accumulator's layout as its left and its right half; no register moves."""
     columns: gl.constexpr = x.shape[1]
