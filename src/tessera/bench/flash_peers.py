@@ -103,12 +103,7 @@ class Fa3Operators:
 
     def _forward(self, request: Request, problem: Problem) -> Any:
         operators = load_fa3(self.folder)
-        options: dict[str, Any] = {"is_causal": problem.mask.is_causal, "softmax_scale": problem.score.scale}
-        left, right = _window(problem)
-        if (left, right) != (-1, -1):
-            options |= {"window_size_left": left, "window_size_right": right}
-        if problem.layout is Layout.VARLEN:
-            options |= _packed(request)
+        options = _operator_options(request, problem)
         q, k, v = request.q, request.k, request.v
         if problem.shape.seqlen_q > 1:
             return lambda: operators.fwd(q, k, v, num_splits=1, **options)
@@ -133,12 +128,7 @@ class Fa3Operators:
         q, k, v = (x.detach() for x in (request.q, request.k, request.v))
         out, lse, dout = (x.detach() for x in saved)
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-        options: dict[str, Any] = {"is_causal": problem.mask.is_causal, "softmax_scale": problem.score.scale}
-        left, right = _window(problem)
-        if (left, right) != (-1, -1):
-            options |= {"window_size_left": left, "window_size_right": right}
-        if problem.layout is Layout.VARLEN:
-            options |= _packed(request)
+        options = _operator_options(request, problem)
 
         def run() -> tuple[Tensor, ...]:
             operators.bwd(dout, q, k, v, out, lse, dq, dk, dv, **options)
@@ -217,6 +207,15 @@ def load_fa3(folder: Path) -> Any:
         ctypes.CDLL(str(runtime))
     torch.ops.load_library(str(folder / "fa3.so"))
     return torch.ops.flash_attn_3
+
+
+def _operator_options(request: Request, problem: Problem) -> dict[str, Any]:
+    """What both of FlashAttention-3's operators are told of a problem."""
+    options: dict[str, Any] = {"is_causal": problem.mask.is_causal, "softmax_scale": problem.score.scale}
+    left, right = _window(problem)
+    if (left, right) != (-1, -1):
+        options |= {"window_size_left": left, "window_size_right": right}
+    return options | (_packed(request) if problem.layout is Layout.VARLEN else {})
 
 
 def _packed(request: Request) -> dict[str, Any]:
