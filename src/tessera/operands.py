@@ -308,6 +308,9 @@ def _check_bias(request: Request, shape: Shape, layout: Layout) -> Bias | None:
     bias = request.bias
     if bias is None:
         return None
+    if bias.dtype == torch.bool:
+        instead = 'use a tessera.Mask, or torch.zeros(...).masked_fill(~keep, float("-inf"))'
+        raise bad_type("bias", bias.dtype, "a bias is added to the scores", instead)
     if bias.dtype not in (request.q.dtype, torch.float32):
         raise bad_type("bias", bias.dtype, f"q is {request.q.dtype}", "use q's dtype or float32")
     check_device("bias", bias, request.q)

@@ -157,7 +157,7 @@ SCORES = (
     Bad("bias of rank 5", lambda: dense(bias=tensor(1, 1, 1, 6, 6)), ValueError, "bias=shape",
         ("more than 4", "(batch, heads, q, k)")),
     Bad("bias of another dtype", lambda: dense(bias=tensor(6, 6).half()), TypeError, "bias=torch.float16", ("float32",)),
-    Bad("bool bias", lambda: dense(bias=tensor(6, 6).bool()), TypeError, "bias=torch.bool", ("float32",)),
+    Bad("bool bias", lambda: dense(bias=tensor(6, 6).bool()), TypeError, "bias=torch.bool", ("tessera.Mask", "masked_fill")),
     Bad("bias elsewhere", lambda: dense(bias=tensor(6, 6).to("meta")), ValueError, "bias.device=meta", ("cpu",)),
     Bad("sinks of another length", lambda: dense(sinks=tensor(3)), ValueError, "sinks=shape (3,)", ("give (4,)",)),
     Bad("sinks of another dtype", lambda: dense(sinks=tensor(4).double()), TypeError, "sinks=torch.float64", ("float32",)),
