@@ -27,7 +27,7 @@ from tessera.backends.hopper.pieces.cache_rows import (
     query_box,
 )
 from tessera.backends.hopper.pieces.channel import NAMED_BARRIER_K, NAMED_BARRIER_V, Ring, Stream, make_ring, make_stream
-from tessera.backends.hopper.pieces.gradients import fresh_zero
+from tessera.backends.hopper.pieces.gradients import fresh_zero, meet
 from tessera.backends.hopper.pieces.masking import has_lower_bound, mask_scores, row_bounds
 from tessera.backends.hopper.pieces.modifiers import no_modifiers
 from tessera.backends.hopper.pieces.packed_rows import (
@@ -63,6 +63,14 @@ from tessera.jit.compat import (
     warpgroup_mma_wait,
 )
 
+# Hardware's named barriers that channel.py leaves free: no consumer here takes turns.
+P_READY = gl.constexpr(7)
+"""P and the rows' factors lie in shared memory."""
+P_FREE = gl.constexpr(8)
+"""`right` has multiplied with P: it may be written again."""
+BOTH = gl.constexpr(256)
+"""Threads of `left` and `right`."""
+
 
 @aggregate
 class Shared:
@@ -79,10 +87,9 @@ class Shared:
     q_ring: Ring
     outer: Stream
     right: Stream
-    p_ring: Ring
 
     @gluon.constexpr_function
-    def __init__(self, q, k, boxes, passed, q_ring, outer, right, p_ring):
+    def __init__(self, q, k, boxes, passed, q_ring, outer, right):
         self.q = q
         self.k = k
         self.boxes = boxes
@@ -90,7 +97,6 @@ class Shared:
         self.q_ring = q_ring
         self.outer = outer
         self.right = right
-        self.p_ring = p_ring
 
 
 @aggregate
@@ -170,12 +176,13 @@ def _scores(me, n):
 @gluon.jit
 def _pass_on(shared, n, p, factor):
     """Give the right warpgroup P and what its sums are multiplied by first."""
-    shared.p_ring.acquire(n)
+    if n > 0:
+        meet("sync", P_FREE, BOTH)
     if p is not None:
         shared.passed[0].index(0).store(p)
     shared.passed[1].index(0).store(factor)
     fence_async_shared()
-    shared.p_ring.publish(n)
+    meet("arrive", P_READY, BOTH)
 
 
 @gluon.jit
@@ -263,14 +270,14 @@ def right(me, outcome):
     if tile.begin < tile.end:
         o = gl.zeros([M, half], gl.float32, accumulator_layout(half))
         for n in range(blocks):
-            shared.p_ring.wait(n)
+            meet("sync", P_READY, BOTH)
             o = rescale(o, shared.passed[1].index(0).load(row_layout(half)))
             shared.right.wait(n)
             o = warpgroup_mma(shared.passed[0].index(fresh_zero()), shared.k[1].index(shared.right.slot(n)), o, is_async=True)
             o = warpgroup_mma_wait(0, deps=(o,))
-            shared.p_ring.release(n)
+            meet("arrive", P_FREE, BOTH)
             shared.right.release(n)
-        shared.p_ring.wait(blocks)
+        meet("sync", P_READY, BOTH)
         out = o * shared.passed[1].index(0).load(row_layout(half))[:, None]
         store_out(config, me.call, tile, unit_of(config, tile, 0), outcome, out, config.parts.columns[1])
 
@@ -294,9 +301,8 @@ def _allocate(config: gl.constexpr, maps):
     q_ring = make_ring(1, 1)
     outer = make_stream(config.stages, 1, NAMED_BARRIER_K, producer_warps(config))
     right = make_stream(config.stages, 1, NAMED_BARRIER_V, producer_warps(config))
-    p_ring = make_ring(1, 1)
     fence_async_shared()
-    return Shared(q, k, (q_boxes, k_boxes), (p, factors), q_ring, outer, right, p_ring)
+    return Shared(q, k, (q_boxes, k_boxes), (p, factors), q_ring, outer, right)
 
 
 @gluon.jit
