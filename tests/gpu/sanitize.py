@@ -54,6 +54,7 @@ _PLACE = re.compile(r"(?:Write|Read) access at \w+\+0x[0-9a-f]+ in (\S+\.py):(\d
 _SECONDS = 300
 GQA = {"heads_q": 16, "heads_kv": 4, "head_dim": 128}
 LATENT = {"latent": True, "head_dim": 576, "head_dim_v": 512, "heads_kv": 1}
+ALONE = {"batch": 1, "heads_q": 1, "heads_kv": 1}
 PLANE = {"seqlen_q": 200, "seqlen_k": 200, "heads_kv": 2}
 
 FORWARD = (
@@ -61,7 +62,11 @@ FORWARD = (
                                "softcap", "sinks, window", "varlen, used", "varlen, empty sequences")),
     *(CASES[name] for name in ("d8", "d72", "d96", "d128", "d192", "d256", "d192 v128")),
     Case("more tiles than programs", head_dim=128, batch=4, seqlen_q=300, seqlen_k=300, heads_q=24, heads_kv=8, causal=True),
-    Case("three consumers", head_dim=128, batch=1, seqlen_q=200, seqlen_k=2000, heads_q=1, heads_kv=1),
+    Case("three consumers", head_dim=128, seqlen_q=200, seqlen_k=2000, **ALONE),
+    *(Case(f"three consumers, d{d}", head_dim=d, seqlen_q=4000, seqlen_k=4000, causal=d == 64, **ALONE) for d in (64, 96)),
+    Case("three consumers, window", window=(1024, 0), seqlen_q=4000, seqlen_k=4000, **ALONE),
+    *(Case(f"d{d}, window", head_dim=d, window=(100, 0), seqlen_q=300, seqlen_k=300, **ALONE) for d in (128, 192, 256)),
+    Case("d192, full", head_dim=192, seqlen_q=300, seqlen_k=300, **ALONE),
 )  # fmt: skip
 BACKWARD = (
     *(CASES[name] for name in ("gqa", "more queries, causal", "softcap", "sinks, window", "varlen, empty sequences")),
