@@ -42,8 +42,9 @@ EXPLAINED = {
         "board.entries.index(place).store(", "posted = board.entries.index(place).load(",
         "out = o * gl.convert_layout(factor, layout)",  # such a load too, but for the compiler's table of lines
     ),
-    "MLA's factors, between the arrives and the waits of an mbarrier pair": (
-        "shared.passed[1].index(0).store(", "out = o * shared.passed[1].index(0).load(", "return gl.inline_asm_elementwise(",
+    "MLA's factors, between the arrivals at a barrier and the wait for it": (
+        "shared.passed[1].index(0).store(", "o = rescale(o, shared.passed[1].index(0).load(",
+        "out = o * shared.passed[1].index(0).load(", "return gl.inline_asm_elementwise(",
     ),
 }  # fmt: skip
 """Why racecheck sees hazards where there are none: it models neither way to order accesses. By each reason, the beginnings of
