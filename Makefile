@@ -1,5 +1,6 @@
 # make demo   the main job on a fresh machine: a real model on real text, then exact attention at growing lengths
 # make test   the tests that need no GPU      make check   what CI runs: tests, lint, types, import rules, sizes
+# make test-gpu, make sanitize   the tests that need a Hopper GPU, and compute-sanitizer over its kernels
 # Needs python3 (3.11 or later), venv and make; everything else goes into .venv.
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 TEST_WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
-.PHONY: demo test check lint types rules gate gate-all fuzz matrix bench-cpu clean
+.PHONY: demo test test-gpu sanitize check lint types rules gate gate-all fuzz matrix bench-cpu clean
 
 # passive: on shared cores, threads that spin while they wait take the time of those they wait for
 demo: $(VENV)/.demo
@@ -19,6 +20,14 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	$(PYTEST) -n $(TEST_WORKERS) --dist worksteal tests/cpu tests/integrations
+
+# On a machine with a Hopper GPU; what they run is compiled first, on all cores. (tests/gpu/test_two_devices.py wants two.)
+test-gpu: $(VENV)/.dev
+	$(PYTEST) -n 8 tests/gpu
+
+# compute-sanitizer (of the CUDA toolkit) over small cases of every family of kernels
+sanitize: $(VENV)/.dev
+	$(BIN)/python tests/gpu/sanitize.py
 
 check: test lint types rules gate
 
