@@ -9,6 +9,8 @@ from concurrent.futures import ProcessPoolExecutor
 from tessera import dispatch, jit
 from tessera.device import Device
 from tessera.errors import Unsupported
+from tessera.jit import cache
+from tessera.jit.toolchain import binary_key
 from tessera.operands import Request, describe
 from tessera.serving import dispatch as serving
 from tessera.serving.operands import CacheRequest
@@ -31,8 +33,8 @@ def kernels(request: Request | CacheRequest, device: Device) -> Iterator[jit.Ker
 
 
 def compile_all(wanted: Iterable[jit.KernelSpec]) -> None:
-    """Leaves the kernels on disk, where there are enough of them to be worth it."""
-    specs = dict.fromkeys(wanted)
+    """Leaves those on disk that are not there, if they are enough to be worth it."""
+    specs = [spec for spec in dict.fromkeys(wanted) if cache.read(binary_key(spec)) is None]
     if len(specs) > FEW:
         with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
             print(f"compiled {sum(pool.map(_compile, specs))} of {len(specs)} kernels")
