@@ -108,7 +108,8 @@ class KernelSpec:
     `kernel` is "package.module:function". `arguments` are the run-time parameters in the kernel's own order,
     `constants` its constexpr parameters (None, bool, int, float, str, Dtype, enums, frozen dataclasses, tuples of these).
     `early`: a launch may begin while the kernel before it in the stream ends, because every warp of this one waits
-    (compat.wait_for_previous) before it touches memory (CUDA's programmatic dependent launch).
+    (compat.wait_for_previous) before it touches what that one writes, or anything at all where that one is early too and
+    may not have waited (CUDA's programmatic dependent launch).
     `num_warps` is the default partition's, as in Gluon; a warp-specialised kernel's total comes with the binary.
 
     Two specs are equal when `text` is: 1, 1.0 and True are different constants to a compiler, though not to Python.
