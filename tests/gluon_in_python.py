@@ -362,6 +362,8 @@ def _assembly(text: str, constraints: str, arguments: list[Any], dtype: Any, is_
         return Integer(0)
     if text == "mov.u32 $0, 0;":
         return Integer(0)
+    if text == "mov.u32 $0, $1;":
+        return arguments[0]
     if text.startswith("{ .reg .u32 key, place, page;"):  # cache_rows.pool_rows: one value a lane
         table, row, size, last, last_page, pitch = arguments
         box = int(re.search(r"mad.lo.u32 key, key, (\d+)", text)[1])

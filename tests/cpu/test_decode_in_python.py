@@ -85,6 +85,16 @@ def test_shares(cached: tuple[int, ...], multiprocessors: int) -> None:
     check(case.request("cpu", torch.bfloat16), replace(FEW, multiprocessors=multiprocessors))
 
 
+@pytest.mark.parametrize(("multiprocessors", "turns"), [(33, (1, 2)), (24, (2, 0)), (20, (2, 2)), (19, (0, 0))])
+def test_turns(multiprocessors: int, turns: tuple[int, int]) -> None:
+    """More items than programs: equally long ones are done in turns, unless the last turn would leave many programs idle."""
+    case = CacheCase("turns", cached=(200,) * 12, heads_q=16, heads_kv=8, schedule="stream_k")
+    plan = check(case.request("cpu", torch.bfloat16), replace(FEW, multiprocessors=multiprocessors))
+    assert (plan.rounds, plan.crew) == turns
+    ragged = replace(case, cached=(700, 1, 250, 3, 64, 64, 900, 128, 129, 0, 77, 500))
+    check(ragged.request("cpu", torch.bfloat16), replace(FEW, multiprocessors=multiprocessors))
+
+
 def test_many_parts_are_added_in_two_steps() -> None:
     case = CacheCase("parts", cached=(2500,), heads_q=2, heads_kv=1, num_splits=40)
     plan = check(case.request("cpu", torch.bfloat16))

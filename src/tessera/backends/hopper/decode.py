@@ -49,7 +49,7 @@ from tessera.backends.hopper.pieces.parts import (
     write_rows,
 )
 from tessera.backends.hopper.pieces.scales import CacheScales, Scales, scale_of_item, scales_of_keys
-from tessera.backends.hopper.pieces.shares import after, first_share, last_of, segment_of
+from tessera.backends.hopper.pieces.shares import after, first_share, first_turn, segment_of
 from tessera.backends.hopper.pieces.softmax import exp2, tanh
 from tessera.backends.hopper.pieces.tiles import allocate_tiles, has, head_bytes
 from tessera.jit.compat import aggregate, fence_async_shared, gl, gluon, let_next_begin, reinterpret, wait_for_previous
@@ -74,18 +74,23 @@ def part_columns(dims, part):
 
 @aggregate
 class Split:
-    """How work is shared. split: parts of a sequence, and the fewest tiles of one. stream_k: programs an item can have of its
-    own, 0 where there are too many items or none knows how many."""
+    """How work is shared. split: parts of a sequence, and the fewest tiles of one. stream_k, where all items are equally long:
+    `rounds` of items that programs have alone, and programs that share each of the others. `depth`: stages of the ring that are
+    used where programs go through memory side by side."""
 
     splits: gl.tensor
     least: gl.tensor
     crew: gl.tensor
+    rounds: gl.tensor
+    depth: gl.tensor
 
     @gluon.constexpr_function
-    def __init__(self, splits, least, crew):
+    def __init__(self, splits, least, crew, rounds, depth):
         self.splits = splits
         self.least = least
         self.crew = crew
+        self.rounds = rounds
+        self.depth = depth
 
 
 @aggregate
@@ -145,6 +150,13 @@ class Shared:
         self.v_stream = v_stream
 
 
+@gluon.jit
+def _next_use(config: gl.constexpr, n, depth):
+    """The use of the ring after the n-th, where only the first `depth` slots of each lap are used."""
+    n += 1
+    return n + gl.where(n % config.stages == depth, config.stages - depth, 0)
+
+
 # ----------------------------------------------------------------------------------------------------------- producer
 
 
@@ -171,15 +183,16 @@ def _load_tile(config: gl.constexpr, k_maps, v_maps, shared, call, segment, entr
 
 @gluon.jit
 def producer(config: gl.constexpr, k_maps, v_maps, shared, call):
+    turn = first_turn(config, call)
     wait_for_previous()
     n = 0
-    share = first_share(config, call, 1)
+    share = first_share(config, call, turn, 1)
     while share.position < share.stop:
         segment = segment_of(config, call, share)
         entry = cache_entry(config, call.places, segment.seq.index)
         for tile in range(segment.begin, segment.end):
             _load_tile(config, k_maps, v_maps, shared, call, segment, entry, (n, tile))
-            n += 1
+            n = _next_use(config, n, share.depth)
         share = after(config, call, share, segment)
     let_next_begin()
 
@@ -373,11 +386,12 @@ def _tile(config: gl.constexpr, tiles, item, q, bounds, spot, state, MASKED: gl.
 
 @gluon.jit
 def _tiles(config: gl.constexpr, tiles, item, q, bounds, span, state, MASKED: gl.constexpr):
-    """Tiles `span[1]` .. `span[2]`, the first of them the n-th use of the ring, n = `span[0]`."""
-    n, begin, end = span
+    """Tiles `span[1]` .. `span[2]`, the first of them the n-th use of the ring, n = `span[0]`; `span[3]` stages are used."""
+    n, begin, end, depth = span
     for tile in range(begin, end):
-        state = _tile(config, tiles, item, q, bounds, (n + tile - begin, tile * config.keys), state, MASKED)
-    return state, n + end - begin
+        state = _tile(config, tiles, item, q, bounds, (n, tile * config.keys), state, MASKED)
+        n = _next_use(config, n, depth)
+    return state, n
 
 
 @gluon.jit
@@ -412,7 +426,7 @@ def _finish(config: gl.constexpr, results, call, segment, state):
     o, m, l = state
     sums = _scaled_values(config, call, segment, merge_warps(config, o, m, gl.sum(l, axis=2)))
     layout: gl.constexpr = sums[1].type.layout
-    rows = gl.arange(0, M, layout)
+    rows = gl.arange(0, config.rows, layout)
     if segment.parts == 1:
         write_rows(config, results, call.sizes, segment, segment.block * M + rows, sums)
     else:
@@ -420,30 +434,30 @@ def _finish(config: gl.constexpr, results, call, segment, state):
 
 
 @gluon.jit
-def _settle_parts(config: gl.constexpr, results, call, start, end):
+def _settle_parts(config: gl.constexpr, results, call, first, last):
     """A share's first and last item can have parts of other programs. Only now, at its end, is there time to wait for them."""
     if has(config, "stream_k"):
-        first = segment_of(config, call, start)
         for turn in range(2):
             segment = first
             if turn == 1:
-                segment = segment_of(config, call, last_of(end))
+                segment = last
             if (segment.parts > 1) & ((turn == 0) | (segment.item != first.item)):
                 settle(config, results, call.sizes, segment)
     else:
-        segment = segment_of(config, call, start)
-        if segment.parts > 1:
-            settle(config, results, call.sizes, segment)
+        if first.parts > 1:
+            settle(config, results, call.sizes, first)
 
 
 @gluon.jit
 def consumer(config: gl.constexpr, shared, call, queries, results):
+    turn = first_turn(config, call)
     wait_for_previous()
     n = 0
     tiles = (_as_tiles(config, shared.k), _as_tiles(config, shared.v), shared.k_stream, shared.v_stream)
-    start = first_share(config, call, config.warps)
-    share = start
+    share = first_share(config, call, turn, config.warps)
+    works = share.position < share.stop
     segment = segment_of(config, call, share)
+    first = segment
     q = _load_queries(config, queries, call, segment)
     while share.position < share.stop:
         bounds = _bounds(config, call, segment)
@@ -451,17 +465,19 @@ def consumer(config: gl.constexpr, shared, call, queries, results):
         begin, end = _full_tiles(config, call, segment)
         state = _nothing(config)
         if has_lower_bound(config):
-            state, n = _tiles(config, tiles, item, q, bounds, (n, segment.begin, begin), state, True)
-        state, n = _tiles(config, tiles, item, q, bounds, (n, begin, end), state, False)
-        state, n = _tiles(config, tiles, item, q, bounds, (n, end, segment.end), state, True)
+            state, n = _tiles(config, tiles, item, q, bounds, (n, segment.begin, begin, share.depth), state, True)
+        state, n = _tiles(config, tiles, item, q, bounds, (n, begin, end, share.depth), state, False)
+        state, n = _tiles(config, tiles, item, q, bounds, (n, end, segment.end, share.depth), state, True)
         done = segment
         share = after(config, call, share, segment)
-        if has(config, "stream_k"):  # the next item's Q comes while this one's results are written
-            segment = segment_of(config, call, share)
-            q = _load_queries(config, queries, call, segment)
+        if has(config, "stream_k"):
+            more = share.position < share.stop
+            if more:  # the next item's Q comes while this one's results are written
+                segment = segment_of(config, call, share)
+                q = _load_queries(config, queries, call, segment)
         _finish(config, results, call, done, state)
-    if start.position < start.stop:
-        _settle_parts(config, results, call, start, share)
+    if works:  # the segment is still the last one
+        _settle_parts(config, results, call, first, segment)
 
 
 # ------------------------------------------------------------------------------------------------------------- kernel
@@ -514,7 +530,7 @@ def decode(
     k_map, k_tail, v_map, v_tail, q_ptr, out_ptr, lse_ptr, partial_out, partial_lse, sinks, tickets,
     seqlens, cu_q, leftpad, batch_index, page_table,
     batch, heads_kv, group, seqlen_q, added, capacity, row_blocks, slot_rows, left, right, table_stride, page_shift,
-    tickets_per_item, entries, splits, least, crew,
+    tickets_per_item, entries, splits, least, crew, rounds, depth,
     q_batch, q_row, q_head, head_dim, head_dim_v, scale, inner, k_scales, v_scales,
     k_scale_sequence, k_scale_entry, k_scale_block, k_scale_rows, v_scale_sequence, v_scale_entry, v_scale_block, v_scale_rows,
     CONFIG: gl.constexpr,
@@ -530,7 +546,7 @@ def decode(
             batch, heads_kv, group, seqlen_q, added, capacity, row_blocks, slot_rows, left, right, table_stride, page_shift,
             tickets_per_item, entries,
         ),
-        Split(splits, least, crew),
+        Split(splits, least, crew, rounds, depth),
         CacheScales(
             Scales(k_scales, k_scale_sequence, k_scale_entry, k_scale_block, k_scale_rows),
             Scales(v_scales, v_scale_sequence, v_scale_entry, v_scale_block, v_scale_rows),

@@ -43,9 +43,11 @@ class Storage(Enum):
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """One variant of the decode kernel. `dims`, `dims_v`: the head dims in 16-bit words, as parts of COLUMNS and a narrower last
-    one; `box`: rows of one TMA copy, fewer than `keys` where a page is smaller than a tile; `registers`: a thread's at launch."""
+    """One variant of the decode kernel. `rows`: 8 where an item never has more, else 16; `dims`, `dims_v`: the head dims in
+    16-bit words, as parts of COLUMNS and a narrower last one; `box`: rows of one TMA copy, fewer than `keys` where a page is
+    smaller than a tile; `registers`: a thread's at launch."""
 
+    rows: int
     keys: int
     warps: int
     stages: int
@@ -63,6 +65,6 @@ class DecodeConfig:
     def __str__(self) -> str:
         dim = "+".join(map(str, self.dims))
         dim += "" if self.dims == self.dims_v else "/" + "+".join(map(str, self.dims_v))
-        text = f"{ROWS}x{self.keys} d{dim}, {self.stages} stages, {self.storage.value}"
+        text = f"{self.rows}x{self.keys} d{dim}, {self.stages} stages, {self.storage.value}"
         text += f", boxes of {self.box} rows" if self.box < self.keys else ""
         return text + "".join(f", {feature.value}" for feature in self.features)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -13,33 +12,36 @@ from tessera.errors import Reason
 from tessera.problem import MAX_HEAD_DIM, Layout, Reproducibility
 from tessera.serving.problem import CacheProblem, Granularity, Schedule, Values
 
-FEW_KEYS = 1024
-"""Keys an SM up to which tiles of 64 are better than tiles of 128."""
 SHORT = 1024
-"""Keys of a sequence up to which two blocks an SM are better than one."""
+"""Keys of a sequence up to which its parts are cut by its own length alone: no sequence can be so much longer than others."""
+ON_THEIR_WAY = 64 * 1024
+"""Bytes that an SM should have asked for where programs go through memory side by side: with more they lose step."""
 SHARED_OF_SM = 228 * 1024
 """Bytes of shared memory of one SM; each block takes 1 KB beside its own."""
 RESERVED = 1024 + 256
 REGISTERS = 64 * 1024
 MOST_STAGES = 6
 """Named barriers bound the ring: two a stage, and Triton takes three of the sixteen."""
-INVARIANT_TILES = 8
-"""Tiles of one part under batch_invariant, whatever the batch and the length."""
+INVARIANT_KEYS = 1024
+"""Keys of one part under batch_invariant, whatever the batch and the length."""
 MOST_SPLITS = 128
 
 
 @dataclass(frozen=True)
 class DecodePlan:
     """One launch of the decode kernel: `programs` is its grid, `splits` and `least` are the split schedule's (parts of a
-    sequence, fewest tiles of a part), `crew` stream-K's (programs that an item can have of its own, 0 for none), `row_blocks`
-    blocks of query rows a key/value head (packed: at most), `slots` what the workspace has room for, each `slot_rows` rows;
-    `items` how many items there can be."""
+    sequence, fewest tiles of a part), `rounds` and `crew` stream-K's where all items are equally long (items that every
+    program has alone, programs that share each of the others), `depth` the stages of the ring that are used then or by split
+    ones, `row_blocks` blocks of query rows a key/value head (packed: at most), `slots` what the workspace has room for, each
+    `slot_rows` rows; `items` how many items there can be."""
 
     config: DecodeConfig
     programs: tuple[int, int, int]
     splits: int
     least: int
     crew: int
+    rounds: int
+    depth: int
     row_blocks: int
     slot_rows: int
     slots: int
@@ -95,31 +97,39 @@ def decode_plan(problem: CacheProblem, device: Device) -> DecodePlan:
     lines = rows // ROWS + shape.batch + 1 if packed else shape.batch * row_blocks
     items = lines * shape.heads_kv
     schedule = _schedule(problem)
-    keys_of_sm = items * shape.seqlen_k / device.multiprocessors
-    if problem.reproducibility is Reproducibility.BATCH_INVARIANT:
-        keys_of_sm = math.inf  # a tile that another batch would not get is other parts, and other bits
-    tile = _tile(sum(dims) + sum(dims_v), schedule, shape.seqlen_k, keys_of_sm)
-    tiles = max(1, -(-shape.seqlen_k // tile.keys))
+    # batch_invariant: a tile that another batch would not get is other bits
+    crowded = items > device.multiprocessors and problem.reproducibility is not Reproducibility.BATCH_INVARIANT
+    tile = _tile(problem, sum(dims) + sum(dims_v), crowded)
     resident = tile.blocks * device.multiprocessors
-    splits, least = _splits(problem, tiles, items, resident)
+    splits, least = _splits(problem, tile, items, resident)
     if schedule is Schedule.STREAM_K:
-        programs = (min(resident, items * tiles), 1, 1)
+        programs = (min(resident, items * tile.needed(shape.seqlen_k)), 1, 1)
         slots = 2 * programs[0]
-        crew = 0 if packed else programs[0] // items
-        crew *= 4 * crew * items >= 3 * programs[0]  # idle programs: memory is still busy
+        rounds, crew = (0, 0) if packed else _turns(items, programs[0])
     else:
         programs = (splits, shape.heads_kv * row_blocks, shape.batch)
-        slots, crew = items * splits if splits > 1 else 0, 0
+        slots, rounds, crew = items * splits if splits > 1 else 0, 0, 0
     parts = programs[0]  # at most, of one item
     pages = problem.cache.pages
+    slot_rows = min(ROWS, max(1, rows))
     config = DecodeConfig(
+        rows=ROWS if slot_rows > ROWS // 2 else ROWS // 2,
         keys=tile.keys, warps=tile.warps, stages=tile.stages, dims=dims, dims_v=dims_v,
         box=tile.keys if pages is None else min(tile.keys, pages.size), registers=tile.registers,
         storage=Storage.E4M3 if problem.cache.is_quantised else Storage.HALF,
         features=_features(problem, schedule),
     )  # fmt: skip
     tickets = 1 + -(-parts // PARTS_TOGETHER)
-    return DecodePlan(config, programs, splits, least, crew, row_blocks, min(ROWS, max(1, rows)), slots, items, tickets)
+    depth = _depth(problem, sum(dims) + sum(dims_v), tile)
+    return DecodePlan(config, programs, splits, least, crew, rounds, depth, row_blocks, slot_rows, slots, items, tickets)
+
+
+def _turns(items: int, programs: int) -> tuple[int, int]:
+    """Where all items are equally long: (turns in which every program has an item of its own, programs that share each of the
+    rest). (0, 0) where more than a quarter of the programs would be idle in the last turn: up to there memory is busy."""
+    rounds, rest = divmod(items, programs)
+    crew = programs // rest if rest else 0
+    return (rounds, crew) if 4 * crew * rest >= 3 * programs or not rest else (0, 0)
 
 
 def _parts(words: int) -> tuple[int, ...]:
@@ -147,35 +157,53 @@ class Tile:
         threads = 32 * (warps + 4)  # the producer's warp brings three idle ones
         return Tile(keys, warps, min(stages, MOST_STAGES), blocks, min(255, REGISTERS // (blocks * threads) // 8 * 8))
 
+    def needed(self, keys: int) -> int:
+        """Tiles that hold so many keys."""
+        return max(1, -(-keys // self.keys))
 
-def _tile(words: int, schedule: Schedule, seqlen_k: int, keys_of_sm: float) -> Tile:
-    """The tile for rows of so many words, in a cache of so many keys a sequence, and an SM at most.
 
-    H200, 2026-11-21, bf16 d128, microseconds with 64 keys and 4 warps (two blocks an SM; one) and with 128 keys and 8 warps:
-    split 1 x 8k 14.4, 12.2, 12.6; 4 x 8k 35.0, 34.8, 34.6; 16 x 8k 123.0, 120.4, 120.4; 1 x 128k of 2 heads 39.5, 38.2, 37.5;
-    256 x 512 of 2 heads 35.5, 39.8, 39.1; stream-K, ragged 64 x 100..32k 350, 371, 358: where items are short, a second block
-    works while the first goes from one to the next.
+def _tile(problem: CacheProblem, words: int, crowded: bool) -> Tile:
+    """The tile for keys and values of so many words. `crowded`: there are more items than SMs.
+
+    H200, 2026-11-21, bf16 d128, microseconds. Where programs go through memory side by side (equal lengths) one block of 64 keys
+    and 4 warps is best: 16 x 32k with 2, 3, 6 stages 474.6, 483.2, 485.8 (128 keys and 8 warps 487.3). Where items follow one
+    another a second block works while the first goes from one to the next: ragged 64 x 100..32k one block 371.6, two 359.5;
+    256 x 512 of 2 heads 38.9, 35.3. FP8 is computed on for longer: 16 x 32k with 64 keys 331, with 128 and 8 warps 248.
     """
-    pair, lone, large = Tile.of(words, 64, 4, 2), Tile.of(words, 64, 4, 1), Tile.of(words, 128, 8, 1)
-    shared = schedule is Schedule.STREAM_K and pair.stages >= 3
-    if large.stages >= 3 and keys_of_sm > FEW_KEYS and (seqlen_k > SHORT or not shared):
-        return large
-    return pair if shared else lone
+    short = problem.shape.seqlen_k <= SHORT
+    tiny_pages = problem.cache.pages is not None and problem.cache.pages.size < 16  # many boxes a tile: fewer, larger tiles
+    pair = Tile.of(words, 64, 4, 2)
+    if crowded and pair.stages >= 3 and (short or not problem.cache.is_quantised):
+        return pair
+    return Tile.of(words, 128, 8, 1) if problem.cache.is_quantised or tiny_pages else Tile.of(words, 64, 4, 1)
+
+
+def _depth(problem: CacheProblem, words: int, tile: Tile) -> int:
+    """Stages of the ring that are used where programs go through memory side by side."""
+    if problem.shape.seqlen_k <= SHORT:
+        return tile.stages  # too few tiles to lose step
+    pages = problem.cache.pages
+    few = max(round(ON_THEIR_WAY / tile.blocks / (2 * tile.keys * words)), 2 // tile.blocks)
+    if (pages is not None and pages.size <= tile.keys) or problem.cache.is_quantised:
+        few += 1  # small copies, and long computations, need one more on their way
+    return min(few, tile.stages)
 
 
 def _schedule(problem: CacheProblem) -> Schedule:
-    """Stream-K where lengths may differ; one sequence, or parts that are asked for, are split."""
+    """Stream-K where lengths may differ by much; one sequence, short ones, or parts that are asked for, are split."""
     if problem.reproducibility is Reproducibility.BATCH_INVARIANT or problem.splits is not None:
         return Schedule.SPLIT
     if problem.schedule is not None:
         return problem.schedule
-    return Schedule.SPLIT if problem.shape.batch == 1 and problem.layout is Layout.DENSE else Schedule.STREAM_K
+    alone = problem.shape.batch == 1 and problem.layout is Layout.DENSE
+    return Schedule.SPLIT if alone or problem.shape.seqlen_k <= SHORT else Schedule.STREAM_K
 
 
-def _splits(problem: CacheProblem, tiles: int, items: int, programs: int) -> tuple[int, int]:
+def _splits(problem: CacheProblem, tile: Tile, items: int, programs: int) -> tuple[int, int]:
     """(parts of a sequence, fewest tiles of a part)."""
+    tiles = tile.needed(problem.shape.seqlen_k)
     if problem.reproducibility is Reproducibility.BATCH_INVARIANT:
-        return -(-tiles // INVARIANT_TILES), INVARIANT_TILES
+        return -(-tiles * tile.keys // INVARIANT_KEYS), INVARIANT_KEYS // tile.keys
     if problem.splits is not None:
         return problem.splits, 1
     return max(1, min(tiles, programs // max(1, items), MOST_SPLITS)), 1

@@ -20,7 +20,7 @@ LONG = 1 << 17
 
 
 def variants() -> tuple[jit.Variant, ...]:
-    """The variants, each once, by names such as "decode bf16 d64+64 128 keys boxes of 16 stream_k paged"."""
+    """The variants, each once, by names such as "decode bf16 8x64 d64+64 3 stages boxes of 16 16-bit stream_k paged"."""
     found: dict[str, jit.Variant] = {}
     for problem in _problems():
         if not why_not(problem):
@@ -33,7 +33,7 @@ def _of(problem: CacheProblem) -> Iterator[jit.Variant]:
     element, config = ELEMENTS[problem.dtype], decode_plan(problem, Device.named("h200")).config
     dims = "/".join("+".join(map(str, parts)) for parts in dict.fromkeys((config.dims, config.dims_v)))
     features = " ".join((f"boxes of {config.box}", config.storage.value, *(feature.value for feature in config.features)))
-    name = f"decode {element} d{dims} {config.keys} keys {features}"
+    name = f"decode {element} {config.rows}x{config.keys} d{dims} {config.stages} stages {features}"
     yield jit.Variant(name, kernel_spec(config, problem.dtype), wgmma=False)
     if problem.append is not None:
         yield jit.Variant(f"append {element} {append_config(problem)}", append_spec(problem), wgmma=False, setmaxnreg=False)
@@ -43,6 +43,8 @@ def _problems() -> Iterator[CacheProblem]:
     for dim in (64, 128, 192, 256):
         yield describe(_request(1, dim))
         yield describe(_request(16, dim))
+    for rows in (LONG, 512):  # more items than SMs
+        yield describe(_request(64, 128, rows=rows))
     wide = _request(16, 128)
     yield describe(wide._replace(left=500))
     for page in (8, 16, 64):
@@ -54,14 +56,16 @@ def _problems() -> Iterator[CacheProblem]:
         yield describe(request)
         # The schedules differ in how work is found, not in the loop: every fourth case shows the other one too.
         if number % 4 == 0 and request.num_splits is None and request.schedule is None:
-            yield describe(request._replace(schedule="split"))
+            yield describe(request._replace(schedule="stream_k"))
     yield describe(CACHE_CASES["one query"].request("cpu", torch.float16))
 
 
-def _request(batch: int, dim: int, page: int = 0, dtype: torch.dtype = torch.bfloat16) -> CacheRequest:
-    """A step of a server with long sequences: its tensors are on meta."""
-    rows = (batch, LONG) if not page else (batch * LONG // page, page)
-    cache = torch.empty(*rows, 8, dim, dtype=dtype, device="meta")
+def _request(
+    batch: int, dim: int, page: int = 0, dtype: torch.dtype = torch.bfloat16, rows: int = LONG
+) -> CacheRequest:
+    """A step of a server, by default with long sequences: its tensors are on meta."""
+    places = (batch, rows) if not page else (batch * rows // page, page)
+    cache = torch.empty(*places, 8, dim, dtype=dtype, device="meta")
     q = torch.empty(batch, 1, 32, dim, dtype=torch.bfloat16, device="meta")
-    table = torch.empty(batch, LONG // page, dtype=torch.int32, device="meta") if page else None
+    table = torch.empty(batch, rows // page, dtype=torch.int32, device="meta") if page else None
     return CacheRequest(q, cache, cache, torch.empty(batch, dtype=torch.int32, device="meta"), page_table=table)

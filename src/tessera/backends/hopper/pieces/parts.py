@@ -77,21 +77,33 @@ def merged_layout(warps, columns):
 
 
 @gluon.jit
+def _live_rows(config: gl.constexpr, x):
+    """(warps, 16, ..) without the rows that no item of this kernel has: an accumulator's thread has one of each half."""
+    half: gl.constexpr = M // 2
+    if config.rows == M:
+        return x
+    elif len(x.shape) == 2:
+        return gl.split(gl.permute(gl.reshape(x, [config.warps, 2, half]), (0, 2, 1)))[0]
+    else:
+        return gl.split(gl.permute(gl.reshape(x, [config.warps, 2, half, x.shape[2]]), (0, 2, 3, 1)))[0]
+
+
+@gluon.jit
 def merge_warps(config: gl.constexpr, o, m, l):
-    """What the warps found, as one: (o (16, columns) a part and plane, float32 and not normalised; m, l (16,) in base 2)."""
+    """What the warps found, as one: (o (rows, columns) a part and plane, float32 and not normalised; m, l (rows,) in base 2)."""
     layout: gl.constexpr = merged_layout(config.warps, columns_of_sum(config, 0))
-    tops = gl.convert_layout(m, gl.SliceLayout(2, layout))
+    tops = gl.convert_layout(_live_rows(config, m), gl.SliceLayout(2, layout))
     top = gl.max(tops, axis=0)
     weight = exp2(tops - gl.expand_dims(gl.where(top == float("-inf"), 0.0, top), 0))
     outs = ()
     for i in gl.static_range(len(o)):
-        outs = outs + (_weighted_sum(config, o[i], weight),)
-    return outs, top, gl.sum(gl.convert_layout(l, gl.SliceLayout(2, layout)) * weight, axis=0)
+        outs = outs + (_weighted_sum(config, _live_rows(config, o[i]), weight),)
+    return outs, top, gl.sum(gl.convert_layout(_live_rows(config, l), gl.SliceLayout(2, layout)) * weight, axis=0)
 
 
 @gluon.jit
 def _weighted_sum(config: gl.constexpr, o, weight):
-    """(warps, 16, columns) summed over the warps."""
+    """(warps, rows, columns) summed over the warps."""
     layout: gl.constexpr = merged_layout(config.warps, o.shape[2])
     weight = gl.convert_layout(weight, gl.SliceLayout(2, layout))
     return gl.sum(gl.convert_layout(o, layout) * gl.expand_dims(weight, 2), axis=0)
@@ -241,28 +253,37 @@ def _add_chunk(config: gl.constexpr, results, slot_rows, slots, rows, span, sums
     there = (part < span.end) & (row < slot_rows)
     line = slot_of(config, slots, part) * slot_rows + row
     lse = gl.load(results.partial_lse + line, mask=there, other=float("-inf"), cache_modifier=".cg")
+    outs = ()  # asked for before the weights are known: one way to memory instead of two
+    for i in gl.static_range(len(o)):
+        outs = outs + (_load_parts(config, results, line, there, i),)
     top = gl.maximum(m, gl.max(lse, axis=1))
     shift = gl.where(top == float("-inf"), 0.0, top)
     weight = exp2(lse - shift[:, None])
     alpha = exp2(m - shift)
     added = ()
     for i in gl.static_range(len(o)):
-        found = _weighted_parts(config, results, line, there, weight, i)
+        found = _weighted_parts(config, outs[i], weight, i)
         scale = gl.convert_layout(alpha, gl.SliceLayout(1, found.type.layout))
         added = added + (o[i] * scale[:, None] + found,)
     return added, top, l * alpha + gl.sum(weight, axis=1)
 
 
 @gluon.jit
-def _weighted_parts(config: gl.constexpr, results, line, there, weight, i: gl.constexpr):
-    """The i-th accumulator of the partial results `line` (rows, parts), times their weights and summed: (rows, columns)."""
-    columns: gl.constexpr = columns_of_sum(config, i)
-    layout: gl.constexpr = _sum_layout(config, columns)
+def _load_parts(config: gl.constexpr, results, line, there, i: gl.constexpr):
+    """The i-th accumulator of the partial results `line` (rows, parts): (rows, parts, columns)."""
+    layout: gl.constexpr = _sum_layout(config, columns_of_sum(config, i))
     flat: gl.constexpr = gl.SliceLayout(2, layout)
+    columns: gl.constexpr = columns_of_sum(config, i)
     column = place_in_slot(config, i) + gl.arange(0, columns, gl.SliceLayout(0, gl.SliceLayout(0, layout)))[None, :]
     at = gl.expand_dims(gl.convert_layout(line, flat).to(gl.int64) * slot_columns(config), 2) + gl.expand_dims(column, 0)
     keep = gl.expand_dims(gl.convert_layout(there, flat), 2) & (gl.expand_dims(column, 0) >= 0)
-    out = gl.load(results.partial_out + at, mask=keep, other=0.0, cache_modifier=".cg")
+    return gl.load(results.partial_out + at, mask=keep, other=0.0, cache_modifier=".cg")
+
+
+@gluon.jit
+def _weighted_parts(config: gl.constexpr, out, weight, i: gl.constexpr):
+    """Partial results (rows, parts, columns) times their weights and summed: (rows, columns)."""
+    flat: gl.constexpr = gl.SliceLayout(2, _sum_layout(config, columns_of_sum(config, i)))
     return gl.sum(out * gl.expand_dims(gl.convert_layout(weight, flat), 2), axis=1)
 
 

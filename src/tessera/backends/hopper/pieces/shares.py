@@ -3,10 +3,13 @@
 split      (Flash-Decoding) one program a (part, item, sequence), an item being a key/value head and a block of query rows.
            A sequence's tiles are cut into `splits` equal parts, or fewer, of at least `least` tiles: by its own length alone.
 stream_k   (Lean Attention, arXiv 2405.10480) every program gets the same number of tiles, whatever the lengths: the tiles of all
-           sequences and items stand in one line, and each program takes its stretch of it, over the ends of items; but where
-           all items turn out to be equally long, and few, each is shared by a crew of its own.
+           sequences and items stand in one line, and each program takes its stretch of it, over the ends of items. But where
+           all items turn out to be equally long they are done in turns: in all but the last each program has an item alone, in
+           the last one each of the items that are left is shared by a crew of programs.
 
-A part of an item that is not all of it leaves a partial result in a slot; the last one to finish adds them up (pieces/parts.py).
+In turns, and split, neighbours read neighbouring heads of the same rows at the same time, as far as they keep step: `depth`
+bounds how far one can run ahead. A part of an item that is not all of it leaves a partial result in a slot; the last one to
+finish adds them up (pieces/parts.py).
 """
 
 from tessera.backends.hopper.decode_config import ROWS
@@ -20,25 +23,72 @@ M = gl.constexpr(ROWS)
 
 
 @aggregate
+class Line:
+    """stream_k: `length` tiles in one line, shared by `programs` programs from number `begin` on: all tiles by all programs, or
+    one item's by its crew."""
+
+    length: gl.tensor
+    begin: gl.tensor
+    programs: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, length, begin, programs):
+        self.length = length
+        self.begin = begin
+        self.programs = programs
+
+
+@aggregate
 class Share:
-    """A program's tiles: numbers `position` .. `stop` of its line. stream_k: `index` is the sequence that tile `position` is of,
-    `before` the number of its first tile. `crew` programs share `period` tiles at a time: all tiles, or those of one item."""
+    """A program's tiles: numbers `position` .. `stop` of its line. stream_k: tile `position` is of row block `block` and head
+    `head` of sequence `index`, an item whose first tile is number `first` of `line`; `turn` is -1 along the line of all tiles.
+    `depth`: stages of the ring to use."""
 
     position: gl.tensor
     stop: gl.tensor
     index: gl.tensor
-    before: gl.tensor
-    period: gl.tensor
-    crew: gl.tensor
+    block: gl.tensor
+    head: gl.tensor
+    first: gl.tensor
+    line: Line
+    turn: gl.tensor
+    depth: gl.tensor
 
     @gluon.constexpr_function
-    def __init__(self, position, stop, index, before, period, crew):
+    def __init__(self, position, stop, index, block, head, first, line, turn, depth):
         self.position = position
         self.stop = stop
         self.index = index
-        self.before = before
-        self.period = period
+        self.block = block
+        self.head = head
+        self.first = first
+        self.line = line
+        self.turn = turn
+        self.depth = depth
+
+
+@aggregate
+class Turn:
+    """stream_k, turn `number`: the item at row block `block` and head `head` of sequence `index` is shared by `crew` programs
+    from number `begin` on; `works` is 0 where there is none. split: the item alone."""
+
+    number: gl.tensor
+    index: gl.tensor
+    block: gl.tensor
+    head: gl.tensor
+    begin: gl.tensor
+    crew: gl.tensor
+    works: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, number, index, block, head, begin, crew, works):
+        self.number = number
+        self.index = index
+        self.block = block
+        self.head = head
+        self.begin = begin
         self.crew = crew
+        self.works = works
 
 
 @aggregate
@@ -113,7 +163,7 @@ def _measure(config: gl.constexpr, call, lane):
 
 @gluon.jit
 def _find(config: gl.constexpr, call, lane, position):
-    """The sequence that a tile is of, and its first tile."""
+    """The sequence that a tile of the line of all tiles is of, and its first tile."""
     index = position * 0
     before = position * 0
     seen = position * 0
@@ -127,33 +177,85 @@ def _find(config: gl.constexpr, call, lane, position):
 
 
 @gluon.jit
-def _stretch(config: gl.constexpr, call, warps: gl.constexpr):
-    """This program's stretch of the line of all tiles, and the sequence in which it begins. Where all items are equally long,
-    each has a crew of `split.crew` programs of its own, if there are so many: nobody then works on two items."""
+def _find_item(config: gl.constexpr, call, lane, position):
+    """Sequence, row block and head that a tile of the line of all tiles is of, and the item's first tile."""
+    index, before = _find(config, call, lane, position)
+    _, tiles = _items_and_tiles(config, call, index)
+    number = (position - before) // tiles
+    block = number // call.sizes.heads_kv
+    return index, block, number - block * call.sizes.heads_kv, before + number * tiles
+
+
+@gluon.jit
+def _stretch(config: gl.constexpr, call, turn, warps: gl.constexpr):
+    """This program's stretch of the line of all tiles; or, where all items turn out to be equally long, its first turn."""
     layout: gl.constexpr = gl.BlockedLayout([SCANNED // 32], [32], [warps], [0])  # every warp has all of them: no barriers
     lane = gl.arange(0, SCANNED, layout)
-    program = gl.program_id(0)
-    own_crew = gl.maximum(call.split.crew, 1)
-    team = program // own_crew
-    member = program - team * own_crew
-    sequence = team // gl.maximum(call.sizes.heads_kv * call.sizes.row_blocks, 1)
     total, longest, shortest = _measure(config, call, lane)
-    even = (longest == shortest) & (call.split.crew > 0)
-    period = gl.where(even, longest, gl.maximum(total, 1))
-    crew = gl.where(even, own_crew, gl.num_programs(0))
-    place = gl.where(even, member, program)
-    quota = period // crew
-    longer = period - quota * crew
-    position = place * quota + gl.minimum(place, longer)
-    stop = position + quota + gl.where(place < longer, 1, 0)
-    index = sequence
-    before = sequence * call.sizes.heads_kv * call.sizes.row_blocks * period
-    if even:
-        position += team * period
-        stop += team * period
+    if (longest == shortest) & (call.split.rounds + call.split.crew > 0):
+        share = _share_of(call, turn, longest)
     else:
-        index, before = _find(config, call, lane, position)
-    return Share(position, gl.minimum(stop, total), index, before, period, crew)
+        zero = total * 0
+        position, stop = _part_of(total, gl.num_programs(0), gl.program_id(0))
+        index, block, head, first = _find_item(config, call, lane, position)
+        line = Line(total, zero, gl.num_programs(0))
+        share = Share(position, stop, index, block, head, first, line, zero - 1, zero + config.stages)
+    return share
+
+
+@gluon.jit
+def _part_of(tiles, programs, place):
+    """Tiles begin .. end of one of so many programs: the first ones have one tile more than the others."""
+    quota = tiles // programs
+    longer = tiles - quota * programs
+    begin = place * quota + gl.minimum(place, longer)
+    return begin, begin + quota + gl.where(place < longer, 1, 0)
+
+
+@gluon.jit
+def _turn(call, number):
+    """What is done in a turn, where all items are equally long: in the first `split.rounds` turns each program has an item alone,
+    in the next one a crew has one together, and then there is nothing left."""
+    programs = gl.num_programs(0)
+    crew = gl.maximum(call.split.crew, 1)
+    team = gl.program_id(0) // crew
+    alone = number < call.split.rounds
+    item = gl.where(alone, number * programs + gl.program_id(0), call.split.rounds * programs + team)
+    begin = gl.where(alone, gl.program_id(0), team * crew)
+    items = call.sizes.heads_kv * call.sizes.row_blocks
+    index = item // items
+    block = (item - index * items) // call.sizes.heads_kv
+    head = item - index * items - block * call.sizes.heads_kv
+    works = alone | ((number == call.split.rounds) & (call.split.crew > 0) & (index < call.sizes.batch))
+    return Turn(number, index, block, head, begin, gl.where(alone, 1, crew), gl.where(works, 1, 0))
+
+
+@gluon.jit
+def _share_of(call, turn, tiles):
+    """What a program does in its turn, where all items have so many tiles."""
+    position, stop = _part_of(tiles, turn.crew, gl.program_id(0) - turn.begin)
+    stop = gl.where(turn.works > 0, stop, position)
+    line = Line(tiles, turn.begin, turn.crew)
+    return Share(position, stop, turn.index, turn.block, turn.head, turn.index * 0, line, turn.number, call.split.depth)
+
+
+@gluon.jit
+def _now(number):
+    """A number that is worked out here, not where it is first used."""
+    return gl.inline_asm_elementwise("mov.u32 $0, $1;", "=r,r", [number], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def first_turn(config: gl.constexpr, call):
+    """All that a program knows of its work before it has read a length: to be called before it waits for them."""
+    zero = gl.program_id(0) * 0
+    if has(config, "stream_k"):
+        turn = _turn(call, zero)
+        return Turn(zero, _now(turn.index), _now(turn.block), _now(turn.head), _now(turn.begin), turn.crew, _now(turn.works))
+    else:
+        block = gl.program_id(1) // call.sizes.heads_kv
+        head = gl.program_id(1) - block * call.sizes.heads_kv
+        return Turn(zero, gl.program_id(2), _now(block), _now(head), zero, zero, zero)
 
 
 @gluon.jit
@@ -163,24 +265,18 @@ def _part_length(split, tiles):
 
 
 @gluon.jit
-def first_share(config: gl.constexpr, call, warps: gl.constexpr):
-    """What this program has to do, as seen by a partition of `warps` warps."""
+def first_share(config: gl.constexpr, call, turn, warps: gl.constexpr):
+    """What this program has to do, as seen by a partition of `warps` warps; `turn` is `first_turn`'s."""
     if has(config, "stream_k"):
-        return _stretch(config, call, warps)
+        return _stretch(config, call, turn, warps)
     else:
-        index = gl.program_id(2)
-        seq = cached(config, call.places, call.sizes, index)
+        seq = cached(config, call.places, call.sizes, turn.index)
         begin, end = key_tiles(config, call.sizes, seq)
         used = gl.program_id(0) * _part_length(call.split, end - begin) < end - begin
-        used = used & (gl.program_id(1) // call.sizes.heads_kv < row_blocks(call.sizes, seq, M))
-        zero = index * 0
-        return Share(zero, gl.where(used, 1, zero), index, zero, zero, zero)
-
-
-@gluon.jit
-def last_of(share):
-    """The end of a share that has been worked through: segment_of finds its last item."""
-    return Share(share.stop - 1, share.stop, share.index, share.before, share.period, share.crew)
+        used = used & (turn.block < row_blocks(call.sizes, seq, M))
+        zero = turn.number
+        stop = gl.where(used, 1, zero)
+        return Share(zero, stop, turn.index, turn.block, turn.head, zero, Line(zero, zero, zero), zero, call.split.depth)
 
 
 @gluon.jit
@@ -189,54 +285,72 @@ def segment_of(config: gl.constexpr, call, share):
     seq = cached(config, call.places, call.sizes, share.index)
     begin, end = key_tiles(config, call.sizes, seq)
     tiles = end - begin
+    item = (first_row_block(config, call.sizes, seq, M) + share.block) * call.sizes.heads_kv + share.head
     if has(config, "stream_k"):
-        number = (share.position - share.before) // tiles
-        first = share.before + number * tiles
-        parts_begin = _program_of(share, first)
-        parts = _program_of(share, first + tiles - 1) - parts_begin + 1
+        line = share.line
+        place = line.begin * 0
+        parts = gl.minimum(line.programs, tiles)
+        if line.length != tiles:
+            place = _place_of(line, share.first)
+            parts = _place_of(line, share.first + tiles - 1) - place + 1
+        parts_begin = line.begin + place
         part = gl.program_id(0) - parts_begin
-        start = begin + share.position - first
-        stop = begin + gl.minimum(share.stop - first, tiles)
+        start = begin + share.position - share.first
+        stop = begin + gl.minimum(share.stop - share.first, tiles)
+        slots = 2 * parts_begin
     else:
-        number = gl.program_id(1)
         length = _part_length(call.split, tiles)
         parts = (tiles + length - 1) // length
         part = gl.program_id(0)
         start = begin + part * length
         stop = gl.minimum(start + length, end)
-    block = number // call.sizes.heads_kv
-    head = number - block * call.sizes.heads_kv
-    item = (first_row_block(config, call.sizes, seq, M) + block) * call.sizes.heads_kv + head
-    if has(config, "stream_k"):
-        slots = 2 * parts_begin
-    else:
         slots = item * call.split.splits
-    return Segment(seq, head, block, start, stop, part, parts, item, slots)
+    return Segment(seq, share.head, share.block, start, stop, part, parts, item, slots)
 
 
 @gluon.jit
-def _program_of(share, tile):
-    """The program in whose stretch a tile lies: of each crew the first `longer` have one tile more than the others."""
-    round = tile // share.period
-    tile -= round * share.period
-    quota = share.period // share.crew
-    longer = share.period - quota * share.crew
+def _place_of(line, tile):
+    """Whose of a line's programs a tile is: the first `longer` of them have one tile more than the others."""
+    quota = line.length // line.programs
+    longer = line.length - quota * line.programs
     head = longer * (quota + 1)
-    place = gl.where(tile < head, tile // (quota + 1), longer + (tile - head) // gl.maximum(quota, 1))
-    return round * share.crew + place
+    return gl.where(tile < head, tile // (quota + 1), longer + (tile - head) // gl.maximum(quota, 1))
+
+
+@gluon.jit
+def _blocks_of(config: gl.constexpr, call, index):
+    return row_blocks(call.sizes, cached(config, call.places, call.sizes, index), M)
 
 
 @gluon.jit
 def after(config: gl.constexpr, call, share, segment):
-    """The share once a segment is done."""
-    position = share.position + 1
-    index = share.index
-    before = share.before
+    """The share once a segment is done: at the next item, if there is one."""
     if has(config, "stream_k"):
-        position = share.position + segment.end - segment.begin
-        following = before + _tiles_of(config, call, index)
-        while (position < share.stop) & (following <= position):
-            before = following
+        if share.turn >= 0:
+            share = _share_of(call, _turn(call, share.turn + 1), share.line.length)
+        else:
+            share = _next_item(config, call, share, segment)
+        return share
+    else:
+        zero = share.stop * 0
+        return Share(share.stop, share.stop, share.index, share.block, share.head, zero, share.line, zero, share.depth)
+
+
+@gluon.jit
+def _next_item(config: gl.constexpr, call, share, segment):
+    """Along the line of all tiles."""
+    position = share.position + segment.end - segment.begin
+    head = share.head + 1
+    block = share.block
+    index = share.index
+    if head == call.sizes.heads_kv:
+        head = head * 0
+        block += 1
+    if has(config, "packed"):
+        while (position < share.stop) & (block >= _blocks_of(config, call, index)):
+            block = block * 0
             index += 1
-            following = before + _tiles_of(config, call, index)
-    return Share(position, share.stop, index, before, share.period, share.crew)
+    elif block == call.sizes.row_blocks:
+        block = block * 0
+        index += 1
+    return Share(position, share.stop, index, block, head, position, share.line, share.turn, share.depth)
