@@ -31,6 +31,16 @@ def test_the_pages_code_runs(page: str, least: int) -> None:
         exec(compile(block, f"docs/{page}", "exec"), names)
 
 
+def test_the_kernels_page_names_what_there_is() -> None:
+    page = (ROOT / "docs" / "kernel.md").read_text()
+    sources = "".join(path.read_text() for path in (ROOT / "src" / "tessera" / "backends" / "hopper").rglob("*.py"))
+    names = {name for quoted in re.findall(r"`([^`\n]+)`", page) for name in re.findall(r"[A-Za-z_]\w+", quoted)}
+    names |= set(re.findall(r"^    (_\w+)", page, flags=re.MULTILINE))
+    elsewhere = {"backends", "cpu", "explain", "forward", "hopper", "py", "tessera", "tiled"}
+    assert len(names) > 30
+    assert {name for name in names - elsewhere if not re.search(rf"\b{name}\b", sources)} == set()
+
+
 def test_there_is_code() -> None:
     assert len(BLOCKS) >= 3
 
