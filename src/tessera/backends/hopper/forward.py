@@ -67,6 +67,7 @@ from tessera.backends.hopper.pieces.tiles import (
     head_bytes,
     keeps_p_during_softmax,
     matrix,
+    may_stand_by,
     operand_layout,
     overlaps,
     query_tiles,
@@ -386,17 +387,21 @@ def _main_loop(me, tile, n, q_slot):
     q = query_tiles(me.shared.q, q_slot, me.config.keys, me.config.held)
     state, started = _start(me, n, q, bounds, (share.end - 1) * me.config.keys)
     n += started
-    block = share.end - 1 - started
-    upper = gl.maximum(block + 1 - gl.maximum(share.full_end, share.begin), 0)  # blocks that upper bounds cut
-    state, n = _blocks(me, n, q, bounds, block, state, upper, "upper")
-    block -= upper
-    full = block + 1 - share.begin
+    end = share.end - started
+    upper = gl.minimum(gl.maximum(share.full_end, share.begin), end)  # hi cuts the blocks from here on
+    lower = share.begin  # and lo those below this one
     if has_lower_bound(me.config):
-        full = gl.maximum(block + 1 - gl.maximum(share.full_begin, share.begin), 0)
-    state, n = _blocks(me, n, q, bounds, block, state, full, None)
+        lower = gl.minimum(gl.maximum(share.full_begin, share.begin), end)
+    if has_lower_bound(me.config) and not overlaps(me.config):
+        high = gl.maximum(upper, lower)
+        state, n = _blocks(me, n, q, bounds, end - 1, state, end - high, "upper alone")
+        state, n = _blocks(me, n, q, bounds, high - 1, state, gl.maximum(lower - upper, 0), "upper")
+    else:
+        state, n = _blocks(me, n, q, bounds, end - 1, state, end - upper, "upper")
+    lower = gl.minimum(lower, upper)
+    state, n = _blocks(me, n, q, bounds, upper - 1, state, upper - lower, None)
     if has_lower_bound(me.config):
-        block -= full
-        state, n = _blocks(me, n, q, bounds, block, state, block + 1 - share.begin, "lower")
+        state, n = _blocks(me, n, q, bounds, lower - 1, state, lower - share.begin, "lower")
     if has_spare(me.config, me.index):
         n = _pass_over(me, n, share.spare)
     return state, n
@@ -509,7 +514,7 @@ def consumer(me, o_maps, lse_ptr):
     turn = 0
     number, tile = read(me.config, me.shared.board, me.call, turn)
     while number < me.call.schedule.tiles:
-        if me.index == 0 or me.index * M < tile.rows:
+        if not may_stand_by(me.config, me.index) or me.index * M < tile.rows:
             n, number, tile = _attend(me, tile, n, turn, o_maps, lse_ptr)
         else:
             n, number, tile = _stand_by(me, tile, n, turn)

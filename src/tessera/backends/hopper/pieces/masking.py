@@ -154,8 +154,8 @@ def share_of(config: gl.constexpr, band, tile, consumer: gl.constexpr):
 
 @gluon.jit
 def mask_scores(s, bounds, first_key, CUT: gl.constexpr):
-    """S (64, keys) with -inf where a row does not see the key. `CUT`: "upper" where hi cuts the block (and lo may, in a narrow
-    band), "lower" where lo alone does."""
+    """S (64, keys) with -inf where a row does not see the key. `CUT`: "upper" where hi cuts the block and lo may, "upper alone"
+    and "lower" where one of them does."""
     keys: gl.constexpr = s.shape[1]
     grouped = gl.reshape(s, [M, keys // 8, 8])
     layout: gl.constexpr = grouped.type.layout
@@ -164,7 +164,7 @@ def mask_scores(s, bounds, first_key, CUT: gl.constexpr):
         keep = group >= gl.expand_dims(bounds[1] - first_key, 1)
     else:
         keep = group < gl.expand_dims(bounds[0] - first_key, 1)
-        if len(bounds) == 2:
+        if len(bounds) == 2 and CUT != "upper alone":
             keep = keep & (group >= gl.expand_dims(bounds[1] - first_key, 1))
     grouped = gl.where(keep, grouped, float("-inf"))
     return gl.convert_layout(gl.reshape(grouped, [M, keys]), s.type.layout, assert_trivial=True)

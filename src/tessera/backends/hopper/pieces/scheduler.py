@@ -85,7 +85,8 @@ def _ordered(config: gl.constexpr, number, blocks, heads, section):
     """The tile `number` of blocks x heads as (block, head)."""
     if has(config, "right"):
         whole = blocks * section
-        last = gl.maximum(heads // section, 1) - 1  # it takes the remainder too: a short last section would leave long tiles
+        # the last section is two and the remainder: the more tiles are drawn longest first at the end, the evener it is
+        last = gl.maximum(heads // section - 1, 1) - 1
         group = gl.minimum(number // whole, last)
         rest = number - group * whole
         size = gl.where(group == last, heads - last * section, section)
