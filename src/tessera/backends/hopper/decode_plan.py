@@ -25,6 +25,10 @@ MOST_STAGES = 6
 INVARIANT_KEYS = 1024
 """Keys of one part under batch_invariant, whatever the batch and the length."""
 MOST_SPLITS = 128
+SETTLING = 1.3
+"""Microseconds that the sum of an item's parts takes: a ticket, and what others wrote from L2."""
+MEMORY, MEMORY_OF_SM = 4.4e6, 0.09e6
+"""Bytes a microsecond of the whole memory, and of one SM's way to it."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +103,9 @@ def decode_plan(problem: CacheProblem, device: Device) -> DecodePlan:
     schedule = _schedule(problem)
     # batch_invariant: a tile that another batch would not get is other bits
     crowded = items > device.multiprocessors and problem.reproducibility is not Reproducibility.BATCH_INVARIANT
-    tile = _tile(problem, sum(dims) + sum(dims_v), crowded)
-    resident = tile.blocks * device.multiprocessors
+    whole = schedule is Schedule.SPLIT and _is_best_whole(problem, sum(dims) + sum(dims_v), items, device.multiprocessors)
+    tile = _tile(problem, sum(dims) + sum(dims_v), crowded, whole)
+    resident = items if whole else tile.blocks * device.multiprocessors
     splits, least = _splits(problem, tile, items, resident)
     if schedule is Schedule.STREAM_K:
         programs = (min(resident, items * tile.needed(shape.seqlen_k)), 1, 1)
@@ -162,8 +167,17 @@ class Tile:
         return max(1, -(-keys // self.keys))
 
 
-def _tile(problem: CacheProblem, words: int, crowded: bool) -> Tile:
-    """The tile for keys and values of so many words. `crowded`: there are more items than SMs.
+def _is_best_whole(problem: CacheProblem, words: int, items: int, multiprocessors: int) -> bool:
+    """Whether programs that have an item alone are quicker than parts of it on all SMs, and their sum."""
+    asked = problem.splits is not None or problem.reproducibility is Reproducibility.BATCH_INVARIANT
+    item = 2 * words * problem.shape.seqlen_k
+    together, parts = items * item / MEMORY, max(1, multiprocessors // max(1, items))
+    alone = max(together, item / MEMORY_OF_SM)
+    return not asked and alone <= max(together, item / parts / MEMORY_OF_SM) + SETTLING
+
+
+def _tile(problem: CacheProblem, words: int, crowded: bool, whole: bool) -> Tile:
+    """The tile for keys and values of so many words. `crowded`: there are more items than SMs; `whole`: a program has one alone.
 
     H200, 2026-11-21, bf16 d128, microseconds. Where programs go through memory side by side (equal lengths) one block of 64 keys
     and 4 warps is best: 16 x 32k with 2, 3, 6 stages 474.6, 483.2, 485.8 (128 keys and 8 warps 487.3). Where items follow one
@@ -175,7 +189,8 @@ def _tile(problem: CacheProblem, words: int, crowded: bool) -> Tile:
     pair = Tile.of(words, 64, 4, 2)
     if crowded and pair.stages >= 3 and (short or not problem.cache.is_quantised):
         return pair
-    return Tile.of(words, 128, 8, 1) if problem.cache.is_quantised or tiny_pages else Tile.of(words, 64, 4, 1)
+    large = Tile.of(words, 128, 8, 1)
+    return large if problem.cache.is_quantised or tiny_pages or (whole and large.stages >= 3) else Tile.of(words, 64, 4, 1)
 
 
 def _depth(problem: CacheProblem, words: int, tile: Tile) -> int:
