@@ -376,11 +376,24 @@ def _assembly(text: str, constraints: str, arguments: list[Any], dtype: Any, is_
         return Integer(arguments[0][arguments[1]])
     if text.startswith("{ .reg .pred same;"):  # softmax.rescale
         return arguments[0] * arguments[1]
-    if "and.b32 $0, pair, kept;" in text:  # dropout.drop
-        return _dropped(*arguments).to(dtype)
-    if text.startswith("prmt.b32 $0, $2, $3, 0x5410;"):  # dropout._words_anywhere
-        low, high = arguments[0].unflatten(1, (-1, 2)).unbind(dim=2)
-        return (low | high << 16).repeat_interleave(2, dim=1)
+    if "and.b32 $0, $1, mask;" in text:  # dropout.dropped
+        p, words, selector = arguments
+        byte = torch.where(torch.arange(p.shape[1]) % 2 == 0, selector & 3, selector >> 8 & 3)
+        return torch.where(words >> 8 * byte + 7 & 1 == 1, p, 0.0).to(dtype)
+    if text.startswith("prmt.b32 $0, $4, $12,") or text == "prmt.b32 $0, $1, $2, 0xCC88;":  # dropout.masks
+        even, odd = arguments if pack == 8 else arguments * 2
+        words = torch.where(torch.arange(even.shape[1]) % 2 == 0, even, odd)
+        return torch.where(_sign_of_byte(words, pack), math.nan, 0.0).to(dtype)
+    if text == "and.b32 $0, $1, $2;":  # dropout.masked
+        return torch.where(arguments[1] != 0, arguments[0], 0.0)
+    if text.startswith("lop3.b32 $0, $1, $2, 0x80008000, 0xF2;"):  # dropout.marked
+        return torch.where(arguments[1] != 0, arguments[0], -arguments[0])
+    if text.startswith("prmt.b32 $0, $1, $2, $3;"):  # dropout._permuted
+        a, b, selector = torch.broadcast_tensors(*arguments)
+        taken = [(a | b << 32) >> (selector >> 4 * i & 7) * 8 & 0xFF for i in range(4)]
+        return sum(byte << 8 * i for i, byte in enumerate(taken))
+    if text.startswith("shfl.sync.bfly.b32 $0, $1, 4,"):  # dropout._of_other_parity
+        return arguments[0].unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
     if text.startswith("shfl."):
         return Integer(arguments[0])
     if "atom.global.add" in text:  # scheduler.take
@@ -396,10 +409,6 @@ def _assembly(text: str, constraints: str, arguments: list[Any], dtype: Any, is_
         _tma_store_wait(0)
         _store(*arguments)
         return Integer(0)
-    if "lop3.b32 $0, kept, 0x80008000" in text:  # dropout.draw_signs
-        return _signs(*arguments).to(dtype)
-    if text.startswith("or.b32"):  # dropout.marked
-        return torch.copysign(*arguments)
     if text.startswith("max."):
         return torch.clamp(arguments[0], min=arguments[1])
     functions: dict[str, Callable[[Tensor], Tensor]] = {
@@ -410,16 +419,12 @@ def _assembly(text: str, constraints: str, arguments: list[Any], dtype: Any, is_
     return next(run for name, run in functions.items() if text.startswith(name))(arguments[0])
 
 
-def _dropped(p: Tensor, words: Tensor, threshold: int) -> Tensor:
-    """Halves of a word are for a row's even and odd column."""
-    draws = torch.where(torch.arange(p.shape[1]) % 2 == 0, words, words >> 16) & 0x7FFF
-    return torch.where(draws >= (threshold & 0x7FFF), p, 0.0)
-
-
-def _signs(words: Tensor, halves: Tensor, threshold: int) -> Tensor:
-    """0x5410 takes the low half of each word, for an even key, 0x7632 the high half."""
-    draws = torch.where(halves == 0x5410, words, words >> 16) & 0x7FFF
-    return torch.where(draws >= (threshold & 0x7FFF), 0.0, -0.0)
+def _sign_of_byte(words: Tensor, pack: int) -> Tensor:
+    """Whether each score of S^T has the sign of its byte set: one of four by the key's and the row's place in 16; with left
+    padding, where scores have a word each, the lowest."""
+    keys, rows = (torch.arange(size) for size in words.shape)
+    number = 2 * (keys // 8 % 2)[:, None] + (rows // 8 % 2)[None, :]
+    return words >> (8 * number if pack == 8 else 0) + 7 & 1 == 1
 
 
 class Product:
@@ -493,6 +498,7 @@ def _language() -> ModuleType:
         zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
         full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
         arange=lambda begin, end, layout: torch.arange(begin, end),
+        join=lambda x, y: torch.stack((x, y), dim=-1),
         reshape=lambda x, shape: x.reshape(shape), expand_dims=lambda x, axis: x.unsqueeze(axis),
         convert_layout=lambda x, layout, assert_trivial=False: x,
         sum=lambda x, axis: _scalar(x.sum(dim=axis)), max=lambda x, axis: _scalar(x.amax(dim=axis)),

@@ -102,7 +102,7 @@ def attention(
         alibi_slopes: float32 (heads_q,) or (batch, heads_q), adds -slope |i + seqlen_k - seqlen_q - j|. Not differentiable.
         bias: added to the scores; broadcastable to (batch, heads_q, seqlen_q, seqlen_k), q's dtype or float32. Differentiable.
         sinks: (heads_q,), one logit a head in the softmax's denominator (its value is 0). Differentiable.
-        dropout_p: probability in [0, 1) with which a normalised probability is dropped, the others scaled by 1 / (1 - p).
+        dropout_p: in [0, 1), rounded to n/256 (an error where n is 0 or 256); what is kept of P is scaled by 1 / (1 - n/256).
         seed: of the dropout, 0 <= seed < 2**63; needed with dropout_p > 0. See tessera.dropout_mask.
         mask: a tessera.Mask, intersected with `causal` and `window`.
         return_lse: also return lse, natural log of the softmax's denominator (sinks included); differentiable.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tessera.checking import reads_contents
+from tessera.dropout import check_probability
 from tessera.errors import bad_type, bad_value
 from tessera.mask import Mask
 from tessera.problem import (
@@ -367,8 +368,7 @@ def check_scalars(request: Request) -> None:
     dropout_p, seed = request.dropout_p, request.seed
     check_scale(request.softmax_scale, request.softcap)
     _check_number("dropout_p", dropout_p)
-    if not 0 <= dropout_p < 1:
-        raise bad_value("dropout_p", dropout_p, "it is a probability below 1", "use 0 <= dropout_p < 1")
+    check_probability(dropout_p)
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt))):
         raise bad_type("seed", type(seed).__name__, "it keys a counter-based generator", "give an int")
     if seed is not None and not 0 <= seed < 1 << 63:

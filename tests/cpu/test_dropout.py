@@ -76,7 +76,7 @@ def mask_by_numpy(seed: int, batch: int, heads: int, seqlen_q: int, seqlen_k: in
     """The whole mask by the module's documented layout, in numpy's uint64: nothing shared with the package."""
     b, h, i, j = np.meshgrid(*(np.arange(n, dtype=np.uint64) for n in (batch, heads, seqlen_q, seqlen_k)), indexing="ij")
     low = np.uint64(ONES)
-    column = j // np.uint64(16) * np.uint64(4) + j % np.uint64(8) // np.uint64(2)
+    column = j // np.uint64(32) * np.uint64(4) + j % np.uint64(8) // np.uint64(2)
     c = [column, i // np.uint64(16) * np.uint64(8) + i % np.uint64(8), h, b]
     k0, k1 = seed & ONES, seed >> 32
     for _ in range(7):
@@ -84,10 +84,9 @@ def mask_by_numpy(seed: int, batch: int, heads: int, seqlen_q: int, seqlen_k: in
         high0, high1 = p0 >> np.uint64(32), p1 >> np.uint64(32)
         c = [high1 ^ c[1] ^ np.uint64(k0), p1 & low, high0 ^ c[3] ^ np.uint64(k1), p0 & low]
         k0, k1 = (k0 + 0x9E3779B9) & ONES, (k1 + 0xBB67AE85) & ONES
-    number = i // np.uint64(8) % np.uint64(2) * np.uint64(2) + j // np.uint64(8) % np.uint64(2)
-    word = np.choose(number.astype(np.int64), c)
-    half = np.where(j % np.uint64(2) == 0, word & np.uint64(0xFFFF), word >> np.uint64(16))
-    return half % np.uint64(32768) >= np.uint64(min(round(dropout_p * 32768), 32767))
+    word = np.choose((j // np.uint64(8) % np.uint64(4)).astype(np.int64), c)
+    byte = i // np.uint64(8) % np.uint64(2) * np.uint64(2) + j % np.uint64(2)
+    return (word >> (byte * np.uint64(8))) % np.uint64(256) >= np.uint64(round(dropout_p * 256))
 
 
 @pytest.mark.parametrize("seed", [0, 1, 1 << 32, (1 << 63) - 1, 0x0123456789ABCDEF])
@@ -117,7 +116,7 @@ def test_mask_does_not_depend_on_the_lengths() -> None:
 @pytest.mark.parametrize("dropout_p", [0.05, 0.1, 0.5, 0.9])
 def test_mean_and_variance(dropout_p: float) -> None:
     keep = dropout_mask(123, 2, 4, 256, 256, dropout_p).double()
-    n, p = keep.numel(), 1 - round(dropout_p * 32768) / 32768
+    n, p = keep.numel(), 1 - round(dropout_p * 256) / 256
     assert abs(keep.mean().item() - p) < 5 * (p * (1 - p) / n) ** 0.5
     assert keep.var().item() == pytest.approx(p * (1 - p), rel=0.02)
     # rows and columns alike: no line of the mask is out of the ordinary
@@ -127,11 +126,18 @@ def test_mean_and_variance(dropout_p: float) -> None:
 
 
 def test_expectation_is_kept() -> None:
-    for dropout_p in (0.1, 0.5, 1 / 3, 0.999):
-        assert keep_scale(dropout_p) * (1 - threshold(dropout_p) / 32768) == pytest.approx(1.0, abs=1e-12)
+    for dropout_p in (0.002, 0.1, 0.5, 1 / 3, 0.998):
+        assert keep_scale(dropout_p) * (1 - threshold(dropout_p) / 256) == pytest.approx(1.0, abs=1e-12)
     assert threshold(0.0) == 0
     assert keep_scale(0.0) == 1.0
-    assert threshold(1 - 1e-12) == 32767  # at least one draw in 32768 is kept: the scale stays finite
+
+
+@pytest.mark.parametrize(("dropout_p", "nearest"), [(1e-4, "0.00390625"), (1 / 513, "0.00390625"), (0.9981, "0.996094")])
+def test_what_a_byte_cannot_draw_is_refused(dropout_p: float, nearest: str) -> None:
+    q = torch.zeros(1, 4, 1, 8)
+    for call in (lambda: attention(q, q, q, dropout_p=dropout_p, seed=1), lambda: dropout_mask(1, 1, 1, 4, 4, dropout_p)):
+        with pytest.raises(ValueError, match=rf"dropout_p={dropout_p}.*8 bits.*the nearest is {nearest}"):
+            call()
 
 
 def test_seeds_batches_and_heads_draw_independently() -> None:

@@ -40,6 +40,7 @@ MANY_TILES = (
     Case("window", head_dim=128, window=(200, 0), **MANY), Case("packed, causal", causal=True, **PACKED),
     Case("packed, window", window=(70, 10), **PACKED),
     Case("documents", documents=(100, 250, 1, 149), **MANY | {"seqlen_k": 500}),
+    Case("dropout, causal", dropout_p=0.1, causal=True, **MANY), Case("alibi, window", alibi="head", window=(200, 20), **MANY),
 )  # fmt: skip
 """Problems of many more tiles than programs, so that every ring goes from lap to lap."""
 DIVISIONS = {

@@ -14,11 +14,9 @@ from tessera.backends.hopper.backward_launch import BackwardLaunch
 from tessera.backends.hopper.backward_plan import BackwardConfig, backward_config, workspace_bytes
 from tessera.backends.hopper.config import ForwardConfig
 from tessera.backends.hopper.launch import ELEMENTS, ForwardLaunch, kernel_spec
-from tessera.backends.hopper.modifiers import LARGEST_THRESHOLD
 from tessera.backends.hopper.plan import forward_config, forward_family
 from tessera.device import Device
 from tessera.dispatch import Choices, InputGradients, Runner, Upstream
-from tessera.dropout import DRAWS, threshold
 from tessera.errors import Reason
 from tessera.operands import Operands
 from tessera.plan import Choice, Plan
@@ -49,9 +47,6 @@ class HopperBackend:
         score, reasons = problem.score, []
         if problem.dtype not in ELEMENTS:
             reasons.append(Reason("q.dtype", str(problem.dtype), "the tensor cores take 16-bit operands here", "use bfloat16"))
-        if threshold(score.dropout_p) > LARGEST_THRESHOLD:
-            why = "draws are compared as bfloat16, whose numbers end there"
-            reasons.append(Reason("dropout_p", str(score.dropout_p), why, f"use at most {LARGEST_THRESHOLD / DRAWS:.4f}"))
         if problem.layout is Layout.DENSE and problem.lengths:
             names = ", ".join(problem.lengths)
             reasons.append(Reason(names, "tensor", "lengths of dense tensors are a mask here", "use Mask.padding"))

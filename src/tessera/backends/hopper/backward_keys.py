@@ -13,8 +13,10 @@ from tessera.backends.hopper.pieces.gradients import (
     BARRIER_K,
     derivatives,
     drawn,
-    fresh_zero,
     issue_transposed,
+    kept_dp,
+    kept_p,
+    masks_of,
     meet,
     needs_slope_apart,
     probabilities,
@@ -22,8 +24,6 @@ from tessera.backends.hopper.pieces.gradients import (
     scaled_dv,
     score_of_keys,
     store_gradient,
-    unmarked,
-    with_signs,
 )
 from tessera.backends.hopper.pieces.key_tiles import locate_keys
 from tessera.backends.hopper.pieces.masking import has_lower_bound
@@ -31,7 +31,7 @@ from tessera.backends.hopper.pieces.modifiers import add_to_dbias
 from tessera.backends.hopper.pieces.row_ranges import cut_and_full, key_bounds, row_blocks
 from tessera.backends.hopper.pieces.softmax import to_16_bit
 from tessera.backends.hopper.pieces.sums import Sums, add_part, make_sums, row_block
-from tessera.backends.hopper.pieces.tiles import M, accumulator_layout, empty_accumulator, has, matrix, operand_layout
+from tessera.backends.hopper.pieces.tiles import M, accumulator_layout, empty_accumulator, fresh_zero, matrix, operand_layout
 from tessera.jit.compat import (
     aggregate,
     fence_async_shared,
@@ -91,25 +91,25 @@ def _block(
     do = matrix(shared.do.index(do_slot))
     shared.q_stream.wait(n)
     s = issue_transposed(matrix(shared.k.index(consumer + zero)), q)
-    signs = drawn(config, score, row, dtype)
+    kept = drawn(config, score, row)
     shared.do_stream.wait(n)
     dp = issue_transposed(matrix(shared.v.index(consumer + zero)), do)
 
     s = warpgroup_mma_wait(1, deps=(s,))
     lse = row_values(shared.lse, q_slot, config.rows)
     p, weight = probabilities(config, score, s, lse, bounds, row, MASKED)
-    p = with_signs(config, p, signs, dtype)
-    if has(config, "dropout"):
-        weight = with_signs(config, weight, signs, dtype)  # in 32 bits it would spill beside the signs
+    p = to_16_bit(p, dtype)
     dp = warpgroup_mma_wait(0, deps=(dp,))
     d = row_values(shared.d, do_slot, config.rows)  # only now: it would take registers from S
-    ds = derivatives(config, weight, dp, d)
+    kept = masks_of(config, kept, dtype)
+    dp = kept_dp(config, dp, kept)
+    ds = derivatives(weight, dp, d)
     if needs_slope_apart(config):
-        add_to_dbias(config, score.modifiers, derivatives(config, p, dp, d), row)
+        add_to_dbias(config, score.modifiers, derivatives(p, dp, d), row)
     else:
         add_to_dbias(config, score.modifiers, ds, row)
     ds = to_16_bit(ds, dtype)
-    p = unmarked(config, p)
+    p = kept_p(config, p, kept)
     # dV covers the way of dS through shared memory and the meeting: 1.04 of issuing it before dS is computed (H200, 2026-11-21)
     dv = warpgroup_mma(gl.convert_layout(p, operand_layout(config.dim_v)), do, dv, is_async=True)
     place = (n & 1) * 2

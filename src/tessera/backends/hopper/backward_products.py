@@ -10,13 +10,15 @@ not compile in a block of 416 threads (C7602), so dK and dV are done in two prod
 """
 
 from tessera.backends.hopper.pieces.channel import Ring, make_ring
+from tessera.backends.hopper.pieces.dropout import marked
 from tessera.backends.hopper.pieces.gradients import (
     BARRIER_K,
     BARRIER_V,
     derivatives,
     drawn,
-    fresh_zero,
     issue_transposed,
+    kept_p,
+    masks_of,
     meet,
     needs_slope_apart,
     probabilities,
@@ -24,15 +26,13 @@ from tessera.backends.hopper.pieces.gradients import (
     scaled_dv,
     score_of_keys,
     store_gradient,
-    unmarked,
-    with_signs,
 )
 from tessera.backends.hopper.pieces.key_tiles import locate_keys
 from tessera.backends.hopper.pieces.modifiers import add_to_dbias
 from tessera.backends.hopper.pieces.row_ranges import cut_and_full, key_bounds, row_blocks
-from tessera.backends.hopper.pieces.softmax import to_16_bit
+from tessera.backends.hopper.pieces.softmax import to_16_bit, to_32_bit
 from tessera.backends.hopper.pieces.sums import Sums, add_part, make_sums, row_block
-from tessera.backends.hopper.pieces.tiles import M, accumulator_layout, matrix
+from tessera.backends.hopper.pieces.tiles import M, accumulator_layout, fresh_zero, has, matrix
 from tessera.jit.compat import (
     aggregate,
     fence_async_shared,
@@ -96,19 +96,38 @@ def _issue_sum(operand, rows, gradient):
 
 
 @gluon.jit
+def _marked(config: gl.constexpr, p, kept):
+    """P in 16 bits as it is handed on: with dropout negative where it is dropped."""
+    if has(config, "dropout"):
+        p = marked(p, kept)
+    return p
+
+
+@gluon.jit
+def _unmarked(config: gl.constexpr, p, dp):
+    """P as it was before it was marked, and dP, 0 where P is dropped."""
+    if has(config, "dropout"):
+        p = to_32_bit(p)
+        dp = gl.where(p < 0.0, 0.0, dp)
+        p = gl.abs(p)
+    return p, dp
+
+
+@gluon.jit
 def _next_p(config: gl.constexpr, shared, exchange, score, bounds, s, n, row, is_cut):
     """P^T of block n in 16 bits: handed to dk, and returned."""
     lse = row_values(shared.lse, shared.q_stream.slot(n), config.rows)
     p, weight = probabilities(config, score, s, lse, bounds, row, is_cut)
-    signs = drawn(config, score, row, shared.q.dtype)
-    p = with_signs(config, p, signs, shared.q.dtype)
+    dtype: gl.constexpr = shared.q.dtype
+    p, weight = to_16_bit(p, dtype), to_16_bit(weight, dtype)
+    kept = masks_of(config, drawn(config, score, row), dtype)
     exchange.p_ring.acquire(n)
-    exchange.p.index(exchange.p_ring.slot(n)).store(with_signs(config, weight, signs, shared.q.dtype))
+    exchange.p.index(exchange.p_ring.slot(n)).store(_marked(config, weight, kept))
     if needs_slope_apart(config):
-        exchange.p.index(1).store(p)
+        exchange.p.index(1).store(_marked(config, p, kept))
     exchange.p_ring.publish(n)
     shared.q_stream.release(n)
-    return unmarked(config, p)
+    return kept_p(config, p, kept)
 
 
 @gluon.jit
@@ -160,9 +179,10 @@ def _next_ds(config: gl.constexpr, shared, exchange, score, dp, n, row):
     d = row_values(shared.d, shared.do_stream.slot(n), config.rows)
     exchange.p_ring.wait(n)
     p = exchange.p.index(exchange.p_ring.slot(n)).load(dp.type.layout)
-    ds = derivatives(config, p, dp, d)
+    p, dp = _unmarked(config, p, dp)
+    ds = derivatives(p, dp, d)
     if needs_slope_apart(config):
-        add_to_dbias(config, score.modifiers, derivatives(config, exchange.p.index(1).load(dp.type.layout), dp, d), row)
+        add_to_dbias(config, score.modifiers, derivatives(gl.abs(exchange.p.index(1).load(dp.type.layout)), dp, d), row)
     else:
         add_to_dbias(config, score.modifiers, ds, row)
     ds = to_16_bit(ds, shared.q.dtype)

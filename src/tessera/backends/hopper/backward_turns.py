@@ -11,7 +11,6 @@ other two consumers' products run under its exponentials.
 from tessera.backends.hopper.pieces.channel import Ring
 from tessera.backends.hopper.pieces.gradients import (
     BARRIER_K,
-    fresh_zero,
     issue_transposed,
     meet,
     probabilities,
@@ -23,7 +22,7 @@ from tessera.backends.hopper.pieces.masking import has_lower_bound
 from tessera.backends.hopper.pieces.row_ranges import cut_and_full, end_row, first_row, key_bounds, row_blocks
 from tessera.backends.hopper.pieces.softmax import to_16_bit, to_32_bit
 from tessera.backends.hopper.pieces.sums import Sums, add_part, adds_in_order, make_sums, row_block
-from tessera.backends.hopper.pieces.tiles import M, accumulator_layout, empty_accumulator, matrix, operand_layout
+from tessera.backends.hopper.pieces.tiles import M, accumulator_layout, empty_accumulator, fresh_zero, matrix, operand_layout
 from tessera.jit.compat import (
     aggregate,
     fence_async_shared,

@@ -194,7 +194,7 @@ def consumer(me, outcome):
         if overlaps(config):
             o, p, m, l = state
             shared.v_stream.wait(n - 1)
-            o = _issue_values(me, n - 1, p, o)
+            o = _issue_values(me, n - 1, p[0], o)
         else:
             o, m, l = state
         factor = finish_rows(me, tile, unit, m, l, outcome)

@@ -43,14 +43,16 @@ from tessera.backends.hopper.pieces.masking import (
     share_of,
     tile_blocks,
 )
-from tessera.backends.hopper.pieces.modifiers import make_modifiers
+from tessera.backends.hopper.pieces.modifiers import below_diagonal, falls_evenly, make_modifiers
 from tessera.backends.hopper.pieces.scheduler import Schedule, locate, take, taken
 from tessera.backends.hopper.pieces.scores import (
     Score,
     as_operand,
+    beside_product,
     finish_scores,
     next_reference,
     probabilities,
+    rounded,
     scale_left,
     score_of_rows,
 )
@@ -274,12 +276,13 @@ def _first_block(me, n, q, bounds, first_key):
     take_turn(me.index)
     s = _issue_scores(me, n, q)
     pass_turn(me.index, me.config.consumers)
+    bias, kept = beside_product(me.config, me.score, first_key, "upper")
     s = warpgroup_mma_wait(0, deps=(s,))
     me.shared.k_stream.release(n)
-    s = finish_scores(me.config, me.score, s, bounds, first_key, "upper")
+    s = finish_scores(me.config, me.score, s, bias, bounds, first_key, "upper")
     m = gl.max(s, axis=1) * scale_left(me.config, me.score)
-    p = probabilities(me.config, me.score, s, m, "upper")
-    return as_operand(me.config, me.score, p, first_key, me.shared.v[0].dtype), m, partial_sums(p)
+    p = probabilities(me.config, me.score, s, m, first_key, "upper")
+    return rounded(me.config, p, kept, me.shared.v[0].dtype), m, partial_sums(p)
 
 
 @gluon.jit
@@ -289,15 +292,17 @@ def _overlapped_block(me, n, q, bounds, first_key, state, CUT: gl.constexpr):
     me.shared.k_stream.wait(n)
     take_turn(me.index)
     s = _issue_scores(me, n, q)
+    p = as_operand(me.config, p)
     me.shared.v_stream.wait(n - 1)
     products = _issue_values(me, n - 1, p, o)
     pass_turn(me.index, me.config.consumers)
+    bias, kept = beside_product(me.config, me.score, first_key, CUT)
     s = warpgroup_mma_wait(len(products), deps=(s,))
     me.shared.k_stream.release(n)
-    s = finish_scores(me.config, me.score, s, bounds, first_key, CUT)
-    m, alpha = next_reference(me.config, me.score, s, m)
+    s = finish_scores(me.config, me.score, s, bias, bounds, first_key, CUT)
+    m, alpha = next_reference(me.config, me.score, s, m, first_key, CUT)
     if keeps_p_during_softmax(me.config):
-        p = probabilities(me.config, me.score, s, m, CUT)
+        p = probabilities(me.config, me.score, s, m, first_key, CUT)
         sums = partial_sums(p)
         finish_before(sums, 4)
         o = _wait_for_values(products)
@@ -306,9 +311,9 @@ def _overlapped_block(me, n, q, bounds, first_key, state, CUT: gl.constexpr):
         finish_before(m, 2)
         o = _wait_for_values(products)
         me.shared.v_stream.release(n - 1)
-        p = probabilities(me.config, me.score, s, m, CUT)
+        p = probabilities(me.config, me.score, s, m, first_key, CUT)
         sums = partial_sums(p)
-    p = as_operand(me.config, me.score, p, first_key, me.shared.v[0].dtype)
+    p = rounded(me.config, p, kept, me.shared.v[0].dtype)
     return _rescale_output(o, alpha), p, m, add_to_sums(l, alpha, sums)
 
 
@@ -318,15 +323,17 @@ def _lone_block(me, n, q, bounds, first_key, state, CUT: gl.constexpr):
     o, m, l = state
     me.shared.k_stream.wait(n)
     s = _issue_scores(me, n, q)
+    bias, kept = beside_product(me.config, me.score, first_key, CUT)
     s = warpgroup_mma_wait(0, deps=(s,))
     me.shared.k_stream.release(n)
-    s = finish_scores(me.config, me.score, s, bounds, first_key, CUT)
-    m, alpha = next_reference(me.config, me.score, s, m)
-    p = probabilities(me.config, me.score, s, m, CUT)
+    s = finish_scores(me.config, me.score, s, bias, bounds, first_key, CUT)
+    m, alpha = next_reference(me.config, me.score, s, m, first_key, CUT)
+    p = probabilities(me.config, me.score, s, m, first_key, CUT)
     l = add_to_sums(l, alpha, partial_sums(p))
     o = _rescale_output(o, alpha)
     me.shared.v_stream.wait(n)
-    o = _wait_for_values(_issue_values(me, n, as_operand(me.config, me.score, p, first_key, me.shared.v[0].dtype), o))
+    p = rounded(me.config, p, kept, me.shared.v[0].dtype)
+    o = _wait_for_values(_issue_values(me, n, as_operand(me.config, p), o))
     me.shared.v_stream.release(n)
     return o, m, l
 
@@ -388,7 +395,10 @@ def _main_loop(me, tile, n, q_slot):
     state, started = _start(me, n, q, bounds, (share.end - 1) * me.config.keys)
     n += started
     end = share.end - started
-    upper = gl.minimum(gl.maximum(share.full_end, share.begin), end)  # hi cuts the blocks from here on
+    full_end = share.full_end
+    if falls_evenly(me.config, None):
+        full_end = gl.minimum(full_end, below_diagonal(me.config, tile.seq, row))
+    upper = gl.minimum(gl.maximum(full_end, share.begin), end)  # hi cuts the blocks from here on
     lower = share.begin  # and lo those below this one
     if has_lower_bound(me.config):
         lower = gl.minimum(gl.maximum(share.full_begin, share.begin), end)
@@ -480,7 +490,7 @@ def _attend(me, tile, n, turn, o_maps, lse_ptr):
     if overlaps(me.config):
         o, p, m, l = state
         shared.v_stream.wait(n - 1)
-        o = _issue_values(me, n - 1, p, o)
+        o = _issue_values(me, n - 1, as_operand(me.config, p), o)
     else:
         o, m, l = state
 

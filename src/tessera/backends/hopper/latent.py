@@ -27,7 +27,7 @@ from tessera.backends.hopper.pieces.cache_rows import (
     query_box,
 )
 from tessera.backends.hopper.pieces.channel import NAMED_BARRIER_K, NAMED_BARRIER_V, Ring, Stream, make_ring, make_stream
-from tessera.backends.hopper.pieces.gradients import fresh_zero, meet
+from tessera.backends.hopper.pieces.gradients import meet
 from tessera.backends.hopper.pieces.masking import has_lower_bound, mask_scores, row_bounds
 from tessera.backends.hopper.pieces.modifiers import no_modifiers
 from tessera.backends.hopper.pieces.packed_rows import (
@@ -51,7 +51,7 @@ from tessera.backends.hopper.pieces.softmax import (
     tanh,
     to_16_bit,
 )
-from tessera.backends.hopper.pieces.tiles import M, accumulator_layout, has, operand_layout, row_layout
+from tessera.backends.hopper.pieces.tiles import M, accumulator_layout, fresh_zero, has, operand_layout, row_layout
 from tessera.jit.compat import (
     aggregate,
     fence_async_shared,

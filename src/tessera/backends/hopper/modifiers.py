@@ -18,8 +18,6 @@ from tessera.problem import Score
 _BIASES = frozenset({Feature.BIAS, Feature.BIAS_OF_KEYS, Feature.BIAS_OF_ROWS})
 _KINDS = frozenset({Feature.ALIBI, Feature.DROPOUT}) | _BIASES
 _BYTES = 16
-LARGEST_THRESHOLD = 0x7F80
-"""Of dropout: infinity's bits in bfloat16."""
 
 
 def are_in(features: tuple[Feature, ...]) -> bool:
@@ -79,7 +77,7 @@ def values(score: Score, operands: Operands, kept: list[Tensor | None]) -> list[
         found += places(bias)
     if score.dropout_p:
         seed = operands.seed
-        found += [seed & 0xFFFFFFFF, seed >> 32, threshold(score.dropout_p) * 0x10001, keep_scale(score.dropout_p)]
+        found += [seed & 0xFFFFFFFF, seed >> 32, threshold(score.dropout_p), keep_scale(score.dropout_p)]
     return found
 
 

@@ -1,7 +1,7 @@
 """What the backward's kernels share: their tiles in shared memory, P from S, and the way out of dK and dV."""
 
 from tessera.backends.hopper.pieces.channel import Stream
-from tessera.backends.hopper.pieces.dropout import draw_signs, kept, marked
+from tessera.backends.hopper.pieces.dropout import draw_transposed, masked, masks
 from tessera.backends.hopper.pieces.epilogue import LOG2_E
 from tessera.backends.hopper.pieces.kv_source import store_rows
 from tessera.backends.hopper.pieces.modifiers import Modifiers, add_to_transposed, of_keys
@@ -67,13 +67,6 @@ class Shared:
         self.do_stream = do_stream
 
 
-@gluon.jit
-def fresh_zero():
-    """A 0 that the compiler can't see through or hoist. Tiles that stay for the whole loop are indexed with it: else LLVM
-    keeps the descriptor of every product's operand in two registers."""
-    return gl.inline_asm_elementwise("mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
 @gluon.constexpr_function
 def _meet_asm(kind, barrier, threads):
     return f"bar.{kind} {barrier}, {threads}; mov.u32 $0, 0;"
@@ -127,39 +120,44 @@ def probabilities(config: gl.constexpr, score, s, lse, bounds, first_row, masked
 
 
 @gluon.jit
-def drawn(config: gl.constexpr, score, first_row, dtype: gl.constexpr):
-    """Dropout's signs of a block, (64 keys, rows); 0 without."""
+def drawn(config: gl.constexpr, score, first_row):
+    """What dropout keeps of a block, as pieces/dropout.py has it; 0 without."""
     if has(config, "dropout"):
-        return draw_signs(config, score.modifiers.dropout[0], first_row, dtype)
+        return draw_transposed(config, score.modifiers.dropout[0], first_row)
     else:
         return 0
 
 
 @gluon.jit
-def with_signs(config: gl.constexpr, p, signs, dtype: gl.constexpr):
-    """P^T in 16 bits; with dropout negative where it is dropped."""
-    p = to_16_bit(p, dtype)
+def masks_of(config: gl.constexpr, kept, dtype: gl.constexpr):
+    """The same as masks in 16 bits, (64 keys, rows)."""
     if has(config, "dropout"):
-        p = marked(p, signs)
+        return masks(config, kept, dtype)
+    else:
+        return 0
+
+
+@gluon.jit
+def kept_p(config: gl.constexpr, p, masks):
+    """P^T in 16 bits as dV's operand: what is dropped is 0. (What is kept is not scaled here: dV is, once, and D is divided by
+    it.)"""
+    if has(config, "dropout"):
+        p = masked(p, masks)
     return p
 
 
 @gluon.jit
-def unmarked(config: gl.constexpr, p):
-    """P^T as dV's operand: what is dropped is 0. (What is kept is not scaled here: dV is, once, and D is divided by it.)"""
+def kept_dp(config: gl.constexpr, dp, masks):
+    """dP^T, 0 where P is dropped. All ones are NaN, and differ from 0."""
     if has(config, "dropout"):
-        p = kept(p)
-    return p
+        dp = gl.where(masks != 0.0, dp, 0.0)
+    return dp
 
 
 @gluon.jit
-def derivatives(config: gl.constexpr, weight, dp, d):
-    """dS^T = P^T (dP^T - D). A weight's mark says where P is dropped and dP therefore 0."""
-    weight = to_32_bit(weight)
-    if has(config, "dropout"):
-        dp = gl.where(weight < 0.0, 0.0, dp)
-        weight = gl.abs(weight)
-    return weight * (dp - d[None, :])
+def derivatives(weight, dp, d):
+    """dS^T = P^T (dP^T - D)."""
+    return to_32_bit(weight) * (dp - d[None, :])
 
 
 @gluon.constexpr_function

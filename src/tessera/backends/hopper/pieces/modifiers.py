@@ -146,7 +146,9 @@ def make_modifiers(config: gl.constexpr, arguments, gradient):
     if has_bias(config):
         made_bias = (Bias(bias, bias_batch, bias_head, bias_row),)
     if has(config, "dropout"):
-        made_dropout = (Dropout(key_low, key_high, threshold, keep_scale),)
+        addend = (0x80 - (threshold & 0x7F)) * 0x01010101
+        either = gl.where(threshold < 0x80, threshold * 0 + 0xFFFFFFFF, threshold * 0)
+        made_dropout = (Dropout(key_low, key_high, addend, either, keep_scale),)
     made_dbias = ()
     if has(config, "bias gradient"):
         dbias, dbias_batch, dbias_head, dbias_row = gradient
@@ -280,9 +282,29 @@ def _first_key(config: gl.constexpr, seq):
         return seq.k_begin
 
 
+@gluon.constexpr_function
+def falls_evenly(config, cut):
+    """Whether ALiBi is -slope (i - j) in a block: below the diagonal, where all blocks are that upper bounds do not cut
+    (forward.py sees to it). One multiply-add a score then; what a row shares, `evenly_shared`, is left to the reference."""
+    return has(config, "alibi") and not has_bias(config) and cut in (None, "lower")
+
+
 @gluon.jit
-def add_to_scores(config: gl.constexpr, modifiers, s, scale, first_key, CUT: gl.constexpr):
-    """S (64, keys) as it enters the softmax, but for the mask: scaled, with ALiBi and the bias added."""
+def evenly_shared(config: gl.constexpr, modifiers, m, first_key):
+    """Of ALiBi in a block below the diagonal: what it adds to all scores of a row, in m's layout."""
+    alibi = modifiers.alibi[0]
+    return alibi.slope * (first_key.to(gl.float32) - gl.convert_layout(alibi.diagonal, m.type.layout))
+
+
+@gluon.jit
+def below_diagonal(config: gl.constexpr, seq, row):
+    """How many blocks of keys lie wholly below the diagonal of the rows from `row` on."""
+    return gl.maximum(row + seq.diagonal + 1, 0) // config.keys
+
+
+@gluon.jit
+def add_to_scores(config: gl.constexpr, modifiers, s, bias, scale, first_key, CUT: gl.constexpr):
+    """S (64, keys) as it enters the softmax, but for the mask: scaled, with ALiBi and `bias` (bias_of_block) added."""
     keys: gl.constexpr = s.shape[1]
     columns: gl.constexpr = gl.SliceLayout(0, accumulator_layout(keys))
     if scales_first(config):
@@ -290,28 +312,36 @@ def add_to_scores(config: gl.constexpr, modifiers, s, scale, first_key, CUT: gl.
     if has(config, "alibi"):
         alibi = modifiers.alibi[0]
         place = gl.arange(0, keys, columns).to(gl.float32)
-        diagonal = alibi.diagonal - first_key.to(gl.float32)
-        s = s - alibi.slope * gl.abs(diagonal[:, None] - place[None, :])
+        if falls_evenly(config, CUT):
+            s = s + (alibi.slope * place)[None, :]
+        else:
+            diagonal = alibi.diagonal - first_key.to(gl.float32)
+            s = s - alibi.slope * gl.abs(diagonal[:, None] - place[None, :])
     if has_bias(config):
-        s = s + _bias_of_block(config, modifiers.bias[0], first_key, keys, CUT)
+        s = s + bias.to(gl.float32)
     return s
 
 
 @gluon.jit
-def _bias_of_block(config: gl.constexpr, bias, first_key, keys: gl.constexpr, CUT: gl.constexpr):
-    """(64, keys) float32, or what broadcasts to it. Past the last key, where only cut blocks reach, nothing is read."""
+def bias_of_block(config: gl.constexpr, modifiers, first_key, CUT: gl.constexpr):
+    """(64, keys) of the bias, or what broadcasts to it; 0 without. Past the last key, where only cut blocks reach, nothing is
+    read."""
+    keys: gl.constexpr = config.keys
     if has(config, "bias of rows"):
-        return gl.load(bias.rows).to(gl.float32)[:, None]
-    else:
+        return gl.load(modifiers.bias[0].rows)[:, None]
+    elif has_bias(config):
+        bias = modifiers.bias[0]
         place = first_key + gl.arange(0, keys, gl.SliceLayout(0, accumulator_layout(keys)))
         if has(config, "bias of keys"):
             where = (bias.rows + place)[None, :]
         else:
             where = bias.rows[:, None] + place[None, :]
         if CUT is None:
-            return gl.load(where).to(gl.float32)
+            return gl.load(where)
         else:
-            return gl.load(where, mask=(place < bias.keys)[None, :], other=0.0).to(gl.float32)
+            return gl.load(where, mask=(place < bias.keys)[None, :], other=0.0)
+    else:
+        return 0
 
 
 @gluon.jit

@@ -3,17 +3,20 @@
 Without modifiers the row maximum is taken of raw products, and the scale is part of the exponentials: one multiply-add a score.
 """
 
-from tessera.backends.hopper.pieces.dropout import drop
+from tessera.backends.hopper.pieces.dropout import draw, dropped
 from tessera.backends.hopper.pieces.masking import mask_scores
 from tessera.backends.hopper.pieces.modifiers import (
     Modifiers,
     add_to_scores,
+    bias_of_block,
+    evenly_shared,
+    falls_evenly,
     move_natural_reference,
     natural_exponentials,
     of_rows,
     scales_first,
 )
-from tessera.backends.hopper.pieces.softmax import exponentials, move_reference, tanh, to_16_bit
+from tessera.backends.hopper.pieces.softmax import exponentials, move_reference, outgrown, tanh, to_16_bit
 from tessera.backends.hopper.pieces.tiles import has, has_bias
 from tessera.jit.compat import aggregate, gl, gluon
 
@@ -43,11 +46,11 @@ def score_of_rows(config: gl.constexpr, score, seq, head, row):
 
 
 @gluon.jit
-def finish_scores(config: gl.constexpr, score, s, bounds, first_key, CUT: gl.constexpr):
+def finish_scores(config: gl.constexpr, score, s, bias, bounds, first_key, CUT: gl.constexpr):
     """Softcap, ALiBi, bias, and the mask where it cuts the block (`CUT`, see mask_scores; None where every row sees it whole)."""
     if has(config, "softcap"):
         s = tanh(s * score.inner)
-    s = add_to_scores(config, score.modifiers, s, score.scale, first_key, CUT)
+    s = add_to_scores(config, score.modifiers, s, bias, score.scale, first_key, CUT)
     if CUT is not None:
         s = mask_scores(s, bounds, first_key, CUT)
     return s
@@ -63,27 +66,52 @@ def scale_left(config: gl.constexpr, score):
 
 
 @gluon.jit
-def next_reference(config: gl.constexpr, score, s, m):
+def next_reference(config: gl.constexpr, score, s, m, first_key, CUT: gl.constexpr):
     """The reference after finished scores, and the factor for what was summed under the old one (softmax.move_reference)."""
     if has_bias(config):
         return move_natural_reference(s, m)
+    elif falls_evenly(config, CUT):
+        top = gl.max(s, axis=1) + evenly_shared(config, score.modifiers, m, first_key)
+        return outgrown(top, m)
     else:
         return move_reference(s, m, scale_left(config, score))
 
 
 @gluon.jit
-def probabilities(config: gl.constexpr, score, s, m, CUT: gl.constexpr):
+def probabilities(config: gl.constexpr, score, s, m, first_key, CUT: gl.constexpr):
     """P about the reference m, from finished scores."""
     if has_bias(config):
         return natural_exponentials(s, m)
     else:
+        if falls_evenly(config, CUT):
+            m = m - evenly_shared(config, score.modifiers, m, first_key)
         return exponentials(s, m, scale_left(config, score), CUT is not None)
 
 
 @gluon.jit
-def as_operand(config: gl.constexpr, score, p, first_key, dtype: gl.constexpr):
-    """P in 16 bits, less what dropout drops: the sums are those of the whole P."""
+def beside_product(config: gl.constexpr, score, first_key, CUT: gl.constexpr):
+    """What of a block does not depend on S, and can be had while that is under way: its biases, and what dropout keeps as
+    pieces/dropout.py has it; 0 for what there is not."""
+    bias = bias_of_block(config, score.modifiers, first_key, CUT)
     if has(config, "dropout"):
-        return drop(config, score.modifiers.dropout[0], p, first_key, dtype)
+        return bias, draw(config, score.modifiers.dropout[0], first_key)
     else:
-        return to_16_bit(p, dtype)
+        return bias, 0
+
+
+@gluon.jit
+def rounded(config: gl.constexpr, p, kept, dtype: gl.constexpr):
+    """P in 16 bits as a tuple of one, with dropout of two: P as it is, and what is kept of it."""
+    if has(config, "dropout"):
+        return (to_16_bit(p, dtype), kept)
+    else:
+        return (to_16_bit(p, dtype),)
+
+
+@gluon.jit
+def as_operand(config: gl.constexpr, p):
+    """P as V's factor, less what dropout drops: the sums are those of the whole P."""
+    if has(config, "dropout"):
+        return dropped(config, p[0], p[1])
+    else:
+        return p[0]

@@ -48,7 +48,12 @@ def to_32_bit(x):
 @gluon.jit
 def move_reference(s, m, scale):
     """The reference after block s (64, keys), and the factor for what was summed under the old one: 1 where it stays."""
-    top = gl.max(s, axis=1) * scale  # (64,)
+    return outgrown(gl.max(s, axis=1) * scale, m)
+
+
+@gluon.jit
+def outgrown(top, m):
+    """The same from the row maxima, (64,)."""
     grows = top - m > GROWTH  # -inf - -inf is NaN: a row without keys so far stays at -inf
     new = gl.where(grows, top, m)
     return new, gl.where(grows, exp2(m - new), 1.0)
@@ -119,8 +124,8 @@ def _boundary_asm(n):
 
 
 @gluon.constexpr_function
-def _boundary_constraints(n):
-    return ",".join(["=r"] * n + ["f"] * n)
+def _boundary_constraints(n, dtype):
+    return ",".join(["=r"] * n + ["f" if dtype == gl.float32 else "r"] * n)
 
 
 @gluon.jit
@@ -131,5 +136,5 @@ def finish_before(x, n: gl.constexpr):
     does not stop it, the end of a basic block does. So: a loop that is never taken, and that ptxas can't know is not.
     """
     asm: gl.constexpr = _boundary_asm(n)
-    constraints: gl.constexpr = _boundary_constraints(n)
+    constraints: gl.constexpr = _boundary_constraints(n, x.dtype)
     gl.inline_asm_elementwise(asm, constraints, [x], dtype=gl.int32, is_pure=False, pack=n)

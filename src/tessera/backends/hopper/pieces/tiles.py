@@ -120,3 +120,10 @@ def empty_accumulator(tiles):
     """Zeros (64, columns) for a product with these tiles."""
     columns: gl.constexpr = columns_of(tiles.shape)
     return gl.zeros([M, columns], gl.float32, accumulator_layout(columns))
+
+
+@gluon.jit
+def fresh_zero():
+    """A 0 that the compiler can't see through or hoist. Tiles that stay for the whole loop are indexed with it: else LLVM
+    keeps the descriptor of every product's operand in two registers."""
+    return gl.inline_asm_elementwise("mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
