@@ -1,5 +1,5 @@
-"""Decoding over long caches on the GPU, against float64 there: the large tile, crews and stretches of stream-K, parts in two
-steps, FP8; and that graphs of different streams, replayed side by side, keep out of each other's tickets."""
+"""Decoding over long caches on the GPU, against float64 there: turns, crews and stretches of stream-K, parts in two steps, FP8;
+and that graphs of different streams, replayed side by side, keep out of each other's tickets."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ LENGTHS = {
     "equal": (6000, 6000, 6000, 6000),
     "ragged": (8192, 1, 100, 4097, 0, 8000, 129, 2048),
     "many, short": tuple(1 + (37 * i) % 300 for i in range(150)),
+    "many, equal": (200,) * 150,
 }
 POISON = float("nan")
 
