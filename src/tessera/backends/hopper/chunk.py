@@ -9,7 +9,7 @@ combine.py puts together (Flash-Decoding).
 One program does one tile: the grid is fixed by shapes, lengths are read on the device.
 """
 
-from tessera.backends.hopper.forward import Score, _blocks, _issue_values, _start, _wait_for_values
+from tessera.backends.hopper.forward import Score, issue_values, run_blocks, start_blocks, wait_for_values
 from tessera.backends.hopper.pieces.cache_rows import (
     Cache,
     Pages,
@@ -152,14 +152,14 @@ def _main_loop(me, tile, position):
     config: gl.constexpr = me.config
     bounds = row_bounds(config, me.call.reach, tile.seq, position, config.packing.heads)
     q = query_tiles(me.shared.q, me.index, config.keys, 0)
-    state, n = _start(me, tile.end * 0, q, bounds, (tile.end - 1) * config.keys)
+    state, n = start_blocks(me, tile.end * 0, q, bounds, (tile.end - 1) * config.keys)
     block = tile.end - 1 - n
     upper, full, lower = kinds_of_blocks(config, me.call, tile, position, tile.begin, block + 1)
     n += tile.end * 0
-    state, n = _blocks(me, n, q, bounds, block, state, upper, "upper")
-    state, n = _blocks(me, n, q, bounds, block - upper, state, full, None)
+    state, n = run_blocks(me, n, q, bounds, block, state, upper, "upper")
+    state, n = run_blocks(me, n, q, bounds, block - upper, state, full, None)
     if has_lower_bound(config):
-        state, n = _blocks(me, n, q, bounds, block - upper - full, state, lower, "lower")
+        state, n = run_blocks(me, n, q, bounds, block - upper - full, state, lower, "lower")
     return state, n
 
 
@@ -194,12 +194,12 @@ def consumer(me, outcome):
         if overlaps(config):
             o, p, m, l = state
             shared.v_stream.wait(n - 1)
-            o = _issue_values(me, n - 1, p[0], o)
+            o = issue_values(me, n - 1, p[0], o)
         else:
             o, m, l = state
         factor = finish_rows(me, tile, unit, m, l, outcome)
         if overlaps(config):
-            o = _wait_for_values(o)
+            o = wait_for_values(o)
         for part in gl.static_range(len(o)):
             out = o[part] * gl.convert_layout(factor, row_layout(o[part].shape[1]))[:, None]
             store_out(config, me.call, tile, unit, outcome, out, config.parts_v.columns[part])

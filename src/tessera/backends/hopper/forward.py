@@ -234,7 +234,7 @@ def _issue_scores(me, n, q):
 
 
 @gluon.jit
-def _issue_values(me, n, p, o):
+def issue_values(me, n, p, o):
     """Start O += P V for the n-th block, one product a part of head_dim_v."""
     slot = me.shared.v_stream.slot(n)
     products = ()
@@ -246,7 +246,7 @@ def _issue_values(me, n, p, o):
 
 
 @gluon.jit
-def _wait_for_values(products):
+def wait_for_values(products):
     if len(products) == 1:
         return (warpgroup_mma_wait(0, deps=(products[0],)),)
     else:
@@ -294,7 +294,7 @@ def _overlapped_block(me, n, q, bounds, first_key, state, CUT: gl.constexpr):
     s = _issue_scores(me, n, q)
     p = as_operand(me.config, p)
     me.shared.v_stream.wait(n - 1)
-    products = _issue_values(me, n - 1, p, o)
+    products = issue_values(me, n - 1, p, o)
     pass_turn(me.index, me.config.consumers)
     bias, kept = beside_product(me.config, me.score, first_key, CUT)
     s = warpgroup_mma_wait(len(products), deps=(s,))
@@ -305,11 +305,11 @@ def _overlapped_block(me, n, q, bounds, first_key, state, CUT: gl.constexpr):
         p = probabilities(me.config, me.score, s, m, first_key, CUT)
         sums = partial_sums(p)
         finish_before(sums, 4)
-        o = _wait_for_values(products)
+        o = wait_for_values(products)
         me.shared.v_stream.release(n - 1)
     else:
         finish_before(m, 2)
-        o = _wait_for_values(products)
+        o = wait_for_values(products)
         me.shared.v_stream.release(n - 1)
         p = probabilities(me.config, me.score, s, m, first_key, CUT)
         sums = partial_sums(p)
@@ -333,13 +333,13 @@ def _lone_block(me, n, q, bounds, first_key, state, CUT: gl.constexpr):
     o = _rescale_output(o, alpha)
     me.shared.v_stream.wait(n)
     p = rounded(me.config, p, kept, me.shared.v[0].dtype)
-    o = _wait_for_values(_issue_values(me, n, as_operand(me.config, p), o))
+    o = wait_for_values(issue_values(me, n, as_operand(me.config, p), o))
     me.shared.v_stream.release(n)
     return o, m, l
 
 
 @gluon.jit
-def _start(me, n, q, bounds, first_key):
+def start_blocks(me, n, q, bounds, first_key):
     """The loop's state before its first turn, and how many blocks that took."""
     if overlaps(me.config):
         p, m, l = _first_block(me, n, q, bounds, first_key)
@@ -351,8 +351,9 @@ def _start(me, n, q, bounds, first_key):
 
 
 @gluon.jit
-def _blocks(me, n, q, bounds, block, state, count, CUT: gl.constexpr):
-    """`count` turns of the main loop, from block `block` down."""
+def run_blocks(me, n, q, bounds, block, state, count, CUT: gl.constexpr):
+    """`count` turns of the main loop, from block `block` down. chunk.py's too: `me` has config, index, score, and in
+    `shared` the tiles and streams of K and V."""
     for i in range(count):
         if overlaps(me.config):
             state = _overlapped_block(me, n, q, bounds, (block - i) * me.config.keys, state, CUT)
@@ -392,7 +393,7 @@ def _main_loop(me, tile, n, q_slot):
     if has_unseen(me.config, me.index):
         n = _pass_over(me, n, share.unseen)
     q = query_tiles(me.shared.q, q_slot, me.config.keys, me.config.held)
-    state, started = _start(me, n, q, bounds, (share.end - 1) * me.config.keys)
+    state, started = start_blocks(me, n, q, bounds, (share.end - 1) * me.config.keys)
     n += started
     end = share.end - started
     full_end = share.full_end
@@ -404,14 +405,14 @@ def _main_loop(me, tile, n, q_slot):
         lower = gl.minimum(gl.maximum(share.full_begin, share.begin), end)
     if has_lower_bound(me.config) and not overlaps(me.config):
         high = gl.maximum(upper, lower)
-        state, n = _blocks(me, n, q, bounds, end - 1, state, end - high, "upper alone")
-        state, n = _blocks(me, n, q, bounds, high - 1, state, gl.maximum(lower - upper, 0), "upper")
+        state, n = run_blocks(me, n, q, bounds, end - 1, state, end - high, "upper alone")
+        state, n = run_blocks(me, n, q, bounds, high - 1, state, gl.maximum(lower - upper, 0), "upper")
     else:
-        state, n = _blocks(me, n, q, bounds, end - 1, state, end - upper, "upper")
+        state, n = run_blocks(me, n, q, bounds, end - 1, state, end - upper, "upper")
     lower = gl.minimum(lower, upper)
-    state, n = _blocks(me, n, q, bounds, upper - 1, state, upper - lower, None)
+    state, n = run_blocks(me, n, q, bounds, upper - 1, state, upper - lower, None)
     if has_lower_bound(me.config):
-        state, n = _blocks(me, n, q, bounds, lower - 1, state, lower - share.begin, "lower")
+        state, n = run_blocks(me, n, q, bounds, lower - 1, state, lower - share.begin, "lower")
     if has_spare(me.config, me.index):
         n = _pass_over(me, n, share.spare)
     return state, n
@@ -490,7 +491,7 @@ def _attend(me, tile, n, turn, o_maps, lse_ptr):
     if overlaps(me.config):
         o, p, m, l = state
         shared.v_stream.wait(n - 1)
-        o = _issue_values(me, n - 1, as_operand(me.config, p), o)
+        o = issue_values(me, n - 1, as_operand(me.config, p), o)
     else:
         o, m, l = state
 
@@ -498,7 +499,7 @@ def _attend(me, tile, n, turn, o_maps, lse_ptr):
     number, following = read(me.config, shared.board, me.call, turn + 1)
     factor = _finish_rows(me, tile, row, m, l, lse_ptr)
     if overlaps(me.config):
-        o = _wait_for_values(o)
+        o = wait_for_values(o)
         shared.v_stream.release(n - 1)
     _write_output(me, tile, row, o, factor, o_maps)
     return n, number, following
