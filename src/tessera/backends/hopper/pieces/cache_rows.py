@@ -171,13 +171,6 @@ def _rows_layout():
     return gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
 
 
-@gluon.constexpr_function
-def _lookup_layout(keys):
-    """Each of those warps' rows, one a lane: a lane looks up one, and the eight that copy it are told."""
-    lanes = [[1], [2]] + [[16 << i] if 16 << i < keys else [0] for i in range(3)]
-    return gl.DistributedLinearLayout([], lanes, [[4], [8]], [], [keys])
-
-
 @gluon.jit
 def pool_rows(config: gl.constexpr, source, row):
     """Where the tile from row `row` of the sequence on lies in the pool of pages; page numbers out of range are brought into it.
@@ -188,7 +181,7 @@ def pool_rows(config: gl.constexpr, source, row):
     pages = source.pages
     if copies_rows(config):
         table = pages.table + source.entry.to(gl.int64) * pages.stride
-        layout: gl.constexpr = _lookup_layout(config.keys)
+        layout: gl.constexpr = gl.SliceLayout(1, _rows_layout())  # the eight threads that copy a row look it up each
         key = source.first + gl.maximum(row, 0) + gl.arange(0, config.keys, layout)
         place = key // pages.size
         page = gl.load(table + gl.minimum(place, pages.per_sequence - 1))
@@ -251,7 +244,7 @@ def _copy_rows(config: gl.constexpr, source, boxes, place, parts: gl.constexpr, 
     layout: gl.constexpr = _rows_layout()
     columns = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))[None, :]
     start = source.rows.pointer + source.head.to(gl.int64) * source.rows.head
-    pointers = (start + gl.convert_layout(pool.to(gl.int64) * source.rows.row, gl.SliceLayout(1, layout)))[:, None]
+    pointers = (start + pool.to(gl.int64) * source.rows.row)[:, None]
     rows = row + gl.arange(0, config.keys, gl.SliceLayout(1, layout))
     mask = (rows < source.count)[:, None] & (columns < COLUMNS)
     for part in gl.static_range(len(boxes)):
