@@ -10,11 +10,14 @@ import json
 import math
 import re
 import sys
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from tessera.backends.cpu import ATEN
+from tessera.bench.grids import GRIDS, family_of
+from tessera.bench.report import CellResult, Report, geomean
 from tessera.serving import dispatch as serving_dispatch
 from tessera.serving.support import FEATURES as CACHE_FEATURES
 from tessera.support import FEATURES, Column, Feature, columns
@@ -62,12 +65,59 @@ def _cell(column: Column, features: list[Feature]) -> str:
     return ", ".join(served) if len(served) < len(refused) else "all but " + ", ".join(refused)
 
 
+def speed() -> str:
+    """A line for each thing that is measured: how many times faster than whom, in the mean, and in the worst cell."""
+    rows = []
+    for direction in ("forward", "backward"):
+        for path in sorted(RESULTS.glob(f"{direction}_*.json"))[-1:]:
+            rows.append(_speed_of_grid(Report.read(path)))
+    for path in sorted(RESULTS.glob("decode_*.json"))[-1:]:
+        rows.append(_speed_of_decoding(json.loads(path.read_text())))
+    for path in sorted(RESULTS.glob("training_*.json"))[-1:]:
+        rows.append(_speed_of_training(json.loads(path.read_text())))
+    head = ["| faster than, in the mean | FA3 | cuDNN | FA2 | the best of each cell | worst cell |", "|---|---|---|---|---|---|"]
+    foot = "*Measured beside them in one run, in turns, on one H200; above 1: ours is faster. [Every cell](#benchmarks).*"
+    return "\n".join([*head, *rows, "", foot])
+
+
+def _speed_of_grid(report: Report) -> str:
+    paper = {case.name for case in GRIDS["paper"].cases}
+    part = replace(report, cells=tuple(cell for cell in report.cells if cell.name in paper))
+    ratios = [ratio for cell in part.cells if (ratio := part.over_best(cell)) is not None]
+    return _speed_line(f"{report.direction.value}, {len(ratios)} cells of the papers' grid", part.geomeans(), ratios)
+
+
+def _speed_of_decoding(record: dict[str, Any]) -> str:
+    cells = [cell["microseconds"] for cell in record["cells"] if "tessera" in cell["microseconds"]]
+    means = {}
+    for peer in ("fa3", "cudnn", "fa2"):
+        ratios = [times[peer] / times["tessera"] for times in cells if peer in times]
+        means |= {peer: geomean(ratios)} if ratios else {}
+    best = [ratio for cell in record["cells"] if math.isfinite(ratio := _least_ratio(cell))]
+    return _speed_line(f"decoding, {len(best)} caches", means, best)
+
+
+def _speed_of_training(record: dict[str, Any]) -> str:
+    entries = [length["entries"] for length in record["lengths"]]
+    timed = {
+        peer: [length[peer]["speedup"]["median"] for length in entries if length.get(peer, {}).get("speedup")]
+        for peer in ("fa3", "cudnn", "fa2")
+    }
+    best = [min(values) for values in zip(*(ratios for ratios in timed.values() if ratios), strict=False)]
+    return _speed_line(f"a GPT's training step, {len(best)} lengths", {peer: geomean(r) for peer, r in timed.items() if r}, best)
+
+
+def _speed_line(about: str, means: dict[str, float], best: list[float]) -> str:
+    shown = [f"{means[peer]:.2f}" if peer in means else "" for peer in ("fa3", "cudnn", "fa2")]
+    return f"| {about} | " + " | ".join(shown) + f" | {geomean(best):.2f} | {min(best):.2f} |"
+
+
 def benchmarks() -> str:
     """The newest record of each direction: TFLOP/s of ours and the ratio to the best peer, cell by cell, losing cells first."""
     parts = []
     for direction in ("forward", "backward"):
         for path in sorted(RESULTS.glob(f"{direction}_*.json"))[-1:]:
-            parts.append(_paper_grid(direction.capitalize(), json.loads(path.read_text()), path.name))
+            parts.append(_beside_peers(Report.read(path), path.name))
     for path in sorted(RESULTS.glob("fa4-*.json")):
         parts.append(_beside_fa4(json.loads(path.read_text()), path.name))
     return "\n\n".join(parts) or "Nothing measured yet."
@@ -81,26 +131,49 @@ def _beside_fa4(record: dict[str, Any], name: str) -> str:
     return f"Beside FlashAttention-4 (CuTe DSL), {record['direction']}, mean {mean:.3f}: {cells} (`benchmarks/results/{name}`)."
 
 
-def _paper_grid(direction: str, record: dict[str, Any], name: str) -> str:
-    cells = [cell for cell in record["cells"] if cell["sec"] == "paper"]
-    ratios = {id(cell): min(ratio[0] for ratio in cell["ratio"].values()) for cell in cells}
-    lengths = sorted({cell["S"] for cell in cells})
+def _beside_peers(report: Report, name: str) -> str:
+    """The paper's grid as a table, a line for every other grid of the report, and the losing cells, the worst first."""
+    versions, peers = report.machine.versions, [peer for peer in report.contenders if report.is_peer(peer)]
     head = (
-        f"{direction}, bf16, {record['gpu']}, torch {record['torch']}, Triton {record['triton']}, {record['date']}; 16384 "
-        f"tokens, hidden 2048; interleaved with FA3 and cuDNN in one run (`benchmarks/results/{name}`). TFLOP/s, and in "
-        "brackets the ratio to the faster of the two peers."
+        f"{report.direction.value.capitalize()}, {report.dtype}, {report.machine.gpus[0].name}, torch {versions['torch']}, "
+        f"Triton {versions['triton']}, {report.date[:10]}; interleaved with {', '.join(peers)} in one run "
+        f"(`benchmarks/results/{name}`; ceilings of the run: {report.ceilings}). The papers' grid, 16384 tokens, hidden 2048: "
+        "TFLOP/s, and in brackets the ratio to the fastest peer of the cell."
     )
-    lines = [head, "", "| | " + " | ".join(_thousands(s) for s in lengths) + " |", "|---" * (len(lengths) + 1) + "|"]
-    cells.sort(key=lambda cell: (cell["D"], cell["causal"], cell["S"]))
-    for (dim, causal), members in groupby(cells, key=lambda cell: (cell["D"], cell["causal"])):
-        row = {cell["S"]: f"{cell['tflops']['ours']:.0f} ({ratios[id(cell)]:.2f})" for cell in members}
-        lines.append(f"| d{dim} {'causal' if causal else 'full'} | " + " | ".join(row.get(s, "") for s in lengths) + " |")
-    mean = math.exp(sum(map(math.log, ratios.values())) / len(ratios))
-    behind = sorted((cell for cell in cells if ratios[id(cell)] < 1), key=lambda cell: ratios[id(cell)])
-    names = [f"d{c['D']} {'causal' if c['causal'] else 'full'} {_thousands(c['S'])} {ratios[id(c)]:.3f}" for c in behind]
-    lost = ", ".join(names[:LOST]) + (" ... (the rest stands in the table)" if len(names) > LOST else "")
-    lines += ["", f"Geometric mean {mean:.3f}; behind in {len(behind)} of {len(cells)} cells" + (f": {lost}." if behind else ".")]
+    figure = f"![{report.direction.value.capitalize()}: the papers' grid](docs/images/{report.direction.value}.png)"
+    cells = {cell.name: cell for cell in report.cells}
+    paper = [case.name for case in GRIDS["paper"].cases]
+    sizes = list(dict.fromkeys(family_of(cell)[1] for cell in paper))
+    lines = [head, "", figure, "", "| | " + " | ".join(sizes) + " |", "|---" * (len(sizes) + 1) + "|"]
+    for family in dict.fromkeys(family_of(cell)[0] for cell in paper):
+        row = [_rate(report, cells.get(f"{family}, {size}")) for size in sizes]
+        lines.append(f"| {family} | " + " | ".join(row) + " |")
+    lines += ["", *(_grid_line(report, part, cells) for part in report.grid.split("+"))]
+    behind = sorted((ratio, cell.name) for cell in report.cells if (ratio := report.over_best(cell)) is not None and ratio < 1)
+    if behind:
+        named = ", ".join(f"{cell} {ratio:.3f}" for ratio, cell in behind[:LOST])
+        rest = f" ... ({len(behind)} in all)" if len(behind) > LOST else ""
+        lines += ["", f"Behind the fastest peer, the worst first: {named}{rest}."]
     return "\n".join(lines)
+
+
+def _rate(report: Report, cell: CellResult | None) -> str:
+    rate, ratio = (None, None) if cell is None else (cell.rate(report.ours), report.over_best(cell))
+    return "" if rate is None else f"{rate:.0f}" + ("" if ratio is None else f" ({ratio:.2f})")
+
+
+def _grid_line(report: Report, grid: str, cells: dict[str, CellResult]) -> str:
+    """One grid in one line: the mean over the fastest peers, its worst cell, and what a fixed order costs, if that was timed."""
+    mine = [cells[case.name] for case in GRIDS[grid].cases if case.name in cells]
+    ratios = {cell.name: ratio for cell in mine if (ratio := report.over_best(cell)) is not None}
+    if not ratios:
+        return f"- {grid}: not timed."
+    worst = min(ratios, key=lambda cell: ratios[cell])
+    mean = f"mean {geomean(ratios.values()):.3f} in {len(ratios)} cells, worst {ratios[worst]:.3f} ({worst})"
+    line = f"- {grid} ({GRIDS[grid].about}): {mean}"
+    entries = (cell.entries.get(f"{report.ours}-deterministic") for cell in mine)
+    ordered = [entry.speedup.median for entry in entries if entry is not None and entry.speedup is not None]
+    return line + (f"; deterministic costs {geomean(ordered):.2f}, at most {max(ordered):.2f}." if ordered else ".")
 
 
 def training() -> str:
@@ -239,7 +312,14 @@ def _thousands(number: int) -> str:
 
 
 def updated(text: str) -> str:
-    parts = {"support": support, "benchmarks": benchmarks, "training": training, "serving": serving, "generation": generation}
+    parts = {
+        "speed": speed,
+        "support": support,
+        "benchmarks": benchmarks,
+        "training": training,
+        "serving": serving,
+        "generation": generation,
+    }
     for marker, body in ((name, part()) for name, part in parts.items()):
         pattern = rf"(<!-- {marker}:begin -->\n).*?(<!-- {marker}:end -->)"
         text = re.sub(pattern, lambda found, body=body: f"{found[1]}{body}\n{found[2]}", text, flags=re.DOTALL)
