@@ -110,8 +110,8 @@ def reading_of(problem: CacheProblem, keys: int) -> tuple[Reading, int]:
     return Reading.BOXES, box
 
 
-BOX_LEAST = 16
-"""Rows of the smallest TMA box. Of 8, the swizzle's period, one thread can't start as many as it takes: 4 warps do better."""
+BOX_LEAST = 8
+"""Rows of the smallest TMA box: the swizzle's period."""
 
 
 def config_for(problem: CacheProblem, result: Result) -> ChunkConfig | LatentConfig:
