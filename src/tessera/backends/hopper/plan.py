@@ -126,8 +126,7 @@ def _with_modifiers(pairs: ForwardConfig) -> ForwardConfig:
     even = not _is_ragged(pairs.features)
     if widest > 128:
         narrow = widest == 256 and len(kinds) > 1
-        overlap = Overlap.MAXIMA if kinds == {Feature.DROPOUT} and even else Overlap.NONE
-        return replace(pairs, keys=32 if narrow else 64, overlap=overlap)
+        return replace(pairs, keys=32 if narrow else 64, overlap=Overlap.NONE)
     if len(kinds) > 1:
         return replace(pairs, keys=64)
     if kinds == {Feature.BIAS} and even:
