@@ -102,7 +102,8 @@ def decode_plan(problem: CacheProblem, device: Device) -> DecodePlan:
     items = lines * shape.heads_kv
     schedule = _schedule(problem)
     # batch_invariant: a tile that another batch would not get is other bits
-    crowded = items > device.multiprocessors and problem.reproducibility is not Reproducibility.BATCH_INVARIANT
+    invariant = problem.reproducibility is Reproducibility.BATCH_INVARIANT
+    crowded = items > device.multiprocessors and not invariant
     whole = schedule is Schedule.SPLIT and _is_best_whole(problem, sum(dims) + sum(dims_v), items, device.multiprocessors)
     tile = _tile(problem, sum(dims) + sum(dims_v), crowded, whole)
     resident = items if whole else tile.blocks * device.multiprocessors
@@ -116,7 +117,7 @@ def decode_plan(problem: CacheProblem, device: Device) -> DecodePlan:
         slots, rounds, crew = items * splits if splits > 1 else 0, 0, 0
     parts = programs[0]  # at most, of one item
     pages = problem.cache.pages
-    slot_rows = min(ROWS, max(1, rows))
+    slot_rows = ROWS if packed and invariant else min(ROWS, max(1, rows))  # packed rows are the batch's
     config = DecodeConfig(
         rows=ROWS if slot_rows > ROWS // 2 else ROWS // 2,
         keys=tile.keys, warps=tile.warps, stages=tile.stages, dims=dims, dims_v=dims_v,
