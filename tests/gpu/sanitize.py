@@ -52,6 +52,7 @@ the source lines; both accesses of a hazard must be of one reason. (Gluon puts a
 
 _REPORT = re.compile(r"Race reported between (.*?)(?:\n=+ *\n|\Z)", re.DOTALL)
 _PLACE = re.compile(r"(?:Write|Read) access at \w+\+0x[0-9a-f]+ in (\S+\.py):(\d+)")
+ROOT = Path(__file__).resolve().parents[2]
 _SECONDS = 300
 GQA = {"heads_q": 16, "heads_kv": 4, "head_dim": 128}
 LATENT = {"latent": True, "head_dim": 576, "head_dim_v": 512, "heads_kv": 1}
@@ -206,6 +207,8 @@ def judge(tool: str, name: str, reports: Path | None) -> Verdict:
         report, status = done.stdout + done.stderr, done.returncode
     except subprocess.TimeoutExpired as late:
         report, status = f"{late.stdout}\nno end after {_SECONDS} s", 1
+    for folder in (ROOT, sys.prefix):  # a record names no machine's folders
+        report = report.replace(f"{folder}/", "")
     if reports is not None:
         (reports / f"{tool} {name}.txt").write_text(report)
     ran = len(re.findall(r"^ran ", report, re.MULTILINE))
