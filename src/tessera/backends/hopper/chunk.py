@@ -1,15 +1,15 @@
 """Attention of many query rows over a KV cache, contiguous or in pages: chunks of a prompt, speculative decoding, large groups.
 
-The loop is forward.py's own: a producer warp, and consumer warpgroups of 64 rows with the online softmax of one block under the
-products of another. What differs is what it runs over. Rows are packed, all query heads of a key/value head times a few
-positions (pieces/packed_rows.py), so that a tile of keys is loaded once for the whole group; keys come from the cache, box by
-box where it has pages (pieces/cache_rows.py); and a tile's keys may be split over several programs, whose float32 parts
-combine.py puts together (Flash-Decoding).
+The loop is the forward's own (pieces/blocks.py): a producer warp, and consumer warpgroups of 64 rows with the online softmax of
+one block under the products of another. What differs is what it runs over. Rows are packed, all query heads of a key/value head
+times a few positions (pieces/packed_rows.py), so that a tile of keys is loaded once for the whole group; keys come from the
+cache, box by box where it has pages (pieces/cache_rows.py); and a tile's keys may be split over several programs, whose float32
+parts combine.py puts together (Flash-Decoding).
 
 One program does one tile: the grid is fixed by shapes, lengths are read on the device.
 """
 
-from tessera.backends.hopper.forward import Score, issue_values, run_blocks, start_blocks, wait_for_values
+from tessera.backends.hopper.pieces.blocks import issue_values, run_blocks, start_blocks, wait_for_values
 from tessera.backends.hopper.pieces.cache_rows import (
     Cache,
     Pages,
@@ -48,6 +48,7 @@ from tessera.backends.hopper.pieces.packed_rows import (
     store_out,
     unit_of,
 )
+from tessera.backends.hopper.pieces.scores import Score
 from tessera.backends.hopper.pieces.tiles import M, has, overlaps, query_tiles, row_layout
 from tessera.jit.compat import aggregate, fence_async_shared, gl, gluon, let_next_begin, wait_for_previous
 

@@ -18,9 +18,10 @@ Two things hide the softmax. Products of one block run under the softmax of the 
 Overlap.NONE only the second is left, without turns: S and P are then never alive together, which leaves registers for a
 third consumer, and that is worth more where tiles are long enough (plan.py).
 
-To read it: `producer`, then `consumer`, then `_overlapped_block`; the rest are their parts.
+To read it: `producer`, then `consumer`, then `_overlapped_block` in pieces/blocks.py; the rest are their parts.
 """
 
+from tessera.backends.hopper.pieces.blocks import issue_values, run_blocks, start_blocks, wait_for_values
 from tessera.backends.hopper.pieces.board import Board, make_board, post, read
 from tessera.backends.hopper.pieces.channel import (
     NAMED_BARRIER_K,
@@ -48,29 +49,18 @@ from tessera.backends.hopper.pieces.scheduler import Schedule, locate, take, tak
 from tessera.backends.hopper.pieces.scores import (
     Score,
     as_operand,
-    beside_product,
-    finish_scores,
-    next_reference,
-    probabilities,
-    rounded,
-    scale_left,
     score_of_rows,
 )
-from tessera.backends.hopper.pieces.softmax import add_to_sums, finish_before, partial_sums, rescale
 from tessera.backends.hopper.pieces.tiles import (
     M,
-    accumulator_layout,
     allocate_tiles,
     columns_of,
-    empty_accumulator,
     halves_of,
     has,
     has_bias,
     head_bytes,
-    keeps_p_during_softmax,
     matrix,
     may_stand_by,
-    operand_layout,
     overlaps,
     query_tiles,
     row_layout,
@@ -82,8 +72,6 @@ from tessera.jit.compat import (
     gl,
     gluon,
     tma_store_wait,
-    warpgroup_mma,
-    warpgroup_mma_wait,
 )
 
 
@@ -219,148 +207,6 @@ class Consumer:
         self.shared = shared
         self.score = score
         self.call = call
-
-
-@gluon.jit
-def _issue_scores(me, n, q):
-    """Start S = Q K^T for the n-th block, (64, keys) float32."""
-    keys: gl.constexpr = me.config.keys
-    slot = me.shared.k_stream.slot(n)
-    s = gl.zeros([M, keys], gl.float32, accumulator_layout(keys))
-    for part in gl.static_range(len(q)):
-        k = matrix(me.shared.k[part].index(slot))
-        s = warpgroup_mma(q[part], k.permute((1, 0)), s, use_acc=part > 0, is_async=True)
-    return s
-
-
-@gluon.jit
-def issue_values(me, n, p, o):
-    """Start O += P V for the n-th block, one product a part of head_dim_v."""
-    slot = me.shared.v_stream.slot(n)
-    products = ()
-    for part in gl.static_range(len(o)):
-        operand = gl.convert_layout(p, operand_layout(o[part].shape[1]))
-        v = matrix(me.shared.v[part].index(slot))
-        products = products + (warpgroup_mma(operand, v, o[part], is_async=True),)
-    return products
-
-
-@gluon.jit
-def wait_for_values(products):
-    if len(products) == 1:
-        return (warpgroup_mma_wait(0, deps=(products[0],)),)
-    else:
-        return warpgroup_mma_wait(0, deps=(products[0], products[1]))
-
-
-@gluon.jit
-def _empty_output(shared):
-    o = ()
-    for part in gl.static_range(len(shared.v)):
-        o = o + (empty_accumulator(shared.v[part]),)
-    return o
-
-
-@gluon.jit
-def _rescale_output(o, alpha):
-    scaled = ()
-    for part in gl.static_range(len(o)):
-        scaled = scaled + (rescale(o[part], alpha),)
-    return scaled
-
-
-@gluon.jit
-def _first_block(me, n, q, bounds, first_key):
-    """P, m and l of a tile's first block: nothing to rescale, no P V to wait for. It is always masked."""
-    me.shared.k_stream.wait(n)
-    take_turn(me.index)
-    s = _issue_scores(me, n, q)
-    pass_turn(me.index, me.config.consumers)
-    bias, kept = beside_product(me.config, me.score, first_key, "upper")
-    s = warpgroup_mma_wait(0, deps=(s,))
-    me.shared.k_stream.release(n)
-    s = finish_scores(me.config, me.score, s, bias, bounds, first_key, "upper")
-    m = gl.max(s, axis=1) * scale_left(me.config, me.score)
-    p = probabilities(me.config, me.score, s, m, first_key, "upper")
-    return rounded(me.config, p, kept, me.shared.v[0].dtype), m, partial_sums(p)
-
-
-@gluon.jit
-def _overlapped_block(me, n, q, bounds, first_key, state, CUT: gl.constexpr):
-    """S of this block, issued with O += P V of the one before; then m, l and P."""
-    o, p, m, l = state
-    me.shared.k_stream.wait(n)
-    take_turn(me.index)
-    s = _issue_scores(me, n, q)
-    p = as_operand(me.config, p)
-    me.shared.v_stream.wait(n - 1)
-    products = issue_values(me, n - 1, p, o)
-    pass_turn(me.index, me.config.consumers)
-    bias, kept = beside_product(me.config, me.score, first_key, CUT)
-    s = warpgroup_mma_wait(len(products), deps=(s,))
-    me.shared.k_stream.release(n)
-    s = finish_scores(me.config, me.score, s, bias, bounds, first_key, CUT)
-    m, alpha = next_reference(me.config, me.score, s, m, first_key, CUT)
-    if keeps_p_during_softmax(me.config):
-        p = probabilities(me.config, me.score, s, m, first_key, CUT)
-        sums = partial_sums(p)
-        finish_before(sums, 4)
-        o = wait_for_values(products)
-        me.shared.v_stream.release(n - 1)
-    else:
-        finish_before(m, 2)
-        o = wait_for_values(products)
-        me.shared.v_stream.release(n - 1)
-        p = probabilities(me.config, me.score, s, m, first_key, CUT)
-        sums = partial_sums(p)
-    p = rounded(me.config, p, kept, me.shared.v[0].dtype)
-    return _rescale_output(o, alpha), p, m, add_to_sums(l, alpha, sums)
-
-
-@gluon.jit
-def _lone_block(me, n, q, bounds, first_key, state, CUT: gl.constexpr):
-    """S, then m, l and P, then O += P V of one block: what overlaps is the other consumers' work."""
-    o, m, l = state
-    me.shared.k_stream.wait(n)
-    s = _issue_scores(me, n, q)
-    bias, kept = beside_product(me.config, me.score, first_key, CUT)
-    s = warpgroup_mma_wait(0, deps=(s,))
-    me.shared.k_stream.release(n)
-    s = finish_scores(me.config, me.score, s, bias, bounds, first_key, CUT)
-    m, alpha = next_reference(me.config, me.score, s, m, first_key, CUT)
-    p = probabilities(me.config, me.score, s, m, first_key, CUT)
-    l = add_to_sums(l, alpha, partial_sums(p))
-    o = _rescale_output(o, alpha)
-    me.shared.v_stream.wait(n)
-    p = rounded(me.config, p, kept, me.shared.v[0].dtype)
-    o = wait_for_values(issue_values(me, n, as_operand(me.config, p), o))
-    me.shared.v_stream.release(n)
-    return o, m, l
-
-
-@gluon.jit
-def start_blocks(me, n, q, bounds, first_key):
-    """The loop's state before its first turn, and how many blocks that took."""
-    if overlaps(me.config):
-        p, m, l = _first_block(me, n, q, bounds, first_key)
-        return (_empty_output(me.shared), p, m, l), 1
-    else:
-        keys: gl.constexpr = me.config.keys
-        s = gl.zeros([M, keys], gl.float32, accumulator_layout(keys))
-        return (_empty_output(me.shared), gl.max(s, axis=1) + float("-inf"), partial_sums(s)), 0
-
-
-@gluon.jit
-def run_blocks(me, n, q, bounds, block, state, count, CUT: gl.constexpr):
-    """`count` turns of the main loop, from block `block` down. chunk.py's too: `me` has config, index, score, and in
-    `shared` the tiles and streams of K and V."""
-    for i in range(count):
-        if overlaps(me.config):
-            state = _overlapped_block(me, n, q, bounds, (block - i) * me.config.keys, state, CUT)
-        else:
-            state = _lone_block(me, n, q, bounds, (block - i) * me.config.keys, state, CUT)
-        n += 1
-    return state, n
 
 
 @gluon.jit

@@ -12,7 +12,6 @@ An accumulator of 64 x 512 is too wide for one warpgroup: each holds half. While
 """
 
 from tessera.backends.hopper.chunk import finish_rows
-from tessera.backends.hopper.forward import Score
 from tessera.backends.hopper.pieces.cache_rows import (
     Cache,
     Pages,
@@ -42,6 +41,7 @@ from tessera.backends.hopper.pieces.packed_rows import (
     store_out,
     unit_of,
 )
+from tessera.backends.hopper.pieces.scores import Score
 from tessera.backends.hopper.pieces.softmax import (
     add_to_sums,
     exponentials,
