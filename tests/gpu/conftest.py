@@ -49,7 +49,8 @@ def _requests(test: pytest.Function) -> Iterator[Request | CacheRequest]:
             yield case.request("meta", dtype)
         else:
             request = case.request("meta", dtype, requires_grad=test.path.name != "test_hopper_forward.py")
-            yield request._replace(deterministic="deterministic" in test.originalname)
+            ordered = test.callspec.params.get("deterministic", "deterministic" in test.originalname)
+            yield request._replace(deterministic=ordered)
 
 
 def _of_parameter(value: object) -> tuple[Case | CacheCase, ...]:

@@ -45,9 +45,9 @@ def matmul_spec(element: str = "bf16") -> jit.KernelSpec:
 
 @pytest.fixture(autouse=True, scope="module")
 def own_cache(tmp_path_factory: pytest.TempPathFactory):
-    os.environ["TESSERA_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
-    yield
-    del os.environ["TESSERA_CACHE_DIR"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TESSERA_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 def run(kernel: Kernel, a: torch.Tensor, b: torch.Tensor, scale: float = 1.0, mark: int = 7) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -19,13 +19,15 @@ if torch.cuda.device_count() < 2 or any(torch.cuda.get_device_capability(i)[0] !
 
 DEVICES = ("cuda:1", "cuda:0", "cuda:1")
 """The second first: what it is given must not be the first one's."""
+ATTENTION = ("causal", "gqa", "sinks, window", "documents", "varlen", "dropout, causal, gqa")
+MANY = Case("many", seqlen_q=700, seqlen_k=700, heads_q=8, heads_kv=2, causal=True)
 
 
 @pytest.mark.parametrize("deterministic", [False, True], ids=["any order", "fixed order"])
-@pytest.mark.parametrize("name", ["causal", "gqa", "sinks, window", "documents", "varlen", "dropout, causal, gqa"])
-def test_attention(name: str, deterministic: bool) -> None:
+@pytest.mark.parametrize("case", [CASES[name] for name in ATTENTION], ids=ATTENTION)
+def test_attention(case: Case, deterministic: bool) -> None:
     for device in DEVICES:
-        request = CASES[name].request(device, torch.bfloat16, requires_grad=True)
+        request = case.request(device, torch.bfloat16, requires_grad=True)
         failed = [str(c) for c in verify.run(request._replace(deterministic=deterministic, backend="hopper")) if not c.ok]
         assert not failed, (device, *failed)
         assert torch.cuda.current_device() == 0
@@ -43,20 +45,13 @@ def test_serving(name: str) -> None:
 
 def test_both_at_once_from_threads() -> None:
     """Each thread serves one device, and never says which is current."""
-    case = Case("many", seqlen_q=700, seqlen_k=700, heads_q=8, heads_kv=2, causal=True)
-    failed: list[str] = []
 
-    def serve(device: str) -> None:
-        for seed in range(5):
-            request = case.request(device, torch.bfloat16, seed, requires_grad=True)._replace(backend="hopper")
-            failed.extend(f"{device}: {c}" for c in verify.run(request) if not c.ok)
+    def serve(device: str) -> list[str]:
+        requests = (MANY.request(device, torch.bfloat16, seed, requires_grad=True) for seed in range(5))
+        return [f"{device}: {c}" for r in requests for c in verify.run(r._replace(backend="hopper")) if not c.ok]
 
-    threads = [threading.Thread(target=serve, args=(device,)) for device in DEVICES[:2]]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failed
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(serve, DEVICES[:2])) == [[], []]
 
 
 @pytest.mark.parametrize("splits", [None, 3])
