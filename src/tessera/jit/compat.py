@@ -37,13 +37,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language import core
 from triton.runtime.jit import JITCallable
 
+from tessera.jit import ptx
 from tessera.jit.binary import Descriptor
 from tessera.jit.spec import Arrangement, Dtype, KernelSpec, Pointer, Scalar, Tiles
 
 __all__ = [
-    "aggregate", "arrive_after_copies", "barrier", "copy_to_shared", "fence_async_shared", "gl", "gluon", "let_next_begin",
-    "mbarrier", "mma_v2", "reinterpret", "tma_load", "tma_reduce_add", "tma_store", "tma_store_wait", "wait_for_previous",
-    "warpgroup_mma", "warpgroup_mma_wait",
+    "aggregate", "arrive_after_copies", "arrive_at", "barrier", "copy_to_shared", "fence_async_shared", "gl", "gluon",
+    "let_next_begin", "mbarrier", "mma_v2", "reinterpret", "tma_load", "tma_load_as", "tma_reduce_add", "tma_store",
+    "tma_store_wait", "wait_for_previous", "warpgroup_mma", "warpgroup_mma_wait",
 ]  # fmt: skip
 
 VERSION = tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:2])
@@ -58,6 +59,40 @@ tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_glob
 tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 tma_store_wait = tma.store_wait
 
+
+@gluon.constexpr_function
+def _mark_asm(words):
+    comment = f"{ptx.BEGIN} {words}" if words else ptx.END
+    return f"{comment}\n\tmov.u32 $0, 0;"
+
+
+@gluon.jit
+def _mark(words: gl.constexpr):
+    """What follows is for jit/ptx.py to change; "" ends that."""
+    asm: gl.constexpr = _mark_asm(words)
+    gl.inline_asm_elementwise(asm, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def tma_load_as(how: gl.constexpr, tiles, where, bar, shared):
+    """tma_load with "evict_first" or "evict_last" (in L2), or "multicast 3" (to blocks 0 and 1 of the cluster, a bit each)."""
+    _mark(how)
+    tma_load(tiles, where, bar, shared)
+    _mark("")
+
+
+@gluon.constexpr_function
+def _arrive_words(rank):
+    return f"arrive at {rank}"
+
+
+@gluon.jit
+def arrive_at(rank: gl.constexpr, bar):
+    """mbarrier.arrive by a partition of one warp, at the mbarrier that block `rank` of the cluster has in this one's place."""
+    words: gl.constexpr = _arrive_words(rank)
+    _mark(words)
+    mbarrier.arrive(bar)
+    _mark("")
 
 
 @gluon.jit

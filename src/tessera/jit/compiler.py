@@ -11,9 +11,10 @@ import re
 import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
-from tessera.jit import cache
+from tessera.jit import cache, ptx
 from tessera.jit.binary import Binary
 from tessera.jit.spec import KernelSpec, parameter_layout
 from tessera.jit.toolchain import binary_key, hash_sources, source_key, toolchain_key, triton_version
@@ -87,6 +88,7 @@ def compile(spec: KernelSpec) -> Binary:
     function = _function(spec)
     reach.check(spec, function)
     lowered = compat.lower(spec, function)
+    lowered = replace(lowered, ptx=ptx.rewritten(lowered.ptx))
     _check_parameters(spec, lowered.ptx)
     assembled = compat.assemble(spec, lowered)
     with _counter_lock:

@@ -1,0 +1,81 @@
+"""What Triton can't say: marks in its PTX, and what the pass makes of them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tessera import jit
+from tessera.jit import ptx, toolchain
+
+LOAD = (
+    "@%p8 cp.async.bulk.tensor.5d.shared::{space}.global.mbarrier::complete_tx::bytes{more} "
+    "[%r109], [%rd6, {{%r110, %r111, %r205, %r112, %r113}}], [%r108]{last};\n"
+)
+PLAIN = LOAD.format(space="cta", more="", last="")
+TILES = jit.Tiles("bf16", (64, 128))
+
+
+def marked(words: str, code: str) -> str:
+    return f"a;\n{PLAIN}// tessera: {words}\nmov.u32 %r1, 0;\n{code}// tessera end\n{PLAIN}b;\n"
+
+
+def test_text_without_marks_stays():
+    assert ptx.rewritten(PLAIN) == PLAIN
+
+
+@pytest.mark.parametrize(("words", "policy"), [("evict_first", "0x12f0000000000000"), ("evict_last", "0x14f0000000000000")])
+def test_a_policy_reaches_each_load_between_the_marks_and_no_other(words, policy):
+    changed = LOAD.format(space="cta", more=".L2::cache_hint", last=f", {policy}")
+    found = ptx.rewritten(marked(words, PLAIN + "add.s32 %r1, %r2, 8192;\n" + PLAIN))
+    assert found.count(changed) == 2
+    assert found.count(PLAIN) == 2
+
+
+def test_a_multicast_goes_by_the_cluster():
+    changed = LOAD.format(space="cluster", more=".multicast::cluster", last=", 3")
+    assert changed in ptx.rewritten(marked("multicast 3", PLAIN))
+
+
+@pytest.mark.parametrize("space", ["shared", "shared::cta"])
+def test_an_arrival_goes_to_the_other_block(space):
+    found = ptx.rewritten(marked("arrive at 1", f"@%p7 mbarrier.arrive.{space}.b64 _, [%r5], 2;\n"))
+    assert "mapa.shared::cluster.u32 there, %r5, 1;" in found
+    assert "@%p7 mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there], 2;" in found
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (marked("evict_first", "add.s32 %r1, %r2, 8192;\n"), "no instruction that it could change"),
+        (marked("arrive at 0", PLAIN), "no instruction that it could change"),
+        (marked("evict_never", PLAIN), "no such mark: 'evict_never'; there are evict_first"),
+        (marked("evict_first", f"$L__BB0_7:\n{PLAIN}"), "another basic block"),
+        (marked("evict_first", f"{PLAIN}// tessera: multicast 3\n{PLAIN}") + "// tessera end", "another mark begins"),
+        (PLAIN + "// tessera: evict_first\n" + PLAIN, "1 marks begin and 0 end"),
+    ],
+)
+def test_a_mark_in_the_wrong_place_is_an_error(text, words):
+    with pytest.raises(ptx.MarkError, match=words):
+        ptx.rewritten(text)
+
+
+def test_the_pass_is_part_of_the_key():
+    assert Path(ptx.__file__) in toolchain.source_files("tessera.backends.hopper.forward")
+
+
+@pytest.mark.parametrize(
+    ("how", "wanted"),
+    [("evict_first", "bytes.L2::cache_hint ["), ("multicast 3", "cluster.global.mbarrier::complete_tx::bytes.multicast")],
+)
+def test_a_kernels_marks_reach_ptxas(how, wanted, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+    spec = jit.KernelSpec("jit_kernels.hinted:hinted_copy", (("source", TILES), ("target", TILES)), (("HOW", how),), num_warps=1)
+    binary = jit.compile(spec)
+    loads = [line for line in binary.ptx.splitlines() if "complete_tx" in line]
+    assert len(loads) == 2, "a load a 64 columns"
+    assert all(wanted in line for line in loads)
+    sys.modules.pop("jit_kernels.hinted")
