@@ -120,6 +120,8 @@ def benchmarks() -> str:
             parts.append(_beside_peers(Report.read(path), path.name))
     for path in sorted(RESULTS.glob("fa4-*.json")):
         parts.append(_beside_fa4(json.loads(path.read_text()), path.name))
+    for path in sorted(RESULTS.glob("host_*.json"))[-1:]:
+        parts.append(_host(json.loads(path.read_text()), path.name))
     return "\n\n".join(parts) or "Nothing measured yet."
 
 
@@ -129,6 +131,21 @@ def _beside_fa4(record: dict[str, Any], name: str) -> str:
     cells = ", ".join(f"{cell} {ratio:.2f}" for cell, ratio in ratios.items())
     mean = record["summary"]["geomean_speedup"]["fa4"]
     return f"Beside FlashAttention-4 (CuTe DSL), {record['direction']}, mean {mean:.3f}: {cells} (`benchmarks/results/{name}`)."
+
+
+def _host(record: dict[str, Any], name: str) -> str:
+    """What calls cost the host, and the first call of a process."""
+    kinds = []
+    for kind, times in record["seconds"].items():
+        ours, *others = (f"{1e6 * taken['median']:.1f}" if who == "tessera" else f"{who} {1e6 * taken['median']:.1f}"
+                         for who, taken in times.items())  # fmt: skip
+        kinds.append(f"{kind} {ours}" + (f" ({', '.join(others)})" if others else ""))
+    cold, warm = record["cold"], record["warm"]
+    return (
+        f"Microseconds of the host for a call, whose kernels are then in the stream: {'; '.join(kinds)}. The first call of a "
+        f"process: {warm['seconds']:.3f} s with the binary on disk, {cold['seconds']:.1f} s where it is compiled "
+        f"(`benchmarks/results/{name}`; `python -m tessera.bench --host`)."
+    )
 
 
 def _beside_peers(report: Report, name: str) -> str:

@@ -26,6 +26,7 @@ from tessera.bench import (
     Tessera,
     accuracy,
     cache_peers,
+    host,
     interleaved,
     machine,
     measure,
@@ -395,3 +396,17 @@ def test_grids_over_a_cache_have_their_own_contenders():
     assert len(session.cells) == 1
     with pytest.raises(ValueError, match="flex"):
         Order("decode", device="cpu", peers=("flex",)).session()
+
+
+def test_the_hosts_time_of_every_kind_of_call_and_of_first_ones(tmp_path: Path):
+    report = host.measured("cpu", rounds=2)
+    assert len(report.seconds) == 5
+    assert all(who[host.OURS].median > 0 for who in report.seconds.values())
+    assert (report.cold.compiled, report.warm.compiled) == (0, 0)
+    assert not report.cold.imported_triton, "a CPU has no use for it"
+    report.write(tmp_path / "host.json")
+    written = json.loads((tmp_path / "host.json").read_text())
+    assert written["kind"] == "host"
+    assert written["seconds"]["attention"]["sdpa"]["median"] > 0
+    with pytest.raises(ValueError, match="device='cuda:77'"):
+        host.measured("cuda:77")

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -15,6 +11,7 @@ import torch
 
 import tessera
 from tessera import jit
+from tessera.bench.host import first_call
 
 if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
     pytest.skip("needs a Hopper GPU", allow_module_level=True)
@@ -106,29 +103,10 @@ def test_a_call_does_not_wait_for_the_gpu():
     assert close(out, q, k, v)
 
 
-FIRST_CALL = """
-import json, sys, time, torch, tessera
-from tessera import jit
-q = torch.randn(1, 333, 2, 128, device="cuda", dtype=torch.bfloat16)
-torch.cuda.synchronize()
-start = time.perf_counter()
-with torch.no_grad():
-    tessera.attention(q, q, q, causal=True, backend="hopper")
-torch.cuda.synchronize()
-print(json.dumps([time.perf_counter() - start, jit.compiles(), "triton" in sys.modules]))
-"""
-
-
 def test_first_calls_cold_and_warm(tmp_path: Path):
-    def process() -> list[float]:
-        environment = os.environ | {"TESSERA_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
-        ran = subprocess.run([sys.executable, "-c", FIRST_CALL], env=environment, capture_output=True, text=True, timeout=120)
-        assert ran.returncode == 0, ran.stderr
-        return json.loads(ran.stdout.splitlines()[-1])
-
-    seconds, compiled, _ = process()
-    assert compiled == 1
-    assert seconds < 6.0, "3 s on an idle machine"
-    seconds, compiled, triton = process()
-    assert (compiled, triton) == (0, False)
-    assert seconds < 0.3
+    cold = first_call("cuda", tmp_path)
+    assert cold.compiled == 1
+    assert cold.seconds < 6.0, "3 s on an idle machine"
+    warm = first_call("cuda", tmp_path)
+    assert (warm.compiled, warm.imported_triton) == (0, False)
+    assert warm.seconds < 0.3

@@ -4,6 +4,7 @@
     python -m tessera.bench paper+gqa+window --backward --peers cudnn,fa3,deterministic --fa3-dir /peers --json backward.json
     python -m tessera.bench --train --peers cudnn,fa3 --fa3-dir /peers --json training.json
     python -m tessera.bench --learn --json learning.json
+    python -m tessera.bench --host --fa3-dir /peers --json host.json
 
 Prints a line a cell. `tessera bench --report h200.json --plot h200.png` shows and draws the file elsewhere.
 """
@@ -15,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tessera.bench import host
 from tessera.bench.cells import Direction
 from tessera.bench.grids import GRIDS
 from tessera.bench.learning import LearningOrder
@@ -30,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if asked.train:
             return _train(asked)
+        if asked.host:
+            return _host(asked)
         return _learn(asked) if asked.learn else _measure(asked)
     except ValueError as mistake:
         print(mistake, file=sys.stderr)
@@ -84,6 +88,14 @@ def _learn(asked: argparse.Namespace) -> int:
     return 0 if report.ok else 1
 
 
+def _host(asked: argparse.Namespace) -> int:
+    report = host.measured(asked.device, asked.fa3_dir, asked.rounds or 9)
+    print(report)
+    if asked.json is not None:
+        report.write(asked.json)
+    return 0
+
+
 def line(cell: CellResult) -> str:
     """One cell in one line: each contender's rate and, of peers, how many times faster ours is; or why there is none."""
     words = []
@@ -101,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("grid", nargs="?", help=f"{', '.join(GRIDS)}; several with a plus between: paper+gqa")
     what.add_argument("--train", action="store_true", help="whole training steps of a GPT")
     what.add_argument("--learn", action="store_true", help="loss curves of a byte-level GPT")
+    what.add_argument("--host", action="store_true", help="what calls cost the host, and the first call of a process")
     parser.add_argument("--layers", type=int, help="of the GPT that --train trains")
     parser.add_argument("--rounds", type=int, help="turns of each contender, timed steps of --train")
     parser.add_argument("--steps", type=int, help="of --learn")

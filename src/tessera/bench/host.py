@@ -1,0 +1,165 @@
+"""The host's time: microseconds until a call has given its kernels to the stream, and seconds that a process's first call takes.
+
+It is what a caller waits for while the GPU is busy with earlier work. (On a CPU, which has no stream, it is the whole call.)
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from tessera import attention, attention_with_kvcache, jit
+from tessera.bench import flash_peers, machine
+from tessera.bench.grids import square
+from tessera.bench.machine import Machine
+from tessera.bench.peers import Forward, Peer, Sdpa
+from tessera.bench.report import plain
+from tessera.bench.session import usable
+from tessera.bench.timing import Call, Ratio, Schedule, interleaved, quartiles
+from tessera.device import Device
+from tessera.operands import bind
+
+SCHEMA = 1
+"""The version of the JSON form."""
+OURS = "tessera"
+_IN_FLIGHT = 200
+"""Calls in a row: a stream takes about a thousand launches before its caller has to wait."""
+_SMALL = square(64, 512, 1, 8, causal=True)
+_BATCH, _HEADS, _HEADS_KV, _DIM, _PAGES, _PAGE_SIZE = 4, 32, 8, 128, 64, 64
+
+
+class HostClock:
+    """Time of calls in a row, over their number; then the device is waited for, which does not count."""
+
+    def __init__(self, device: str):
+        self.wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+
+    def seconds(self, call: Call, repeats: int) -> float:
+        self.wait()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        taken = time.perf_counter() - start
+        self.wait()
+        return taken / repeats
+
+
+@dataclass(frozen=True)
+class FirstCall:
+    """A first call in a process that has imported torch and tessera and used the device: what it took, and what it compiled."""
+
+    seconds: float
+    compiled: int
+    imported_triton: bool
+
+
+@dataclass(frozen=True)
+class HostReport:
+    """`seconds`: by kind of call and by contender, each its median and quartiles. `cold`: the first call with an empty cache on
+    disk, `warm` the next process's."""
+
+    device: str
+    seconds: dict[str, dict[str, Ratio]]
+    cold: FirstCall
+    warm: FirstCall
+    machine: Machine
+    date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+
+    def __str__(self) -> str:
+        lines = []
+        for kind, times in self.seconds.items():
+            shown = ", ".join(f"{who} {1e6 * t.median:.1f} ({1e6 * t.low:.1f}-{1e6 * t.high:.1f})" for who, t in times.items())
+            lines.append(f"{kind}: {shown} microseconds")
+        for what, first in (("an empty cache", self.cold), ("the cache on disk", self.warm)):
+            triton = "with" if first.imported_triton else "without"
+            lines.append(f"first call with {what}: {first.seconds:.3f} s, {first.compiled} kernels compiled, {triton} Triton")
+        return "\n".join(lines)
+
+    def write(self, path: Path) -> None:
+        """Write the JSON form; the folder is made."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(plain(asdict(self)) | {"schema": SCHEMA, "kind": "host"}, indent=1) + "\n")
+
+
+def measured(device: str | None = None, fa3_folder: Path | None = None, rounds: int = 9) -> HostReport:
+    """All kinds of calls, contenders in turns, and two first calls. Raises ValueError where there is no such device."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    usable(device)
+    schedule = Schedule(rounds=rounds, turn_s=0.05, most_repeats=_IN_FLIGHT, limit_s=10.0)
+    with tempfile.TemporaryDirectory() as folder:
+        cold, warm = (first_call(device, Path(folder)) for _ in range(2))
+    seconds = {}
+    for kind, calls in _kinds(device, fa3_folder):
+        times = interleaved(calls, HostClock(device), schedule)
+        seconds[kind] = {who: quartiles(list(taken)) for who, taken in times.items()}
+    return HostReport(device, seconds, cold, warm, machine.describe())
+
+
+def first_call(device: str, cache: Path) -> FirstCall:
+    """Causal attention at head dim 128 in a new process, with binaries kept in `cache`."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context) as pool:
+        return pool.submit(_first_call, device, cache).result()
+
+
+def _first_call(device: str, cache: Path) -> FirstCall:
+    os.environ["TESSERA_CACHE_DIR"] = str(cache)
+    q = torch.randn(1, 333, 2, 128, device=device, dtype=torch.bfloat16)
+    wait = HostClock(device).wait
+    wait()
+    start = time.perf_counter()
+    with torch.no_grad():
+        attention(q, q, q, causal=True)
+    wait()
+    return FirstCall(time.perf_counter() - start, jit.compiles(), "triton" in sys.modules)
+
+
+def _kinds(device: str, fa3_folder: Path | None) -> Iterator[tuple[str, dict[str, Call]]]:
+    """Each kind of call by each who has it, small enough that the GPU is done before the host."""
+    request = _SMALL.request(device, torch.bfloat16)
+    q, k, v = request[:3]
+    problem, _ = bind(request)
+    calls: dict[str, Call] = {OURS: partial(attention, q, k, v, causal=True)}
+    peers: tuple[Peer, ...] = (flash_peers.peers(fa3_folder)["fa3"], Sdpa())
+    for peer in peers:
+        if peer.why_not(problem, Device.of(torch.device(device))) is None:
+            calls[peer.name] = peer.forward(request, problem)
+    with torch.no_grad():
+        yield "attention", calls
+        for kind, step in _steps(device):
+            yield kind, {OURS: step}
+    trained = _SMALL.request(device, torch.bfloat16, requires_grad=True)
+    problem, _ = bind(trained)
+    dout = torch.randn_like(q)
+    forwards: dict[str, Forward] = {OURS: partial(attention, *trained[:3], causal=True), "sdpa": Sdpa().forward(trained, problem)}
+    yield "attention, forward and backward", {who: _with_backward(call, trained[:3], dout) for who, call in forwards.items()}
+
+
+def _with_backward(forward: Forward, inputs: tuple[torch.Tensor, ...], dout: torch.Tensor) -> Call:
+    return lambda: torch.autograd.grad(forward(), inputs, dout)
+
+
+def _steps(device: str) -> Iterator[tuple[str, Call]]:
+    """Steps of a server over a paged cache: one query a sequence, the same appending with rotary embedding, 64 queries."""
+    make = partial(torch.randn, device=device, dtype=torch.bfloat16)
+    pool = make(_PAGES, _PAGE_SIZE, _HEADS_KV, _DIM)
+    pages = torch.zeros(_BATCH, _PAGES // _BATCH, dtype=torch.int32, device=device)
+    lengths = torch.full((_BATCH,), _PAGE_SIZE, dtype=torch.int32, device=device)
+    step = partial(attention_with_kvcache, cache_seqlens=lengths, page_table=pages, causal=True)
+    one, new = make(_BATCH, 1, _HEADS, _DIM), make(_BATCH, 1, _HEADS_KV, _DIM)
+    table = make(2 * _PAGE_SIZE, _DIM // 2)
+    yield "decoding", partial(step, one, pool, pool.clone())
+    yield "decoding, appending, rotary", partial(step, one, pool, pool.clone(), k=new, v=new, rotary_cos=table, rotary_sin=table)
+    yield "64 queries over a cache", partial(step, make(_BATCH, 64, _HEADS, _DIM), pool, pool.clone())
