@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 
 import torch
@@ -230,6 +230,7 @@ def plan(
     Raises: what the call itself would raise.
     """
     options.pop("return_lse", None)  # every backend returns both
+    check_options(options, _OPTIONS)
     if v is None:
         v = k
     tensors = [shape_as_tensor(x, dtype) for x in (q, k, v)]
@@ -248,23 +249,30 @@ def plan(
     return dispatch.select(problem, described, request.backend)
 
 
-def warmup(problems: Iterable[Problem | Plan | CacheProblem | CachePlan], *, device: str | torch.device | Device = "h200") -> int:
+Planned = Problem | Plan | CacheProblem | CachePlan
+
+
+def warmup(problems: Planned | Iterable[Planned], *, device: str | torch.device | Device = "h200") -> int:
     """Compile ahead of time, into the disk cache, what these problems need at any length; returns how many kernels that took.
 
     Args:
         problems: plans, as `plan` (with requires_grad the backward's kernels too) and `plan_kvcache` give them, or problems
-            for `device`.
+            for `device`; several, or one.
         device: for problems; "h100" or "h200" need not be here: no GPU is touched.
 
     Raises: tessera.Unsupported where no backend can run a problem; what a failing compile raises.
     """
     from tessera import jit  # what compiles is not needed to import tessera
 
+    if isinstance(problems, Planned):
+        problems = (problems,)
     described = device if isinstance(device, Device) else Device.named(str(device))
     return jit.warmup(dict.fromkeys(spec for problem in problems for spec in _kernels(problem, described)))
 
 
-def _kernels(problem: Problem | Plan | CacheProblem | CachePlan, device: Device) -> tuple[KernelSpec, ...]:
+def _kernels(problem: Planned, device: Device) -> tuple[KernelSpec, ...]:
+    if not isinstance(problem, Planned):
+        raise bad_type("problems", type(problem).__name__, "kernels follow from a plan", "give what plan or plan_kvcache returns")
     if isinstance(problem, (CacheProblem, CachePlan)):
         of_cache = serving_dispatch.select(problem, device) if isinstance(problem, CacheProblem) else problem
         return serving_dispatch.load(of_cache.backend).kernels(of_cache)
@@ -284,8 +292,21 @@ _TENSOR_OPTIONS: dict[str, torch.dtype | None] = {
 }
 
 
+_OPTIONS = frozenset({*DenseOptions.__annotations__, *PackedOptions.__annotations__, "cu_seqlens_q", "cu_seqlens_k"})
+
+
+def check_options(options: Mapping[str, object], known: frozenset[str]) -> None:
+    """What is passed on by name is an option of the call."""
+    for name, value in options.items():
+        if name not in known:
+            shown = type(value).__name__ if isinstance(value, Tensor) else repr(value)
+            raise bad_type(name, shown, "there is no such option", f"use some of {', '.join(sorted(known))}")
+
+
 def shape_as_tensor(x: Tensor | tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A tensor as it is; a shape as a tensor without memory."""
+    if not isinstance(dtype, torch.dtype):
+        raise bad_type("dtype", repr(dtype), "shapes become tensors of a dtype", "give a torch.dtype, as torch.bfloat16")
     return x if isinstance(x, Tensor) else torch.empty(x, dtype=dtype, device="meta")
 
 

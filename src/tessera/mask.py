@@ -135,6 +135,8 @@ class Mask:
         )
 
     def __and__(self, other: Mask) -> Mask:
+        if not isinstance(other, Mask):
+            return NotImplemented
         return Mask(
             left=_least(self.left, other.left),
             right=_least(self.right, other.right),

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import tessera
-from tessera import Mask, Unsupported, attention, attention_varlen, dispatch, plan, support, verify
+from tessera import Mask, Unsupported, attention, attention_varlen, dispatch, plan, plan_kvcache, support, verify, warmup
 from tessera.backends.cpu import ATEN, TILED
 from tessera.problem import Gradients
 
@@ -216,6 +216,14 @@ LENGTHS = (
     Bad("plan of a packed mask", lambda: plan((6, 4, 8),
         (6, 4, 8), cu_seqlens_q=(3,), cu_seqlens_k=(3,), mask=Mask.padding(int32(1, 2))),
         ValueError, "mask.key_end=", ("cu_seqlens",)),
+    Bad("plan of another library's option", lambda: plan((1, 4, 2, 8), (1, 4, 2, 8), window_size=(4, 0)), TypeError,
+        "window_size=(4, 0)", ("no such option", "window")),
+    Bad("plan of the inside", lambda: plan((1, 4, 2, 8), (1, 4, 2, 8), left=4), TypeError, "left=4", ("window",)),
+    Bad("plan of a dtype by name", lambda: plan((1, 4, 2, 8), (1, 4, 2, 8), dtype="bf16"), TypeError, "dtype='bf16'",
+        ("torch.bfloat16",)),
+    Bad("plan of another library's cache", lambda: plan_kvcache((2, 1, 4, 8), (2, 9, 4, 8), block_table=(2, 4)), TypeError,
+        "block_table=(2, 4)", ("page_table",)),
+    Bad("compile a shape ahead", lambda: warmup([(1, 4, 2, 8)]), TypeError, "problems=tuple", ("plan_kvcache",)),
 )  # fmt: skip
 BAD = {bad.name: bad for bad in (*TENSORS, *MASKS, *SCORES, *LENGTHS)}
 

@@ -78,6 +78,9 @@ def test_warmup_compiles_what_plans_will_need_and_nothing_twice(monkeypatch: pyt
     forward_kernels = set(HopperBackend().kernels(forward))
     assert len(asked) == len(set(asked)) == len(forward_kernels) + 3
     assert forward_kernels < set(asked)
+    asked.clear()
+    assert tessera.warmup(forward) == len(forward_kernels)
+    assert set(asked) == forward_kernels
 
 
 @pytest.mark.parametrize("rows", [1, 191, 512, 1024, 4096, 10_000])

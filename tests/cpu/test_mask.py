@@ -88,6 +88,11 @@ def test_causal_is_a_window() -> None:
     assert Mask.window(None, None).spec.is_full
 
 
+def test_only_masks_intersect() -> None:
+    with pytest.raises(TypeError, match="unsupported operand"):
+        Mask.causal() & True
+
+
 def test_documents_of_different_masks_intersect() -> None:
     coarse, fine = Mask.documents(torch.tensor([0, 0, 0, 1, 1])), Mask.documents(torch.tensor([0, 0, 1, 2, 2]))
     assert same(coarse & fine, fine)

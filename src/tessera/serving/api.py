@@ -11,7 +11,7 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 import torch
 from torch import Tensor
 
-from tessera.api import Window, check_tensor, mask_of, shape_as_tensor
+from tessera.api import Window, check_options, check_tensor, mask_of, shape_as_tensor
 from tessera.device import Device
 from tessera.errors import bad_value
 from tessera.serving import dispatch, operators
@@ -175,6 +175,7 @@ def plan_kvcache(
     Raises: what the call itself would raise.
     """
     options.pop("return_lse", None)
+    check_options(options, _OPTIONS)
     if device is None:
         device = q.device if isinstance(q, Tensor) and q.device.type != "meta" else "cpu"
     described = device if isinstance(device, Device) else Device.named(str(device))
@@ -195,6 +196,7 @@ def plan_kvcache(
     return dispatch.select(describe(_checked(request), described.kind), described, request.backend)
 
 
+_OPTIONS = frozenset({*CacheOptions.__annotations__, "cache_seqlens"})
 _OPTION_DTYPES = dict.fromkeys(("page_table", "cache_batch_idx", "cache_leftpad", "cu_seqlens_q"), torch.int32) | {
     "k_descale": torch.float32,
     "v_descale": torch.float32,
