@@ -2,6 +2,8 @@
 
     python scripts/update_readme.py            writes
     python scripts/update_readme.py --check    exits 1 where README is stale
+
+`make matrix` runs it.
 """
 
 from __future__ import annotations

@@ -211,9 +211,7 @@ class Server:
             q, k, v = (x.unflatten(0, (len(able), -1)) for x in (q, k, v))
         else:
             options["cu_seqlens_q"] = self._numbers(_offsets([n for _, n in able]))
-        out, lse = tessera.attention_with_kvcache(
-            q, self.k_cache, self.v_cache, cache_seqlens=lengths, k=k, v=v, **options
-        )  # type: ignore[call-overload]
+        out, lse = tessera.attention_with_kvcache(q, self.k_cache, self.v_cache, cache_seqlens=lengths, k=k, v=v, **options)  # type: ignore[call-overload]
         return (out.flatten(0, 1), lse.transpose(0, 1).flatten(1)) if dense else (out, lse)
 
     def _check(self, able: list[tuple[Held, int]], drawn: list[Tensor], results: tuple[Tensor, Tensor]) -> None:

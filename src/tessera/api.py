@@ -4,6 +4,8 @@
     attention_varlen     (total, heads, head_dim), sequences cut by cu_seqlens
     plan                 what would run, and why, from shapes alone
     warmup               kernels compiled ahead of time
+
+Those over a KV cache stand in serving/api.py.
 """
 
 from __future__ import annotations

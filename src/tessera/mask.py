@@ -97,9 +97,7 @@ class Mask:
         return Mask(left=check_window_side("window[0]", left), right=check_window_side("window[1]", right))
 
     @staticmethod
-    def padding(
-        key_end: Tensor | None = None, *, key_start: Tensor | None = None, query_end: Tensor | None = None
-    ) -> Mask:
+    def padding(key_end: Tensor | None = None, *, key_start: Tensor | None = None, query_end: Tensor | None = None) -> Mask:
         """Batch entry b uses the keys key_start[b] <= j < key_end[b] and the queries i < query_end[b] alone.
 
         Each is an integer tensor of shape (batch,); left out, it does not limit. Padding does not move the causal

@@ -189,9 +189,7 @@ def _check_qkv(request: Request, layout: Layout, device_kind: str) -> Shape:
         if tensor.device != q.device:
             raise bad_value(f"{name}.device", tensor.device, f"q is on {q.device}", f"use {name}.to(q.device)")
         if tensor.numel() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-            raise bad_value(
-                f"{name}.stride()", tensor.stride(), "the last dimension is strided", f"use {name}.contiguous()"
-            )
+            raise bad_value(f"{name}.stride()", tensor.stride(), "the last dimension is strided", f"use {name}.contiguous()")
     shape = Shape(
         batch=q.shape[0] if request.cu_seqlens_q is None else request.cu_seqlens_q.numel() - 1,
         seqlen_q=q.shape[-3],

@@ -209,4 +209,3 @@ for _name, _real, _fake in (("forward", _forward, _fake_forward), ("backward", _
     torch.library.register_vmap(f"tessera::{_name}", _refuse_vmap, lib=_library)
 torch.library.register_autograd("tessera::forward", _differentiate, setup_context=_setup_context, lib=_library)
 torch.library.register_autograd("tessera::backward", _refuse_double_backward, lib=_library)
-

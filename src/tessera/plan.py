@@ -7,7 +7,7 @@ from typing import Any
 
 from tessera.device import Device
 from tessera.errors import Reason
-from tessera.problem import Gradients, Problem
+from tessera.problem import BACKWARD_WORK, Gradients, Problem
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,8 @@ class Plan:
             "forward": self.forward.to_json(),
             "backward": None if self.backward is None else self.backward.to_json(),
             "flops": self.problem.flops(),
-            "backward_flops": int(2.5 * self.problem.flops()) if self.problem.gradients is Gradients.INPUTS else 0,
+            "backward_flops": int(BACKWARD_WORK * self.problem.flops()) if self.problem.gradients is Gradients.INPUTS else 0,
             "io_bytes": self.problem.io_bytes(),
             "workspace_bytes": self.workspace_bytes,
             "refusals": {name: [asdict(reason) for reason in reasons] for name, reasons in self.refusals},
         }
-

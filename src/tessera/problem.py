@@ -10,6 +10,8 @@ import torch
 from tessera.mask import MaskSpec
 
 MAX_HEAD_DIM = 256
+BACKWARD_WORK = 2.5
+"""Products in the backward over those in the forward: five against two, S computed again (FlashAttention-2, section 4.1)."""
 
 
 class Layout(Enum):
@@ -153,8 +155,8 @@ class Problem:
         return per_sequence * s.batch * s.heads_q
 
     def flops(self) -> int:
-        """Floating-point operations of the forward's two products (2 a multiply-add); the backward needs 2.5 times as
-        many at head_dim == head_dim_v (five products; FlashAttention-2, section 3.1.2)."""
+        """Floating-point operations of the forward's two products (2 a multiply-add); the backward needs BACKWARD_WORK times as
+        many at head_dim == head_dim_v."""
         return 2 * self.scores() * (self.shape.head_dim + self.shape.head_dim_v)
 
     def io_bytes(self) -> int:

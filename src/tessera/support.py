@@ -148,8 +148,13 @@ _GRADIENTS = (
 _DETERMINISM = (
     Feature("Determinism", "forward", reproducibility=Reproducibility.BITWISE),
     Feature("Determinism", "with gradients", gradients=Gradients.INPUTS, reproducibility=Reproducibility.BITWISE),
-    Feature("Determinism", "bias of keys, with gradients", _vary(bias=(1, 4, 1, 40)), gradients=Gradients.INPUTS,
-            reproducibility=Reproducibility.BITWISE),
+    Feature(
+        "Determinism",
+        "bias of keys, with gradients",
+        _vary(bias=(1, 4, 1, 40)),
+        gradients=Gradients.INPUTS,
+        reproducibility=Reproducibility.BITWISE,
+    ),
 )
 
 FEATURES: tuple[Feature, ...] = (*_DTYPES, *_DIMS, *_LAYOUTS, *_MASKS, *_SCORES, *_GRADIENTS, *_DETERMINISM)

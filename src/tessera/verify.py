@@ -137,9 +137,7 @@ def _noise_of_sums(terms: float, compute: torch.dtype) -> float:
     return 8 * torch.finfo(compute).eps * math.sqrt(terms)
 
 
-def _gradients_of_stored_out(
-    stored: Tensor, out: Tensor, lse: Tensor, dout: Tensor, inputs: list[Tensor]
-) -> tuple[Tensor, ...]:
+def _gradients_of_stored_out(stored: Tensor, out: Tensor, lse: Tensor, dout: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
     """What the rounding of the stored out does to the gradients through D = rowsum(dO * O): the same as a gradient -dD of lse.
 
     Every backward that recomputes P pays it. In a sum of few terms, as a sink's gradient is, eager's own error may by luck be

@@ -100,6 +100,7 @@ def test_compile_dynamic_window_scale_and_seed() -> None:
 @pytest.mark.slow
 def test_compile_with_inductor() -> None:
     """Needs a C++ compiler, as inductor does on CPUs."""
+
     def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attention(q * 2, k, v, causal=True).relu()
 

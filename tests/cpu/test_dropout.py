@@ -98,6 +98,7 @@ def test_mask_is_the_documented_function(seed: int) -> None:
 @given(st.data())
 def test_tiles_are_cut_from_the_whole(data: st.DataObject) -> None:
     """A tile of any size at any offset, any subset of the heads."""
+
     def cut(length: int) -> range:
         a, b = data.draw(st.integers(0, length)), data.draw(st.integers(0, length))
         return range(min(a, b), max(a, b))

@@ -201,6 +201,7 @@ def row_limits(draw: st.DrawFn) -> RowLimits:
 
 def whole(limits: RowLimits) -> Tensor:
     """(Sq, Sk) bool from the Mask's predicate: what the tile geometry must agree with."""
+
     def row(values: tuple[int, ...] | None) -> Tensor | None:
         return None if values is None else torch.tensor([values], dtype=torch.int32).view(1, -1)
 

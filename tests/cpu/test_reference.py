@@ -52,9 +52,7 @@ def assert_same_function(result: Tensor, expected: Tensor, inputs: tuple[Tensor,
     """Values and gradients agree, in float64."""
     torch.testing.assert_close(result, expected, **EXACT)
     dout = torch.randn_like(expected)
-    for got, want in zip(
-        torch.autograd.grad(result, inputs, dout), torch.autograd.grad(expected, inputs, dout), strict=True
-    ):
+    for got, want in zip(torch.autograd.grad(result, inputs, dout), torch.autograd.grad(expected, inputs, dout), strict=True):
         torch.testing.assert_close(got, want, **EXACT)
 
 

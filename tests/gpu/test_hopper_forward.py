@@ -39,8 +39,10 @@ MANY_TILES = (
     *(Case(f"d{d} dropout", head_dim=d, dropout_p=0.2, **MANY) for d in (64, 128, 256)),
     *(Case(f"d{d} alibi causal", head_dim=d, alibi="batch", causal=True, **MANY) for d in (96, 128)),
     *(Case(f"d{d} bias", head_dim=d, bias=(1, 24, 1100, 1100), **MANY) for d in (128, 192)),
-    *(Case(f"d{d} all modifiers", head_dim=d, bias=(1, 24, 1100, 1100), alibi="head", dropout_p=0.2, causal=True, **MANY)
-      for d in (64, 128, 256)),
+    *(
+        Case(f"d{d} all modifiers", head_dim=d, bias=(1, 24, 1100, 1100), alibi="head", dropout_p=0.2, causal=True, **MANY)
+        for d in (64, 128, 256)
+    ),
     Case("padding left, dropout, bias", key_start=(3, 0, 500), bias=(3, 24, 1100, 1100), dropout_p=0.2, causal=True, **MANY),
     Case("varlen, alibi, dropout", batch=len(LENGTHS), alibi="batch", dropout_p=0.2, causal=True, head_dim=128, **PACKED),
     Case("long alibi", alibi="head", batch=1, seqlen_q=8192, seqlen_k=8192, heads_q=2, heads_kv=2, head_dim=128, causal=True),
@@ -220,9 +222,7 @@ def test_packed_sequences_draw_by_their_numbers() -> None:
         assert torch.equal(out[start : start + n, :, :n] != 0, drawn[number, :, :n, :n].transpose(0, 1))
 
 
-@pytest.mark.parametrize(
-    "shape", [(3, 8, 300, 333), (3, 1, 300, 333), (1, 1, 1, 333), (1, 8, 300, 1)]
-)
+@pytest.mark.parametrize("shape", [(3, 8, 300, 333), (3, 1, 300, 333), (1, 1, 1, 333), (1, 8, 300, 1)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 def test_biases(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Every form, in q's dtype and float32, rows that TMA could not read, -inf and finfo.min in it."""

@@ -142,9 +142,7 @@ def test_intervals_are_transformers_own_mask(function: str, place: str, side: st
         ("packed", "a prompt", "none", (2, 24)),
     ],
 )
-def test_what_kernels_must_know_ahead_stands_in_the_shape(
-    function: str, place: str, side: str, shape: tuple[int, int]
-) -> None:
+def test_what_kernels_must_know_ahead_stands_in_the_shape(function: str, place: str, side: str, shape: tuple[int, int]) -> None:
     arguments = PLACES[place].arguments() | {"mask_function": FUNCTIONS[function], "attention_mask": padding(side)}
     assert key_bounds(**arguments).shape == (BATCH, 1, *shape)
 

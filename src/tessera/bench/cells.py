@@ -10,10 +10,7 @@ import torch
 
 from tessera.cases import Case
 from tessera.operands import Request
-from tessera.problem import Layout, Problem
-
-BACKWARD_WORK = 2.5
-"""Products in the backward over those in the forward: five against two, S computed again (FlashAttention-2, section 4.1)."""
+from tessera.problem import BACKWARD_WORK, Layout, Problem
 
 
 class Direction(Enum):

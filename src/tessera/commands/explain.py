@@ -9,13 +9,13 @@ import typer
 from rich.console import Console
 
 from tessera import api, dispatch
-from tessera.bench.cells import BACKWARD_WORK, flops_by_length
+from tessera.bench.cells import flops_by_length
 from tessera.commands import screen
 from tessera.commands.options import DTYPES, DtypeOption
 from tessera.device import KNOWN_DEVICES
 from tessera.errors import Reason, Unsupported
 from tessera.plan import Choice, Plan
-from tessera.problem import Gradients, Layout
+from tessera.problem import BACKWARD_WORK, Gradients, Layout
 
 _Int = Annotated[int, typer.Option(min=0)]
 

@@ -2,6 +2,8 @@
 
     attention_with_kvcache    queries against cached keys and values, appended to in the same call
     plan_kvcache              what would run, and why, from shapes alone
+
+A prefix that sequences share is cascade.py's.
 """
 
 from __future__ import annotations
@@ -75,7 +77,7 @@ def attention_with_kvcache(
     window: Window | None = None, softmax_scale: float | None = None, softcap: float = 0.0, sinks: Tensor | None = None,
     k_descale: Tensor | None = None, v_descale: Tensor | None = None, num_splits: int | None = None,
     schedule: str | None = None, batch_invariant: bool = False, return_lse: bool = False, backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Attention of new queries to cached keys and values, after appending new ones to the cache in place.
 
     The host reads nothing from a device: the call can be captured in a CUDA graph and replayed while sequences grow.

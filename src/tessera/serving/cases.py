@@ -77,9 +77,7 @@ class CacheCase:
         """Rows of a contiguous cache, and what the page tables must reach."""
         return max(self.capacity, *self.totals, 1)
 
-    def request(
-        self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0
-    ) -> CacheRequest:
+    def request(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0) -> CacheRequest:
         """The case's tensors and options: N(0, 1), drawn on the CPU, the same on every device."""
         draw = _Draw(torch.Generator().manual_seed(seed), device, dtype)
         rows: tuple[int, ...] = (self.batch, self.seqlen_q) if self.lengths_q is None else (sum(self.lengths_q),)
@@ -294,6 +292,4 @@ _FP8 = (
     CacheCase("fp8, latent", scales="head", latent=True, head_dim=576, head_dim_v=512, heads_q=8, heads_kv=1, cached=(70, 33)),
 )
 
-CACHE_CASES: dict[str, CacheCase] = {
-    case.name: case for case in (*_PLAIN, *_DIMS, *_PAGES, *_APPEND, *_SPLITS, *_FP8)
-}
+CACHE_CASES: dict[str, CacheCase] = {case.name: case for case in (*_PLAIN, *_DIMS, *_PAGES, *_APPEND, *_SPLITS, *_FP8)}

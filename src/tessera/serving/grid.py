@@ -40,9 +40,7 @@ def kvcache_grid(seed: int = 0) -> tuple[CacheCase, ...]:
 def covering(axes: Mapping[str, Sequence[Any]], seed: int) -> tuple[dict[str, Any], ...]:
     """Choices of a value for each axis such that any two values of any two axes stand together in one: greedy, not the fewest."""
     draw = random.Random(seed)
-    missing = {
-        ((a, x), (b, y)) for a, b in combinations(axes, 2) for x in range(len(axes[a])) for y in range(len(axes[b]))
-    }
+    missing = {((a, x), (b, y)) for a, b in combinations(axes, 2) for x in range(len(axes[a])) for y in range(len(axes[b]))}
     chosen = []
     while missing:
         candidates = [_holding(draw.choice(sorted(missing)), axes, draw) for _ in range(_CANDIDATES)]
