@@ -17,7 +17,3 @@ def main() -> None:
     from tessera.commands import app
 
     app()
-
-
-if __name__ == "__main__":
-    main()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ pytest.importorskip("rich")
 
 from typer.testing import CliRunner
 
-from tessera import cli, dispatch, operators
+from tessera import __version__, cli, dispatch, operators
 from tessera.bench.__main__ import main as bench_main
 from tessera.bench.report import Report
 from tessera.bench.training import TrainingReport
@@ -372,3 +375,9 @@ def test_demo_says_what_is_missing(monkeypatch):
     result = invoke("demo", "--quick")
     assert result.exit_code == 1
     assert "tessera-attn[demo]" in result.output
+
+
+def test_the_package_runs_as_a_module():
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    ran = subprocess.run([sys.executable, "-m", "tessera", "--version"], capture_output=True, text=True, env=environment)
+    assert (ran.returncode, ran.stdout) == (0, f"{__version__}\n"), ran.stderr

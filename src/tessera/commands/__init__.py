@@ -5,8 +5,11 @@ Exit codes: 0 all is well; 1 something was computed wrong, lost or missing; 2 ba
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
+from tessera import __version__
 from tessera.commands.bench import bench
 from tessera.commands.check import check
 from tessera.commands.demo import demo
@@ -22,5 +25,20 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_show_locals=False,
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _about(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print it.")] = False,
+) -> None:
+    pass
+
+
 for _command in (demo, doctor, explain, explain_cache, check, bench, learn):
     app.command()(_command)

@@ -51,7 +51,7 @@ class HopperServing:
             why = f"{rows_a_head(problem):.0f} query rows a key/value head share each tile of keys"
             return Choices(Choice(name, many, why), None, many.workspace_bytes(problem))
         plan = decode_plan.decode_plan(problem, device)
-        why = "memory bounds it: 16 rows a tile of keys, every SM with an equal share"
+        why = "memory bounds it: a tile of keys is read once for all query rows of its head"
         return Choices(Choice(DECODE, plan, why), None, plan.workspace_bytes())
 
     def kernels(self, plan: CachePlan) -> tuple[jit.KernelSpec, ...]:
