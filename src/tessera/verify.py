@@ -4,8 +4,9 @@
 
 ref is the oracle in float64; eager is the oracle's own arithmetic in the compute dtype on the same inputs; noise is the
 one unit in the last place of the result's dtype at the size of ref, twice what rounding ref alone costs, and 64 units of the
-compute dtype (FlashAttention's test rule, with its ref + 0.3 - 0.3 made explicit). For gradients of bias and sinks it holds
-also the rounding of long sums, and what the rounding of the stored out does to them through D = rowsum(dO * O).
+compute dtype (FlashAttention's test rule, with its ref + 0.3 - 0.3 made explicit). A gradient may also lie as far from ref as
+twice what the rounding of the stored out does to it through D = rowsum(dO * O), which in a few rows eager may by luck not
+show; those of bias and sinks get it on top, with the rounding of long sums.
 """
 
 from __future__ import annotations
@@ -96,9 +97,11 @@ class Oracle:
             if name not in found:
                 continue
             compared = compare(f"d{name}", found[name], ref, eager)
-            of_out = 2 * share.abs().max().item() if share.numel() and name in terms else 0.0
-            of_sums = _noise_of_sums(terms.get(name, 0) / max(1, ref.numel()), self.problem.lse_dtype)
-            comparisons.append(replace(compared, allowed=compared.allowed + of_out + of_sums))
+            of_out = 2 * share.abs().max().item() if share.numel() else 0.0
+            allowed = max(compared.allowed, of_out)
+            if name in terms:
+                allowed = compared.allowed + of_out + _noise_of_sums(terms[name] / max(1, ref.numel()), self.problem.lse_dtype)
+            comparisons.append(replace(compared, allowed=allowed))
         return comparisons
 
 
