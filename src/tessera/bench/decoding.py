@@ -9,7 +9,6 @@ replayed in turns (timing.py says why). The yardstick is a copy of 2 GB in the s
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import sys
@@ -28,6 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tessera.api import warmup
 from tessera.bench.flash_peers import load_fa3
 from tessera.bench.replay import replayable
+from tessera.bench.report import write_json
 from tessera.jit.toolchain import triton_version
 from tessera.serving.api import CacheOptions, attention_with_kvcache, plan_kvcache
 from tessera.serving.plan import CachePlan
@@ -342,7 +342,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results.append(time_cell(cell, storage, fa3, asked.rounds))
         print(line(results[-1]), flush=True)
         if asked.json is not None:
-            asked.json.write_text(json.dumps({**_here(), "cells": [asdict(r) for r in results]}, indent=1) + "\n")
+            write_json(asked.json, {**_here(), "cells": [asdict(r) for r in results]})
     return 0
 
 

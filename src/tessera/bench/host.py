@@ -5,7 +5,6 @@ It is what a caller waits for while the GPU is busy with earlier work. (On a CPU
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import sys
@@ -25,7 +24,7 @@ from tessera.bench import flash_peers, machine
 from tessera.bench.grids import square
 from tessera.bench.machine import Machine
 from tessera.bench.peers import Forward, Peer, Sdpa
-from tessera.bench.report import plain
+from tessera.bench.report import plain, write_json
 from tessera.bench.session import usable
 from tessera.bench.timing import Call, Ratio, Schedule, interleaved, quartiles
 from tessera.device import Device
@@ -89,8 +88,7 @@ class HostReport:
 
     def write(self, path: Path) -> None:
         """Write the JSON form; the folder is made."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(plain(asdict(self)) | {"schema": SCHEMA, "kind": "host"}, indent=1) + "\n")
+        write_json(path, plain(asdict(self)) | {"schema": SCHEMA, "kind": "host"})
 
 
 def measured(device: str | None = None, fa3_folder: Path | None = None, rounds: int = 9) -> HostReport:

@@ -25,7 +25,7 @@ from tessera import attention, plan
 from tessera.bench import machine
 from tessera.bench.gpt import Attend, GptShape, Trainer
 from tessera.bench.machine import Machine
-from tessera.bench.report import machine_of, plain
+from tessera.bench.report import machine_of, plain, write_json
 from tessera.bench.session import usable
 from tessera.bench.sources import Text, standard_library
 from tessera.dispatch import BACKENDS
@@ -113,8 +113,7 @@ class LearningReport:
     def write(self, path: Path) -> None:
         """Write the JSON form; the folder is made."""
         verdict = {"distance": self.distance, "allowed": self.allowed, "ok": self.ok}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(plain(asdict(self) | verdict) | {"schema": SCHEMA, "kind": "learning"}, indent=1) + "\n")
+        write_json(path, plain(asdict(self) | verdict) | {"schema": SCHEMA, "kind": "learning"})
 
     @staticmethod
     def read(path: Path) -> LearningReport:

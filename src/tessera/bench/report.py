@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tessera.bench.ceilings import Ceilings
 from tessera.bench.cells import Direction
@@ -17,6 +17,7 @@ from tessera.bench.grids import Metric
 from tessera.bench.machine import Cpu, Gpu, Machine
 from tessera.bench.timing import Ratio
 
+R = TypeVar("R")
 SCHEMA = 1
 """The version of the JSON form; it rises when a field changes its meaning."""
 
@@ -156,7 +157,7 @@ class Report:
             raise ValueError(f"{path}: not a benchmark's report of schema {SCHEMA}; write one with --json")
         cells = []
         for cell in data["cells"]:
-            entries = {name: _entry(entry) for name, entry in cell["entries"].items()}
+            entries = {name: result_of(Entry, entry) for name, entry in cell["entries"].items()}
             cells.append(CellResult(**(cell | {"entries": entries})))
         limits = Ceilings(**data["ceilings"]) if data.get("ceilings") else None
         return Report(
@@ -166,8 +167,7 @@ class Report:
 
     def write(self, path: Path) -> None:
         """Write the JSON form; the folder is made."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.to_json(), indent=1) + "\n")
+        write_json(path, self.to_json())
 
 
 def geomean(values: Iterable[float]) -> float:
@@ -181,9 +181,16 @@ def _speedup(cell: CellResult, peer: str) -> Ratio | None:
     return None if entry is None else entry.speedup
 
 
-def _entry(data: dict[str, Any]) -> Entry:
+def result_of(kind: type[R], data: dict[str, Any]) -> R:
+    """A contender's result, a record with an outcome, seconds and a speedup, from its JSON form."""
     ratios = {name: None if data[name] is None else Ratio(**data[name]) for name in ("seconds", "speedup")}
-    return Entry(**(data | ratios | {"outcome": Outcome(data["outcome"])}))
+    return kind(**(data | ratios | {"outcome": Outcome(data["outcome"])}))
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Plain data as a file; the folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=1) + "\n")
 
 
 def machine_of(data: dict[str, Any]) -> Machine:

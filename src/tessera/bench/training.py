@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +24,7 @@ from tessera.bench.grids import square
 from tessera.bench.machine import Machine
 from tessera.bench.memory import peak_of_cuda
 from tessera.bench.peers import Peer, Tessera
-from tessera.bench.report import Outcome, machine_of, plain
+from tessera.bench.report import Outcome, machine_of, plain, result_of, write_json
 from tessera.bench.runner import in_words
 from tessera.bench.session import usable
 from tessera.bench.timing import Call, Ratio, Schedule, clock_for, interleaved, quartiles, speedup
@@ -106,8 +105,7 @@ class TrainingReport:
     def write(self, path: Path) -> None:
         """Write the JSON form; the folder is made."""
         data = plain(asdict(self)) | {"schema": SCHEMA, "kind": "training", "parameters": self.shape.parameters, "ok": self.ok}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(data, indent=1) + "\n")
+        write_json(path, data)
 
     @staticmethod
     def read(path: Path) -> TrainingReport:
@@ -117,17 +115,12 @@ class TrainingReport:
             raise ValueError(f"{path}: not a training report of schema {SCHEMA}; write one with --train --json")
         lengths = []
         for length in data["lengths"]:
-            entries = {name: _step_result(entry) for name, entry in length["entries"].items()}
+            entries = {name: result_of(StepResult, entry) for name, entry in length["entries"].items()}
             lengths.append(Length(**(length | {"entries": entries})))
         return TrainingReport(
             GptShape(**data["shape"]), data["dtype"], data["tokens"], data["device"], data["ours"], machine_of(data["machine"]),
             tuple(lengths), Ceilings(**data["ceilings"]) if data["ceilings"] else None, data["date"],
         )  # fmt: skip
-
-
-def _step_result(data: dict[str, Any]) -> StepResult:
-    ratios = {name: None if data[name] is None else Ratio(**data[name]) for name in ("seconds", "speedup")}
-    return StepResult(**(data | ratios | {"outcome": Outcome(data["outcome"])}))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from dataclasses import asdict
@@ -15,6 +14,7 @@ from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tessera.bench import machine, plots
+from tessera.bench.report import write_json
 from tessera.commands import corpus, screen
 from tessera.commands.generate import QUICK, generate, scene_for
 from tessera.commands.growth import HEAD_DIM, HEADS, LENGTHS, Step, plain_cases, special_cases, steps
@@ -165,5 +165,4 @@ def _draw(console: Console, taken: list[Step], path: Path) -> Path | None:
 
 def _write(path: Path, found: Search, taken: list[Step], ok: bool) -> None:
     data = {"ok": ok, "machine": asdict(machine.describe()), "search": asdict(found), "growth": [asdict(step) for step in taken]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(data, indent=1) + "\n")
+    write_json(path, data)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from tessera.bench import machine
 from tessera.bench.contexts import Context, contexts
 from tessera.bench.llama import Cache, Llama, LlamaShape
+from tessera.bench.report import write_json
 from tessera.bench.server import Judged, Ragged, Served, Server, judge
 from tessera.commands import screen
 
@@ -70,8 +70,7 @@ def generate(console: Console, scene: Scene, device: str, json_file: Path | None
             "shapes": shapes, "served": asdict(served) | {"answers": len(served.answers)}, "judged": asdict(judged),
             "contexts": [asdict(context) for context in read],
         }  # fmt: skip
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(data, indent=1) + "\n")
+        write_json(json_file, data)
     return ok
 
 
