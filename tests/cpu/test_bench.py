@@ -10,6 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from tessera.bench import (
     Tessera,
     accuracy,
     cache_peers,
+    flash_peers,
     host,
     interleaved,
     machine,
@@ -46,9 +48,10 @@ from tessera.mask import Mask
 from tessera.operands import Request, bind
 from tessera.problem import Problem
 
-CPU = Device.named("cpu")
+CPU, H200 = Device.named("cpu"), Device.named("h200")
 BRIEF = Schedule(rounds=2, turn_s=0.0)
 SMALL = Case("small, 64", batch=1, seqlen_q=64, seqlen_k=64, heads_q=2, heads_kv=2, head_dim=16)
+BIASED = Case("biased", seqlen_q=40, seqlen_k=70, heads_kv=2, head_dim=16, bias=(1, 4, 40, 70))
 
 
 @dataclass(frozen=True)
@@ -262,6 +265,26 @@ def test_peers_say_what_they_lack():
     assert Eager().why_not(softcap, CPU) is None
     everything, _ = bind(CASES["everything"].request())
     assert "no alibi, no bias, no dropout" in str(Eager().why_not(everything, CPU))
+    full_bias, causal_bias = (bind(replace(BIASED, causal=causal).request(dtype=torch.bfloat16))[0] for causal in (False, True))
+    assert Sdpa().why_not(full_bias, CPU) is None
+    assert Sdpa("fa2", "FLASH_ATTENTION").why_not(full_bias, H200) == "no bias"
+    assert str(Sdpa().why_not(causal_bias, CPU)).startswith("no causal,")
+    trained, _ = bind(BIASED.request(requires_grad=True))
+    assert Sdpa().why_not(trained, CPU) == "no gradient of a bias"
+
+
+@pytest.mark.parametrize(
+    "options", [{"softcap": 5.0, "causal": True}, {"alibi": "head", "window": (20, 3)}, {"alibi": "batch"}, {}], ids=str
+)
+def test_flex_and_sdpa_are_the_formula_with_a_bias(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    from torch.nn.attention.flex_attention import flex_attention
+
+    monkeypatch.setattr(flash_peers, "_compiled_flex", lambda: flex_attention)  # the formula, uncompiled
+    request = replace(BIASED, **options).request()
+    problem, _ = bind(request)
+    standard = accuracy.standard_for(request, problem)
+    for peer in (flash_peers.Flex(), *(() if options else (Sdpa(),))):
+        assert standard.error([peer.forward(request, problem)()]) < accuracy.allowed_error(problem)
 
 
 @pytest.mark.parametrize("name", ["full", "gqa", "window", "softcap", "fewer queries, causal", "d192 v128"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -164,7 +165,7 @@ class Flex:
     def why_not(self, problem: Problem, device: Device) -> str | None:
         if device.kind != "cuda":
             return "on a CPU it has no backward, and compiles with a C++ compiler"
-        return missing(problem, BANDS | {"grouped queries", "softcap"})
+        return missing(problem, BANDS | {"grouped queries", "softcap", "alibi", "bias"})
 
     def forward(self, request: Request, problem: Problem) -> Forward:
         from torch.nn.attention.flex_attention import create_block_mask
@@ -180,16 +181,33 @@ class Flex:
 
             block_mask = create_block_mask(keep, None, None, shape.seqlen_q, shape.seqlen_k, device=str(request.q.device))
 
-        def cap(x: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            return score.softcap * torch.tanh(x / score.softcap)
-
         q, k, v = (x.transpose(1, 2) for x in (request.q, request.k, request.v))
-        options: dict[str, Any] = {"score_mod": cap if score.softcap else None, "block_mask": block_mask}
+        options: dict[str, Any] = {"score_mod": _score_mod(request, problem), "block_mask": block_mask}
         options |= {"scale": score.scale, "enable_gqa": shape.group > 1}
         return lambda: _compiled_flex()(q, k, v, **options).transpose(1, 2)
 
     def backward(self, request: Request, problem: Problem, dout: Tensor) -> Backward:
         return through_autograd(self, request, problem, dout)
+
+
+def _score_mod(request: Request, problem: Problem) -> Callable[..., Tensor] | None:
+    """What flex_attention does to a scaled score: softcap, bias, ALiBi, in that order; None where it stays as it is."""
+    shape, score, slopes, bias = problem.shape, problem.score, request.alibi_slopes, request.bias
+    offset = shape.seqlen_k - shape.seqlen_q
+    if bias is not None:
+        bias = bias[(None,) * (4 - bias.dim())]
+        own = [int(size > 1) for size in bias.shape]  # a dimension that all share has one index
+
+    def modify(x: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        if score.softcap:
+            x = score.softcap * torch.tanh(x / score.softcap)
+        if bias is not None:
+            x = x + bias[b * own[0], h * own[1], i * own[2], j * own[3]]
+        if slopes is not None:
+            x = x - (slopes[h] if slopes.dim() == 1 else slopes[b, h]) * (i + offset - j).abs()
+        return x
+
+    return modify if score.softcap or bias is not None or slopes is not None else None
 
 
 @cache

@@ -62,6 +62,7 @@ def features(problem: Problem) -> frozenset[str]:
         "softcap": score.softcap > 0,
         "alibi": score.alibi is not None,
         "bias": score.bias is not None,
+        "gradient of a bias": score.bias is not None and score.bias.gradients is Gradients.INPUTS,
         "sinks": score.sinks is not None,
         "dropout": score.dropout_p > 0,
     }
@@ -174,14 +175,20 @@ class Sdpa:
             return "it runs on CUDA alone"
         if self.kernel is not None and problem.dtype not in (torch.float16, torch.bfloat16):
             return f"no {str(problem.dtype).removeprefix('torch.')}"
-        return missing(problem, self.SERVED)
+        bias = problem.score.bias
+        if bias is None or self.kernel == "FLASH_ATTENTION":
+            return missing(problem, self.SERVED)
+        if bias.dtype != problem.dtype:
+            return "a bias in the dtype of q alone"
+        return missing(problem, frozenset({"bias", "grouped queries"}))  # a mask or causal, not both
 
     def forward(self, request: Request, problem: Problem) -> Forward:
         q, k, v = (x.transpose(1, 2) for x in (request.q, request.k, request.v))
-        causal, grouped, scale = "causal" in features(problem), problem.shape.group > 1, problem.score.scale
+        options: dict[str, Any] = {"is_causal": "causal" in features(problem), "enable_gqa": problem.shape.group > 1}
+        options |= {"scale": problem.score.scale, "attn_mask": request.bias}
 
         def run() -> Tensor:
-            out = functional.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped)
+            out = functional.scaled_dot_product_attention(q, k, v, **options)
             return out.transpose(1, 2)
 
         if self.kernel is None:
