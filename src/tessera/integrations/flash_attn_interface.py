@@ -33,7 +33,7 @@ def flash_attn_func(
     """
     _refuse(qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, attention_chunk=attention_chunk or None)
     options: dict[str, Any] = {
-        "causal": causal, "window": _window(window_size), "softmax_scale": softmax_scale, "softcap": softcap,
+        "causal": causal, "window": limits(window_size), "softmax_scale": softmax_scale, "softcap": softcap,
         "deterministic": deterministic, "return_lse": return_attn_probs,
     }  # fmt: skip
     return attention(q, k, v, **options)
@@ -72,7 +72,7 @@ def flash_attn_varlen_func(
     """
     _refuse(qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, attention_chunk=attention_chunk or None)
     options: dict[str, Any] = {
-        "seqused_q": seqused_q, "seqused_k": seqused_k, "causal": causal, "window": _window(window_size),
+        "seqused_q": seqused_q, "seqused_k": seqused_k, "causal": causal, "window": limits(window_size),
         "softmax_scale": softmax_scale, "softcap": softcap, "deterministic": deterministic, "return_lse": return_attn_probs,
     }  # fmt: skip
     return attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, **options)
@@ -97,7 +97,7 @@ def flash_attn_with_kvcache(
     if cu_seqlens_k_new is not None and cu_seqlens_k_new is not cu_seqlens_q:
         why = "new keys are packed as the queries are"
         raise bad_value("cu_seqlens_k_new", "another tensor than cu_seqlens_q", why, "give cu_seqlens_q itself, or None")
-    window = _window(window_size)
+    window = limits(window_size)
     if rotary_cos is not None and not causal and window is None and (cu_seqlens_q is not None or q.shape[1] > 1):
         why = "FlashAttention turns all queries of such a call by one position, and each turns by its own here"
         raise bad_value("causal", causal, why, "use causal=True or a window, or turn q before the call")
@@ -112,7 +112,7 @@ def flash_attn_with_kvcache(
     return attention_with_kvcache(q, k_cache, v_cache, cache_seqlens=lengths, **options)
 
 
-def _window(sides: Window) -> Window | None:
+def limits(sides: Window) -> Window | None:
     """None where neither side is limited."""
     left, right = sides
     return None if (left, right) == (-1, -1) else (left, right)

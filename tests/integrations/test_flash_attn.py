@@ -1,4 +1,4 @@
-"""FlashAttention-3's functions by its signatures: the calls mean what they mean there, and what differs is refused."""
+"""FlashAttention-3's and -2's functions by their signatures: the calls mean what they mean there, and what differs is refused."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import tessera
+from tessera.integrations import flash_attn as flash2
 from tessera.integrations import flash_attn_interface as flash
 
 FP8 = ("q_descale", "k_descale", "v_descale")
@@ -30,6 +31,19 @@ SIGNATURES = {
         "num_splits", "pack_gqa", "sm_margin", "return_softmax_lse",
     ),
 }  # fmt: skip
+TAIL_2 = ("softmax_scale", "causal", "window_size", "softcap", "alibi_slopes", "deterministic", "return_attn_probs")
+SIGNATURES_2 = {
+    "flash_attn_func": ("q", "k", "v", "dropout_p", *TAIL_2),
+    "flash_attn_qkvpacked_func": ("qkv", "dropout_p", *TAIL_2),
+    "flash_attn_varlen_func": (
+        "q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "dropout_p", *TAIL_2, "block_table",
+    ),
+    "flash_attn_with_kvcache": (
+        "q", "k_cache", "v_cache", "k", "v", "rotary_cos", "rotary_sin", "cache_seqlens", "cache_batch_idx", "cache_leftpad",
+        "block_table", "softmax_scale", "causal", "window_size", "softcap", "rotary_interleaved", "alibi_slopes", "num_splits",
+        "return_softmax_lse",
+    ),
+}  # fmt: skip
 
 
 def qkv(seqlen_q: int = 70, seqlen_k: int = 90) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,6 +57,11 @@ def int32(*values: int) -> Tensor:
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_arguments_stand_in_upstreams_order(name: str):
     assert tuple(inspect.signature(getattr(flash, name)).parameters) == SIGNATURES[name]
+
+
+@pytest.mark.parametrize("name", SIGNATURES_2)
+def test_arguments_stand_in_the_second_ones_order(name: str):
+    assert tuple(inspect.signature(getattr(flash2, name)).parameters) == SIGNATURES_2[name]
 
 
 @pytest.mark.parametrize("window", [(-1, -1), (20, 0), (20, -1)])
@@ -68,6 +87,36 @@ def test_gradients_reach_a_packed_projection():
     (out.sum() + of_groups.sum()).backward()
     assert packed.grad.abs().sum() > 0
     assert grouped.grad.abs().sum() > 0
+
+
+def test_the_second_one_has_alibi_and_dropout():
+    q, k, v = qkv()
+    slopes = torch.rand(4)
+    out, lse, nothing = flash2.flash_attn_func(q, k, v, 0.0, 0.3, True, alibi_slopes=slopes, return_attn_probs=True)
+    expected = tessera.attention(q, k, v, causal=True, softmax_scale=0.3, alibi_slopes=slopes, return_lse=True)
+    assert nothing is None
+    assert torch.equal(out, expected[0])
+    assert torch.equal(lse, expected[1])
+    torch.manual_seed(7)
+    dropped = flash2.flash_attn_func(q, k, v, 0.25)
+    torch.manual_seed(7)
+    seed = int(torch.randint(2**62, ()))
+    assert torch.equal(dropped, tessera.attention(q, k, v, dropout_p=0.25, seed=seed))
+    assert not torch.equal(dropped, flash2.flash_attn_func(q, k, v, 0.25))
+    packed = torch.randn(2, 30, 3, 4, 16)
+    assert torch.equal(flash2.flash_attn_qkvpacked_func(packed, causal=True), tessera.attention(*packed.unbind(2), causal=True))
+
+
+def test_the_second_one_over_packed_sequences_and_pages():
+    q, k, v = (x.flatten(0, 1) for x in qkv(60, 60))
+    offsets = int32(0, 50, 120)
+    out = flash2.flash_attn_varlen_func(q, k, v, offsets, offsets, 70, 70, window_size=(9, 0))
+    assert torch.equal(out, tessera.attention_varlen(q, k, v, offsets, offsets, window=(9, 0)))
+    q, k_cache, v_cache = qkv(3, 64)
+    pool = [x.reshape(8, 16, 2, 16) for x in (k_cache, v_cache)]
+    table = torch.arange(8, dtype=torch.int32).view(2, 4)
+    step = flash2.flash_attn_with_kvcache(q, *pool, cache_seqlens=37, block_table=table, causal=True)
+    assert torch.equal(step, tessera.attention_with_kvcache(q, k_cache, v_cache, cache_seqlens=int32(37, 37), causal=True))
 
 
 def test_packed_sequences():
@@ -122,6 +171,8 @@ REFUSED = {
     "rotary_seqlens": lambda: cached(rotary_seqlens=int32(1, 2)),
     "cu_seqlens_k_new": lambda: cached(cu_seqlens_k_new=int32(0, 2, 4)),
     "cache_seqlens": lambda: cached(cache_seqlens=None, k=NEW, v=NEW),
+    "block_table": lambda: flash2.flash_attn_varlen_func(*qkv(), int32(0, 1), int32(0, 1), block_table=int32(1)),
+    "alibi_slopes": lambda: flash2.flash_attn_with_kvcache(*qkv(2, 64), cache_seqlens=9, alibi_slopes=torch.rand(4)),
     "causal": lambda: cached(k=NEW, v=NEW, rotary_cos=torch.ones(64, 8), rotary_sin=torch.ones(64, 8)),
 }
 
