@@ -122,6 +122,8 @@ def benchmarks() -> str:
             parts.append(_beside_peers(Report.read(path), path.name))
     for path in sorted(RESULTS.glob("fa4-*.json")):
         parts.append(_beside_fa4(json.loads(path.read_text()), path.name))
+    for path in sorted(RESULTS.glob("modifiers-forward_*.json"))[-1:]:
+        parts.append(_modifiers(path, path.with_name(path.name.replace("forward", "backward"))))
     for path in sorted(RESULTS.glob("host_*.json"))[-1:]:
         parts.append(_host(json.loads(path.read_text()), path.name))
     return "\n\n".join(parts) or "Nothing measured yet."
@@ -133,6 +135,37 @@ def _beside_fa4(record: dict[str, Any], name: str) -> str:
     cells = ", ".join(f"{cell} {ratio:.2f}" for cell, ratio in ratios.items())
     mean = record["summary"]["geomean_speedup"]["fa4"]
     return f"Beside FlashAttention-4 (CuTe DSL), {record['direction']}, mean {mean:.3f}: {cells} (`benchmarks/results/{name}`)."
+
+
+def _modifiers(*paths: Path) -> str:
+    """What each modifier of scores costs, forward and backward together, times of the same without; full and causal averaged."""
+    forward, backward = ({cell.name: cell for cell in Report.read(path).cells} for path in paths)
+    costs: dict[tuple[str, str], list[float]] = {}
+    for name in forward.keys() & backward.keys():
+        dim, _, kind = family_of(name)[0].split(" ", 2) if family_of(name)[0].count(" ") > 1 else ("", "", "")
+        times = [_medians(cell, ("tessera", "tessera-plain")) for cell in (forward[name], backward[name])]
+        if kind and all(times):
+            ours, plain = (sum(both) for both in zip(*times, strict=True))
+            costs.setdefault((kind, dim), []).append(ours / plain)
+    kinds, dims = sorted({kind for kind, _ in costs}), sorted({dim for _, dim in costs}, key=lambda dim: int(dim[1:]))
+    files = " and ".join(f"`benchmarks/results/{path.name}`" for path in paths)
+    head = (
+        "What modifies scores costs at 4k, forward and backward together, in times of the same without "
+        f"({files}; `tessera bench --grid modifiers --peers plain`):"
+    )
+    lines = [head, "", "| | " + " | ".join(dims) + " |", "|---" * (len(dims) + 1) + "|"]
+    for kind in kinds:
+        shown = (f"{geomean(costs[kind, dim]):.2f}" if (kind, dim) in costs else "" for dim in dims)
+        lines.append(f"| {kind} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+def _medians(cell: CellResult, contenders: tuple[str, ...]) -> list[float]:
+    """Their times; empty where one has none."""
+    seconds = [
+        entry.seconds for name in contenders if (entry := cell.entries.get(name)) is not None and entry.seconds is not None
+    ]
+    return [taken.median for taken in seconds] if len(seconds) == len(contenders) else []
 
 
 def _host(record: dict[str, Any], name: str) -> str:

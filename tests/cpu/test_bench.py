@@ -38,7 +38,7 @@ from tessera.bench.ceilings import ceilings
 from tessera.bench.cells import flops_by_length
 from tessera.bench.grids import Metric, family_of, grid_named, square
 from tessera.bench.memory import peak_of
-from tessera.bench.peers import Eager, Sdpa, features
+from tessera.bench.peers import Eager, Plain, Sdpa, features
 from tessera.bench.report import CellResult, Entry, Report, geomean
 from tessera.bench.session import Order
 from tessera.bench.timing import Ratio, speedup
@@ -307,6 +307,22 @@ def _report() -> Report:
 
     cells = (cell("d64 full, 512", 0.5, 4.0), cell("d64 full, 1k", 2.0, 0.25), cell("d64 causal, 1k", 1.0, 1.0))
     return Report("g", Direction.FORWARD, GRIDS["cpu"].metric, "float32", "cpu", "tessera", machine.describe(), cells)
+
+
+@pytest.mark.parametrize("direction", Direction, ids=lambda direction: direction.value)
+@pytest.mark.parametrize(
+    "options", [{"dropout_p": 0.3}, {"bias": (1, 4, 40, 70), "alibi": "batch"}, {"sinks": True, "dropout_p": 0.1}], ids=str
+)
+def test_what_goes_by_its_row_is_judged_on_the_first_heads(options: dict[str, Any], direction: Direction, monkeypatch):
+    monkeypatch.setitem(accuracy.MOST_SCORES, "cpu", 40 * 70)
+    case = replace(BIASED, **{"bias": None, "causal": True, "key_end": (70, 55)} | options)
+    result = measure(Cell(case, torch.float32, direction), [Tessera(), flash_peers.peers()["plain"]], "cpu", BRIEF)
+    assert result.standard == "oracle, float64, first entry, 2 heads"
+    assert {entry.outcome for entry in result.entries.values()} == {Outcome.TIMED}
+    request = case.request()
+    problem, _ = bind(request)
+    ignored = Tessera().forward(Plain.asked(request), problem)()
+    assert accuracy.standard_for(request, problem).error([ignored]) > accuracy.allowed_error(problem)
 
 
 def test_the_report_counts_means_and_losses():

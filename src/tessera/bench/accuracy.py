@@ -2,7 +2,7 @@
 
 The oracle where its matrix of scores fits; torch's SDPA in float32 where that computes the same; else the oracle on the last
 rows of queries (any mask here stays the same mask on them, since diagonals are aligned to the end), with gradients
-coming in for those rows alone.
+coming in for those rows alone; or, where a dropped score or a bias goes by its row, on the first heads of the first entry.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tessera import reference
 from tessera.bench.peers import Sdpa, features, missing, through_autograd
+from tessera.mask import BOUNDS
 from tessera.operands import Request, bind
 from tessera.problem import Gradients, Layout, Problem
 
@@ -40,7 +41,7 @@ def allowed_error(problem: Problem, standard: Standard | None = None) -> float:
 @dataclass(frozen=True, eq=False)
 class Standard:
     """The right results: (out,) of a forward problem or (dq, dk, dv), the first of them on the last `rows` rows of queries,
-    of a batch's `entries` alone where they are given.
+    of a batch's `entries` alone where they are given, and of so many `heads`, the first query and key/value ones.
 
     `dout` is what the backward is to start from, None for a forward problem; `how` says in words how this was computed.
     `eager`: the error of the same formula in the problem's dtype, for gradients.
@@ -51,12 +52,16 @@ class Standard:
     dout: Tensor | None
     rows: int
     entries: tuple[int, ...] | None = None
+    heads: tuple[int, int] | None = None
     eager: float = 0.0
 
     def error(self, results: Sequence[Tensor]) -> float:
         """The largest relative error of any row of any result; NaN where one holds NaN."""
         if self.entries is not None:
             results = [x[list(self.entries)] for x in results]
+        if self.heads is not None:
+            heads_q, heads_kv = self.heads
+            results = [results[0][:, :, :heads_q], *(x[:, :, :heads_kv] for x in results[1:])]
         rows = (slice(None), slice(-self.rows, None)) if results[0].dim() == 4 else slice(-self.rows, None)
         shown = (results[0].detach()[rows], *results[1:])
         return max((worst_row(x.detach(), ref) for x, ref in zip(shown, self.results, strict=True)), key=_nan_first)
@@ -83,6 +88,8 @@ def standard_for(request: Request, problem: Problem) -> Standard:
         return _of_two_entries(request, problem)
     if fits >= shape.seqlen_q:
         return by_oracle(request, problem, shape.seqlen_q)
+    if problem.score.dropout_p or (problem.score.bias is not None and problem.score.bias.shape[2] > 1):
+        return _of_first_heads(request, problem, max(1, limit // (shape.seqlen_q * shape.seqlen_k) // shape.group))
     if missing(problem, Sdpa.SERVED) is None:
         with suppress(RuntimeError):  # no float32 kernel for this shape on this GPU: then as for a mask SDPA lacks
             return _by_sdpa(request, problem)
@@ -125,6 +132,36 @@ def _of_two_entries(request: Request, problem: Problem) -> Standard:
         part, operands = bind(request._replace(q=request.q[b : b + 1], k=request.k[b : b + 1], v=request.v[b : b + 1]))
         refs.append(reference.attention(part, operands)[0])
     return Standard("oracle, float64, first and last entry", (torch.cat(refs),), None, problem.shape.seqlen_q, entries)
+
+
+def _of_first_heads(request: Request, problem: Problem, groups: int) -> Standard:
+    """The oracle on the first entry of a batch and its first `groups` key/value heads."""
+    heads_kv = min(groups, problem.shape.heads_kv)
+    heads_q = heads_kv * problem.shape.group
+    q, k, v = _leaves(request, problem.dtype)
+    first = {name: x[:1] for name in BOUNDS if (x := getattr(request, name)) is not None}
+    if request.bias is not None:
+        first["bias"] = request.bias[(None,) * (4 - request.bias.dim())][:1, :heads_q].detach()
+    if request.alibi_slopes is not None:
+        slopes = request.alibi_slopes
+        first["alibi_slopes"] = slopes[:heads_q] if slopes.dim() == 1 else slopes[:1, :heads_q]
+    if request.sinks is not None:
+        first["sinks"] = request.sinks[:heads_q].detach()
+    leaves = (q[:1, :, :heads_q], k[:1, :, :heads_kv], v[:1, :, :heads_kv])
+    part, operands = bind(
+        request._replace(q=leaves[0], k=leaves[1], v=leaves[2], bias_requires_grad=False, sinks_requires_grad=False, **first)
+    )
+    how, rows = f"oracle, float64, first entry, {heads_q} heads", problem.shape.seqlen_q
+    standard = Standard(how, (), None, rows, (0,), (heads_q, heads_kv))
+    if problem.gradients is Gradients.NONE:
+        return replace(standard, results=(reference.attention(part, operands)[0],))
+    dout = incoming(request, problem)
+    exact, eager = (
+        torch.autograd.grad(reference.attention(part, operands, dtype)[0], leaves, dout[:1, :, :heads_q].to(dtype))
+        for dtype in (torch.float64, problem.dtype)
+    )
+    standard = replace(standard, results=exact, dout=dout)
+    return replace(standard, eager=max(worst_row(x, ref) for x, ref in zip(eager, exact, strict=True)))
 
 
 def _by_sdpa(request: Request, problem: Problem) -> Standard:

@@ -21,6 +21,7 @@ from tessera.bench.peers import (
     Eager,
     Forward,
     Peer,
+    Plain,
     Sdpa,
     Tessera,
     TorchFlash,
@@ -258,7 +259,7 @@ def _importable(module: str) -> bool:
 
 def peers(fa3_folder: Path | None = None, backend: str | None = None) -> dict[str, Peer]:
     """Every peer by name, whether or not it can run here: each says so itself (`Peer.why_not`). Last our own call with
-    deterministic=True, by our `backend`: its ratio is what a fixed order costs."""
+    deterministic=True, by our `backend`, whose ratio is what a fixed order costs, and without what modifies scores."""
     fa3: Peer = FlashPackage("fa3", "flash_attn_interface") if fa3_folder is None else Fa3Operators(fa3_folder)
     everyone: tuple[Peer, ...] = (
         Sdpa(),
@@ -270,7 +271,7 @@ def peers(fa3_folder: Path | None = None, backend: str | None = None) -> dict[st
         Flex(),
     )
     named = {peer.name: peer for peer in everyone}
-    return named | {"deterministic": Tessera(backend, Reproducibility.BITWISE)}
+    return named | {"deterministic": Tessera(backend, Reproducibility.BITWISE), "plain": Plain()}
 
 
 DEFAULT_PEERS = {"cpu": ("sdpa", "eager"), "cuda": ("cudnn", "fa2", "fa3", "fa4")}

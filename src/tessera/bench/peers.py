@@ -115,6 +115,27 @@ class Tessera:
 
 
 @dataclass(frozen=True)
+class Plain:
+    """Ours without bias, ALiBi and dropout: its ratio is what these cost. It answers a question of its own, `asked`."""
+
+    name: str = "tessera-plain"
+
+    @staticmethod
+    def asked(request: Request) -> Request:
+        return request._replace(bias=None, bias_requires_grad=False, alibi_slopes=None, dropout_p=0.0, seed=None)
+
+    def why_not(self, problem: Problem, device: Device) -> str | None:
+        score = replace(problem.score, bias=None, alibi=None, dropout_p=0.0)
+        return Tessera().why_not(replace(problem, score=score), device)
+
+    def forward(self, request: Request, problem: Problem) -> Forward:
+        return Tessera().forward(request, problem)
+
+    def backward(self, request: Request, problem: Problem, dout: Tensor) -> Backward:
+        return through_autograd(self, request, problem, dout)
+
+
+@dataclass(frozen=True)
 class Eager:
     """Attention as the formula has it, the matrix of scores in memory: what Tessera stands in for."""
 

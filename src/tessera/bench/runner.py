@@ -21,7 +21,7 @@ from torch import Tensor
 from tessera.bench.accuracy import Standard, allowed_error, incoming, standard_for
 from tessera.bench.cells import Cell, Direction
 from tessera.bench.grids import Metric
-from tessera.bench.peers import Peer
+from tessera.bench.peers import Peer, Plain
 from tessera.bench.report import CellResult, Entry, Outcome
 from tessera.bench.timing import Call, Schedule, clock_for, interleaved, quartiles, speedup
 from tessera.device import Device
@@ -76,8 +76,11 @@ def _prepare(
             entries[peer.name] = Entry(Outcome.REFUSED, note=why)
             continue
         try:
-            call, results = _first_run(peer, request, problem, standard)
-            error = standard.error(results)
+            if isinstance(peer, Plain):
+                call, error = _first_run_of_plain(peer, request)
+            else:
+                call, results = _first_run(peer, request, problem, standard)
+                error = standard.error(results)
         except Exception as failure:  # a peer may raise anything; it costs the peer this cell
             entries[peer.name] = Entry(Outcome.FAILED, note=in_words(failure))
             continue
@@ -98,6 +101,15 @@ def _first_run(peer: Peer, request: Request, problem: Problem, standard: Standar
     if standard.rows < problem.shape.seqlen_q:  # checked with gradients for the last rows alone; timed with all of them
         backward = peer.backward(request, problem, incoming(request, problem))
     return backward, results
+
+
+def _first_run_of_plain(peer: Plain, request: Request) -> tuple[Call, float]:
+    """Its call, and its error by the standard of its own problem."""
+    asked = peer.asked(request)
+    problem, _ = bind(asked)
+    standard = standard_for(asked, problem)
+    call, results = _first_run(peer, asked, problem, standard)
+    return call, standard.error(results)
 
 
 def _result(cell: Cell, problem: Problem, how: str, entries: dict[str, Entry]) -> CellResult:

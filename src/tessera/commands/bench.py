@@ -24,7 +24,7 @@ _DRAW = {Outcome.REFUSED: "[dim]-[/]", Outcome.WRONG: "[bad]wrong[/]", Outcome.F
 
 def bench(
     grid: Annotated[str | None, typer.Option(help="One of the grids below; a quick one by default.")] = None,
-    peers: Annotated[str | None, typer.Option(help="Of sdpa, eager, cudnn, fa2, fa3, fa4, flex, deterministic.")] = None,
+    peers: Annotated[str | None, typer.Option(help="Of sdpa, eager, cudnn, fa2, fa3, fa4, flex, deterministic, plain.")] = None,
     backward: Annotated[bool, typer.Option("--backward", help="Time the backward.")] = False,
     dtype: Annotated[str | None, DtypeOption(help="Instead of the grid's own.")] = None,
     device: Annotated[str | None, typer.Option(help="A device of this machine; by default the grid's kind.")] = None,
@@ -49,9 +49,9 @@ def bench(
     Grids:  cpu-quick, cpu;  on a GPU: paper, paper-quick, gqa, window, varlen, dims, heads, modifiers; decode, chunk.
     Several are one report with a plus between: paper+gqa
 
-    With --backward the peer deterministic is our own call in a fixed order. decode and chunk run attention_with_kvcache; their
-    peers are sdpa, cudnn, fa2, fa3, fa3-pages64 and -16, fa4, and ours again over pages (pages1, pages16, pages64, ...) or
-    batch-invariant (invariant).
+    With --backward the peer deterministic is our own call in a fixed order; plain is it without bias, ALiBi and dropout. decode
+    and chunk run attention_with_kvcache; their peers are sdpa, cudnn, fa2, fa3, fa3-pages64 and -16, fa4, and ours again over
+    pages (pages1, pages16, pages64, ...) or batch-invariant (invariant).
 
     With --train every contender's attention trains the same GPT, step by step in turns, and must find our gradients first.
 
