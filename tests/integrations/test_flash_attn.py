@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import partial
 
 import pytest
 import torch
@@ -143,6 +144,13 @@ def test_a_cache(paged: bool, lengths: int | Tensor | None):
     )
     assert torch.equal(out, ours[0])
     assert torch.equal(lse, ours[1])
+
+
+def test_a_servers_loop_may_ask_for_metadata():
+    metadata = flash.get_scheduler_metadata(2, 1, 64, 4, 2, 16, torch.tensor([37, 37]), causal=True)
+    q, k_cache, v_cache = qkv(2, 64)
+    step = partial(flash.flash_attn_with_kvcache, q, k_cache, v_cache, cache_seqlens=37, causal=True)
+    torch.testing.assert_close(step(scheduler_metadata=metadata, num_splits=3), step())
 
 
 def test_new_keys_are_appended_in_place():
