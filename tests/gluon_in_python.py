@@ -174,6 +174,8 @@ class Shared:
         return Shared(self.data.narrow(dim, start, length))
 
     def reinterpret(self, dtype: torch.dtype, shape: Sequence[int], layout: Layout) -> Shared | Boxes:
+        if dtype != self.dtype:  # the same bytes for something else: nobody reads there what lay there before
+            return Shared(self.data.view(dtype).view(*shape))
         if self.data.shape[-1] == shape[-1] and len(shape) < self.data.dim():  # boxes seen as tiles
             return Shared(self.data.view(*shape))
         return Boxes(self, shape)

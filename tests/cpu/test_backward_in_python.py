@@ -23,6 +23,8 @@ LONG = {"batch": 1, "seqlen_q": 420, "seqlen_k": 450, "heads_q": 4, "heads_kv": 
 PACKED = {"lengths_q": (300, 1, 0, 133), "lengths_k": (200, 30, 55, 133), "heads_q": 4, "heads_kv": 2, "causal": True}
 WIDE = {"batch": 2, "seqlen_q": 200, "seqlen_k": 330, "heads_q": 4, "heads_kv": 2}
 DIMS = (64, 128, 256)
+FEW = 2
+"""Multiprocessors: persistent programs then take one tile after another."""
 MORE = (
     *(Case(f"d{d} long", head_dim=d, causal=True, **LONG) for d in DIMS),
     *(Case(f"d{d} window long", head_dim=d, window=(90, 20), **LONG) for d in DIMS),
@@ -48,7 +50,7 @@ def is_served(case: Case) -> bool:
 
 def differentiated(problem: Problem, operands: Operands, upstream: Upstream) -> InputGradients:
     with torch.no_grad(), in_python():
-        return BackwardLaunch(problem, backward_config(problem))(operands, upstream)
+        return BackwardLaunch(problem, backward_config(problem), FEW)(operands, upstream)
 
 
 def check(clean: Request, dirty: Request | None = None) -> None:

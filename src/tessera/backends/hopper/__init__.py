@@ -66,18 +66,19 @@ class HopperBackend:
         if not isinstance(plan.forward.config, ForwardConfig):
             raise TypeError(f"plan.forward.config={plan.forward.config}: a plan of this backend carries a ForwardConfig")
         _compile_together(_forward_kernels(plan.problem))
-        forward = ForwardLaunch(plan.problem, plan.forward.config, plan.device.multiprocessors)
+        multiprocessors = plan.device.multiprocessors
+        forward = ForwardLaunch(plan.problem, plan.forward.config, multiprocessors)
         if plan.backward is None:
             return HopperRunner(plan.problem, forward, None)
         if not isinstance(plan.backward.config, BackwardConfig):
             raise TypeError(f"plan.backward.config={plan.backward.config}: a plan of this backend carries a BackwardConfig")
-        return HopperRunner(plan.problem, forward, BackwardLaunch(plan.problem, plan.backward.config))
+        return HopperRunner(plan.problem, forward, BackwardLaunch(plan.problem, plan.backward.config, multiprocessors))
 
     def kernels(self, plan: Plan) -> tuple[jit.KernelSpec, ...]:
         forward = _forward_kernels(plan.problem)
         if plan.backward is None:
             return forward
-        return forward + BackwardLaunch(plan.problem, backward_config(plan.problem)).specs
+        return forward + BackwardLaunch(plan.problem, backward_config(plan.problem), plan.device.multiprocessors).specs
 
 
 def _forward_kernels(problem: Problem) -> tuple[jit.KernelSpec, ...]:

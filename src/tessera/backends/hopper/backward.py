@@ -16,16 +16,18 @@ writes dQ:
     writer      dQ of each block, added in float32 to the workspace by TMA
 
 Scores stand transposed so that P^T and dS^T are operands from registers, as wgmma leaves its results. How consumers share this
-work is backward_turns.py (head dim 64), backward_keys.py (128) and backward_products.py (256); the writer is
-backward_writer.py. lse and D come from backward_rows.py, in base 2 and with lse +inf for rows that see nothing: their P is then
-0 without a mask.
+work is backward_turns.py (head dim 64), backward_ahead.py (128; there a program takes tile after tile), backward_keys.py (both,
+with modifiers) and backward_products.py (256); the writer is backward_writer.py. lse and D come from backward_rows.py, in base 2
+and with lse +inf for rows that see nothing: their P is then 0 without a mask.
 """
 
+from tessera.backends.hopper.backward_ahead import consumer_ahead, make_pair
 from tessera.backends.hopper.backward_keys import consumer_of_keys, make_halves
 from tessera.backends.hopper.backward_products import consumer_of_dk, consumer_of_dq, consumer_of_dv, make_exchange
 from tessera.backends.hopper.backward_turns import consumer_in_turn, make_parts
 from tessera.backends.hopper.backward_writer import writer_of_dq
 from tessera.backends.hopper.pieces.channel import NAMED_BARRIER_K, NAMED_BARRIER_V, make_stream
+from tessera.backends.hopper.pieces.draws import make_draws
 from tessera.backends.hopper.pieces.gradients import Score, Shared
 from tessera.backends.hopper.pieces.key_tiles import Call, Order, locate_keys
 from tessera.backends.hopper.pieces.kv_source import Lengths, Pitch, load_rows
@@ -64,29 +66,75 @@ def _load_block(config: gl.constexpr, map_, buffer, stats_map, stats, stream, n,
 
 
 @gluon.jit
+def _load_q(config: gl.constexpr, maps, stats_map, shared, call, tile, n, member, row):
+    """Use n of Q's ring: the rows from `row` on of a member of the tile's heads."""
+    head = tile.head * call.group + member
+    queries = tile.queries(call.pitch.q)
+    _load_block(config, maps[0], shared.q, stats_map, shared.lse, shared.q_stream, n, queries, head, row, [head, tile.work + row])
+
+
+@gluon.jit
+def _load_do(config: gl.constexpr, maps, stats_map, shared, call, tile, n, member, row):
+    """The same of dO's."""
+    head = tile.head * call.group + member
+    outputs = tile.queries(call.pitch.o)
+    line = [call.heads_kv * call.group + head, tile.work + row]
+    _load_block(config, maps[3], shared.do, stats_map, shared.d, shared.do_stream, n, outputs, head, row, line)
+
+
+@gluon.jit
 def producer(config: gl.constexpr, maps, stats_map, shared, call):
-    q_map, k_map, v_map, do_map = maps
-    tile = locate_keys(config, call)
+    """For a program of one tile."""
+    tile = locate_keys(config, call, call.order.number)
     begin, count = row_blocks(config, call.band, tile.seq, tile.first)
-    heads = call.heads_kv * call.group
     let_next_begin()
     if count > 0:
-        _load_keys(config, k_map, shared.k, shared.k_full, tile.seq.keys(call.pitch.k), tile)
+        _load_keys(config, maps[1], shared.k, shared.k_full, tile.seq.keys(call.pitch.k), tile)
     wait_for_previous()  # for lse, D and dQ's zeros; keys were there before
     if count > 0:
         for n in range(count * call.group):
             member = n // count
-            head = tile.head * call.group + member
             row = (begin + n - member * count) * config.rows
-            line = tile.work + row
-            queries = tile.queries(call.pitch.q)
-            _load_block(config, q_map, shared.q, stats_map, shared.lse, shared.q_stream, n, queries, head, row, [head, line])
+            _load_q(config, maps, stats_map, shared, call, tile, n, member, row)
             if n == 0:
-                _load_keys(config, v_map, shared.v, shared.v_full, tile.seq.keys(call.pitch.v), tile)
-            outputs = tile.queries(call.pitch.o)
-            _load_block(
-                config, do_map, shared.do, stats_map, shared.d, shared.do_stream, n, outputs, head, row, [heads + head, line]
-            )
+                _load_keys(config, maps[2], shared.v, shared.v_full, tile.seq.keys(call.pitch.v), tile)
+            _load_do(config, maps, stats_map, shared, call, tile, n, member, row)
+
+
+@gluon.jit
+def producer_of_many(config: gl.constexpr, maps, stats_map, shared, pair, draws, call):
+    """Tile after tile: the next one's first rows come while the consumers still work on this one, its K and V when no product
+    reads those of this one any more."""
+    number = call.order.number
+    tile = locate_keys(config, call, number)
+    begin, count = row_blocks(config, call.band, tile.seq, tile.first)
+    let_next_begin()
+    if count > 0:
+        _load_keys(config, maps[1], shared.k, shared.k_full, tile.seq.keys(call.pitch.k), tile)
+    wait_for_previous()
+    done = 0  # blocks of rows
+    seen = 0  # tiles that any row sees
+    turn = 0
+    while number < draws.tiles:
+        if count > 0:
+            for n in range(count * call.group):
+                member = n // count
+                row = (begin + n - member * count) * config.rows
+                _load_q(config, maps, stats_map, shared, call, tile, done + n, member, row)
+                if (n == 0) & (turn > 0):
+                    mbarrier.wait(pair.k_free, (seen & 1) ^ 1)
+                    _load_keys(config, maps[1], shared.k, shared.k_full, tile.seq.keys(call.pitch.k), tile)
+                _load_do(config, maps, stats_map, shared, call, tile, done + n, member, row)
+                if n == 0:
+                    mbarrier.wait(pair.v_free, (seen & 1) ^ 1)
+                    _load_keys(config, maps[2], shared.v, shared.v_full, tile.seq.keys(call.pitch.v), tile)
+            done += count * call.group
+            seen += 1
+        number = draws.draw()
+        draws.post(turn, number)
+        turn += 1
+        tile = locate_keys(config, call, gl.minimum(number, draws.tiles - 1))
+        begin, count = row_blocks(config, call.band, tile.seq, tile.first)
 
 
 # ------------------------------------------------------------------------------------------------------------- kernel
@@ -125,7 +173,7 @@ def attention_backward(
     q_map, k_map, v_map, do_map, stats_map, dk_map, dv_map, dq_map,
     marks_ptr, cu_q, cu_k, used_q, used_k, key_start, key_end, query_end, document_begin, document_end,
     batch, heads_kv, group, seqlen_q, seqlen_k, left, right, document_stride, blocks, section, line,
-    q_pitch, k_pitch, v_pitch, do_pitch, scale, inner, factor,
+    q_pitch, k_pitch, v_pitch, do_pitch, tiles, scale, inner, factor,
     slopes, slopes_stride, bias, bias_batch, bias_head, bias_row, key_low, key_high, threshold, keep_scale,
     dbias, dbias_batch, dbias_head, dbias_row,
     CONFIG: gl.constexpr,
@@ -157,6 +205,15 @@ def attention_backward(
             (producer, (config, maps, stats_map, shared, call)),
             (writer_of_dq, (config, dq_map, halves.sums, marks, call)),
         ], [4, 1, 1], [240, 24, 24])  # fmt: skip
+    elif divided_by(config, "keys, P ahead"):
+        pair = make_pair(config, dq_map, q_map.dtype)
+        draws = make_draws(marks_ptr, tiles, config.consumers)
+        fence_async_shared()
+        gl.warp_specialize([
+            (consumer_ahead, (config, 0, dq_map, dk_map, dv_map, shared, pair, draws, score, call)),
+            (consumer_ahead, (config, 1, dq_map, dk_map, dv_map, shared, pair, draws, score, call)),
+            (producer_of_many, (config, maps, stats_map, shared, pair, draws, call)),
+        ], [4, 1], [240, 24])  # fmt: skip
     elif divided_by(config, "keys, dQ in turn"):
         parts = make_parts(config, dq_map, q_map.dtype)
         fence_async_shared()

@@ -164,7 +164,7 @@ def _main_loop(config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, hal
 
 @gluon.jit
 def consumer_of_keys(config: gl.constexpr, consumer: gl.constexpr, dq_map, dk_map, dv_map, shared, halves, score, call):
-    tile = locate_keys(config, call)
+    tile = locate_keys(config, call, call.order.number)
     dk, dv = _main_loop(config, consumer, dq_map, shared, halves, score, call, tile)
     row = tile.first + consumer * M
     store_gradient(dv_map, shared.v, consumer, scaled_dv(config, score, dv), tile, row)  # nobody else reads these rows of V

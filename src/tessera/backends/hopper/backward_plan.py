@@ -20,7 +20,9 @@ class Division(Enum):
     """How the consumer warpgroups share the work on a tile of keys."""
 
     KEYS = "keys"
-    """Two consumers in step, 64 keys each: all products of their keys, half of dQ. For head dims up to 128."""
+    """Two consumers in step, 64 keys each: all products of their keys, half of dQ. For head dims up to 128 with modifiers."""
+    AHEAD = "keys, P ahead"
+    """The same, not in step: P a turn ahead, dQ a turn later; programs take tile after tile. For head dim 128."""
     TURNS = "keys, dQ in turn"
     """Three consumers, 64 keys each, not in step: they take turns at dQ. For head dim 64."""
     PRODUCTS = "products"
@@ -74,7 +76,8 @@ class BackwardConfig:
     @property
     def part_columns(self) -> int:
         """Columns of the parts in which dQ is added up."""
-        return {Division.KEYS: self.dim // 2, Division.TURNS: self.dim, Division.PRODUCTS: 64}[self.division]
+        halves = self.dim // 2
+        return {Division.KEYS: halves, Division.AHEAD: halves, Division.TURNS: self.dim, Division.PRODUCTS: 64}[self.division]
 
     @property
     def part_layout(self) -> PartLayout:
@@ -141,6 +144,9 @@ def backward_config(problem: Problem) -> BackwardConfig:
         # A tile that waits for another's dQ then holds up one consumer and not both: 1.02 to 1.06 over in step (H200, 1k and 16k,
         # 2026-11-21). In any order in step is better: 0.99 to 1.04.
         return replace(config, division=Division.TURNS)
+    if dim == dim_v == 128 and Feature.SOFTCAP not in features:
+        # Over in step: 1.03 to 1.05, 1.03 more for tile after tile up to 2k (H200, 2026-11-21). A softcap's slope does not fit.
+        return replace(config, division=Division.AHEAD)
     return config
 
 

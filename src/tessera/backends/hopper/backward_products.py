@@ -138,7 +138,7 @@ def _issue_s(shared, n):
 
 @gluon.jit
 def consumer_of_dv(config: gl.constexpr, dv_map, shared, exchange, score, call):
-    tile = locate_keys(config, call)
+    tile = locate_keys(config, call, call.order.number)
     begin, count = row_blocks(config, call.band, tile.seq, tile.first)
     dv = _empty_sum(config.dim_v)
     if count > 0:
@@ -203,7 +203,7 @@ def _issue_dp(shared, n):
 
 @gluon.jit
 def consumer_of_dk(config: gl.constexpr, dk_map, shared, exchange, score, call):
-    tile = locate_keys(config, call)
+    tile = locate_keys(config, call, call.order.number)
     begin, count = row_blocks(config, call.band, tile.seq, tile.first)
     dk = _empty_sum(config.dim)
     if count > 0:
@@ -239,7 +239,7 @@ def consumer_of_dq(config: gl.constexpr, dq_map, shared, exchange, call):
     part: gl.constexpr = config.part_columns
     parts: gl.constexpr = config.parts
     layout: gl.constexpr = accumulator_layout(part)
-    tile = locate_keys(config, call)
+    tile = locate_keys(config, call, call.order.number)
     begin, count = row_blocks(config, call.band, tile.seq, tile.first)
     if count > 0:
         mbarrier.wait(shared.k_full, 0)

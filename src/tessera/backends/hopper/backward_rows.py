@@ -88,6 +88,8 @@ def prepare_rows(
     place = head.to(gl.int64) * line + start + gl.arange(0, count, gl.SliceLayout(1, layout))
     gl.store(stats_ptr + place, gl.where(seen, lse * unit, float("inf")))
     gl.store(stats_ptr + heads.to(gl.int64) * line + place, gl.where(seen, d * share, 0.0))
+    if head + start == 0:
+        gl.store(marks_ptr, 0)  # the counter of tiles, before all marks
     if adds_in_order(config):
         _clear_marks(marks_ptr, head, line, start)
     else:
@@ -96,11 +98,9 @@ def prepare_rows(
 
 @gluon.jit
 def _clear_marks(marks_ptr, head, line, start):
-    """The marks of these rows, and the counter before all marks."""
+    """The marks of these rows."""
     if start % PART_ROWS == 0:
         gl.store(marks_ptr + 1 + head * (line // PART_ROWS) + start // PART_ROWS, 0)
-    if head + start == 0:
-        gl.store(marks_ptr, 0)
 
 
 @gluon.jit

@@ -226,7 +226,7 @@ def _main_loop(config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, par
 
 @gluon.jit
 def consumer_in_turn(config: gl.constexpr, consumer: gl.constexpr, dq_map, dk_map, dv_map, shared, parts, score, call):
-    tile = locate_keys(config, call)
+    tile = locate_keys(config, call, call.order.number)
     dk, dv = _main_loop(config, consumer, dq_map, shared, parts, score, call, tile)
     row = tile.first + consumer * M
     store_gradient(dv_map, shared.v, consumer, dv, tile, row)  # nobody else reads these rows of V

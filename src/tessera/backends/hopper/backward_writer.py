@@ -28,7 +28,7 @@ def _tile_before(config: gl.constexpr, call, tile):
 def _write_in_order(config: gl.constexpr, dq_map, sums, marks, call):
     """A row block's mark is set when the next one's first part is under way, so that nobody waits for stores to be complete."""
     parts: gl.constexpr = config.parts
-    tile = locate_keys(config, call)
+    tile = locate_keys(config, call, call.order.number)
     begin, count = row_blocks(config, call.band, tile.seq, tile.first)
     number = tile.first // config.keys + 1
     before, before_begin, before_end = _tile_before(config, call, tile)

@@ -159,12 +159,12 @@ def _packed_tile(config: gl.constexpr, number, call):
 
 
 @gluon.jit
-def locate_keys(config: gl.constexpr, call):
-    """This program's tile. Packed calls may have one more a sequence than it needs: it sees no row and writes none."""
+def locate_keys(config: gl.constexpr, call, number):
+    """Tile `number`. Packed calls may have one more a sequence than it needs: it sees no row and writes none."""
     if has(config, "varlen"):
-        return _packed_tile(config, call.order.number, call)
+        return _packed_tile(config, number, call)
     else:
-        return _dense_tile(config, call.order.number, call)
+        return _dense_tile(config, number, call)
 
 
 @gluon.jit
