@@ -366,14 +366,16 @@ def _assembly(text: str, constraints: str, arguments: list[Any], dtype: Any, is_
         return Integer(0)
     if text == "mov.u32 $0, $1;":
         return arguments[0]
-    if text.startswith("{ .reg .u32 key, place, page;"):  # cache_rows.pool_rows: one value a lane
-        table, row, size, last, last_page, pitch = arguments
-        box = int(re.search(r"mad.lo.u32 key, key, (\d+)", text)[1])
-        keys = torch.arange(32) * box + row
-        pages = _load(table + (keys // size).clamp(max=last)).clamp(0, last_page)
-        return pages * pitch + keys % size
+    if text.startswith("{ .reg .u32 own;"):  # cache_rows.find_pages: one value a lane
+        number, rows = re.search(r"and.b32 own, own, (\d+); mad.lo.u32 \$0, own, (\d+)", text).groups()
+        lanes, (first,) = torch.arange(int(number) + 1) * int(rows), arguments
+        return first + (lanes[:, None] if isinstance(first, Tensor) and first.dim() else lanes)
+    if text.startswith("ld.global"):
+        return _load(arguments[0])
     if "prefetch." in text:  # of what comes next, to L2
         return Integer(0)
+    if text.startswith("shfl.") and isinstance(arguments[1], Tensor):  # cache_rows.of_rows: what turn i's thread has looked up
+        return arguments[0][0][arguments[1][:, 0]]
     if text.startswith("shfl.") and len(arguments) == 2:
         return Integer(arguments[0][arguments[1]])
     if text.startswith("{ .reg .pred same;"):  # softmax.rescale

@@ -8,6 +8,7 @@ from gluon_in_python import in_python
 from torch import Tensor
 
 from tessera.backends.cpu.serving import GatheringRunner
+from tessera.backends.hopper.chunk_config import LatentConfig, Turns
 from tessera.backends.hopper.chunk_launch import ChunkLaunch
 from tessera.backends.hopper.chunk_plan import chunk_plan, why_not
 from tessera.serving import verify
@@ -31,6 +32,9 @@ MORE = (
     CacheCase("latent, 128 heads", cached=(200, 70), heads_q=128, **LATENT),
     CacheCase("latent, splits, sinks", cached=(330, 70, 3), heads_q=128, num_splits=3, page_size=64, sinks=True, **LATENT),
     CacheCase("latent, packed, window", cached=(200, 70, 9), heads_q=16, lengths_q=(5, 0, 9), window=(100, 0), **LATENT),
+    CacheCase("latent, pairs of tiles", cached=(4170,), heads_q=128, num_splits=1, **LATENT),
+    CacheCase("latent, pairs of tiles, 2 queries, window, pages", cached=(4170,), heads_q=64, seqlen_q=2, num_splits=1,
+              window=(900, 0), page_size=64, **LATENT),
     CacheCase("latent, softcap", cached=(150,), heads_q=24, seqlen_q=5, softcap=20.0, **LATENT),
 )  # fmt: skip
 
@@ -55,6 +59,15 @@ def test_cases(case: CacheCase) -> None:
     refs, eagers = (verify.attention(request, dtype) for dtype in (torch.float64, torch.bfloat16))
     for compared in map(compare, ("out", "lse"), results, refs, eagers):
         assert compared.ok, str(compared)
+
+
+def test_long_latent_caches_are_read_two_tiles_at_a_time() -> None:
+    turns = {}
+    for case in MORE:
+        config = chunk_plan(describe(case.request("meta", torch.bfloat16)), MULTIPROCESSORS).config
+        if isinstance(config, LatentConfig):
+            turns[case.name] = config.turns
+    assert {name for name, turn in turns.items() if turn is Turns.PAIRS} == {name for name in turns if "pairs" in name}
 
 
 @pytest.mark.parametrize("splits", [2, 5, 64])

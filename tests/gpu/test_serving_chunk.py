@@ -36,6 +36,11 @@ LARGE = (
     CacheCase("latent, 128 heads", cached=(1030, 400), heads_q=128, **LATENT),
     CacheCase("latent, splits, 2 queries", cached=(1030, 400), heads_q=128, seqlen_q=2, num_splits=3, **LATENT),
     CacheCase("latent, pages, splits", cached=(1030, 400, 3), heads_q=128, page_size=64, num_splits=5, sinks=True, **LATENT),
+    CacheCase("latent, pairs of tiles", cached=(4170, 4096, 70), heads_q=128, num_splits=1, **LATENT),
+    CacheCase("latent, pairs of tiles, 2 queries, window, pages", cached=(5000, 1000), heads_q=64, seqlen_q=2, num_splits=1,
+              window=(900, 0), page_size=64, **LATENT),
+    CacheCase("latent, pairs of tiles, packed", lengths_q=(5, 0, 9), cached=(4200, 70, 9), heads_q=128, page_size=128,
+              num_splits=1, sinks=True, softcap=20.0, **LATENT),
     CacheCase("latent, pages of 16, 5 queries", cached=(330, 400, 3), heads_q=16, page_size=16, seqlen_q=5, **LATENT),
 )  # fmt: skip
 

@@ -16,10 +16,11 @@ from tessera.backends.hopper.pieces.cache_rows import (
     Rows,
     allocate_parts,
     cache_source,
+    find_pages,
+    find_rows,
     key_box,
     load_keys,
     load_queries,
-    pool_rows,
     producer_warps,
     query_box,
 )
@@ -109,19 +110,21 @@ def producer(config: gl.constexpr, maps, shared, call, pages, k_rows, v_rows):
         keys = cache_source(config, k_rows, pages, call.cache, tile.seq, tile.head)
         values = cache_source(config, v_rows, pages, call.cache, tile.seq, tile.head)
         row = (tile.end - 1) * config.keys
-        turn = (tile.end * 0, row, pool_rows(config, keys, row))
+        found = find_pages(config, keys, row)
+        turn = (tile.end * 0, row, find_rows(config, keys, found))
         load_keys(config, shared.k_stream, k_map, keys, k_boxes, turn, parts, width)
         _load_q(config, q_map, shared, call, tile)
-        k_next = pool_rows(config, keys, row - config.keys)
+        below = find_pages(config, keys, row - config.keys)
         for n in range(tile.end - 1 - tile.begin):
-            k_after = pool_rows(config, keys, row - 2 * config.keys)
-            turn = (n + 1, row - config.keys, k_next)
+            next_below = find_pages(config, keys, row - 2 * config.keys)
+            turn = (n + 1, row - config.keys, find_rows(config, keys, below))
             load_keys(config, shared.k_stream, k_map, keys, k_boxes, turn, parts, width)
-            turn = (n, row, pool_rows(config, values, row))
+            turn = (n, row, find_rows(config, values, found))
             load_keys(config, shared.v_stream, v_map, values, v_boxes, turn, parts_v, width_v)
             row -= config.keys
-            k_next = k_after
-        turn = (tile.end - 1 - tile.begin, row, pool_rows(config, values, row))
+            found = below
+            below = next_below
+        turn = (tile.end - 1 - tile.begin, row, find_rows(config, values, found))
         load_keys(config, shared.v_stream, v_map, values, v_boxes, turn, parts_v, width_v)
 
 

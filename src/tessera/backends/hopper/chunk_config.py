@@ -37,6 +37,15 @@ class Result(Enum):
     PART = "a part of the keys, for combine.py"
 
 
+class Turns(Enum):
+    """How latent.py's `left` goes over tiles."""
+
+    SINGLE = "tile by tile"
+    """The softmax of a tile waits for its scores, and the tensor cores for the softmax."""
+    PAIRS = "two tiles at a time"
+    """One tile's softmax runs under the other's products; both tiles must have come before either is given back."""
+
+
 Features = tuple[Feature | CacheFeature, ...]
 
 
@@ -133,7 +142,8 @@ class ChunkConfig:
 
 @dataclass(frozen=True)
 class LatentConfig:
-    """One variant of latent.py. `parts`: the latent's two halves, which are the values too, then what positions turn."""
+    """One variant of latent.py. `parts`: the latent's two halves, which are the values too, then what positions turn.
+    `consumer_registers`: of `right`; `left` has what the others leave."""
 
     keys: int
     stages: int
@@ -143,6 +153,7 @@ class LatentConfig:
     widths: tuple[int, int]
     packing: Packing
     result: Result
+    turns: Turns
     consumer_registers: int
     producer_registers: int
     features: Features = ()
@@ -180,7 +191,7 @@ class LatentConfig:
         return self.parts.row_bytes * (self.rows + self.stages * self.keys) + 2 * self.rows * self.keys
 
     def __str__(self) -> str:
-        return _described(self, "values in the keys")
+        return _described(self, f"values in the keys, {self.turns.value}")
 
 
 def _described(config: ChunkConfig | LatentConfig, work: str) -> str:

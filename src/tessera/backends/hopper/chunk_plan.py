@@ -14,6 +14,7 @@ from tessera.backends.hopper.chunk_config import (
     Parts,
     Reading,
     Result,
+    Turns,
 )
 from tessera.backends.hopper.config import ROWS, Feature, Overlap
 from tessera.backends.hopper.launch import ELEMENTS
@@ -123,11 +124,14 @@ def config_for(problem: CacheProblem, result: Result) -> ChunkConfig | LatentCon
     widest = max(sum(dims), sum(dims_v))
     keys = 128 if widest <= 128 else 64
     reading, box = reading_of(problem, keys)
-    consumer, producer = (240, 24) if problem.cache.pages is None else (232, 40) if reading is Reading.BOXES else (216, 72)
+    consumer, producer = _registers(problem, reading, box)
     if latent:
+        turns = _turns(problem, reading, result)
+        if turns is Turns.PAIRS:
+            consumer = RIGHT_OF_PAIRS
         return LatentConfig(
             keys=keys, stages=2, reading=reading, box=box, parts=Parts.of(dims), widths=widths, packing=packing, result=result,
-            consumer_registers=consumer, producer_registers=producer, features=features,
+            turns=turns, consumer_registers=consumer, producer_registers=producer, features=features,
         )  # fmt: skip
     room = SHARED_LIMIT // 2 - sum(dims) * 2 * ROWS
     return ChunkConfig(
@@ -136,6 +140,30 @@ def config_for(problem: CacheProblem, result: Result) -> ChunkConfig | LatentCon
         overlap=Overlap.WHOLE if widest <= 192 else Overlap.MAXIMA,
         consumer_registers=consumer, producer_registers=producer, features=features,
     )  # fmt: skip
+
+
+def _registers(problem: CacheProblem, reading: Reading, box: int) -> tuple[int, int]:
+    """A consumer's and the producer's: pages are looked up, many boxes a tile take many addresses."""
+    if problem.cache.pages is None:
+        return 240, 24
+    if reading is Reading.ROWS:
+        return 216, 72
+    return (232, 40) if box >= 64 else (224, 56)
+
+
+RIGHT_OF_PAIRS = 200
+"""Registers of `right` under Turns.PAIRS, where `left` needs all 255 that a thread can have."""
+LONG = 4096
+"""Keys from which on pairs of tiles pay."""
+
+
+def _turns(problem: CacheProblem, reading: Reading, result: Result) -> Turns:
+    """Pairs where tensor cores bound it: 128 rows and more share a latent row, and a program does many tiles, which TMA brings.
+    (H200, 2026-11-21, over SINGLE: 128 x 4k 1.055, 66 x 8k 1.045; 16 heads 0.98, 16 blocks a program 0.94, row by row 0.86.)"""
+    shape = problem.shape
+    rows = shape.group * shape.seqlen_q // (max(1, shape.batch) if problem.layout is Layout.VARLEN else 1)
+    pays = rows >= 2 * ROWS and shape.seqlen_k >= LONG and reading is Reading.BOXES and result is Result.WHOLE
+    return Turns.PAIRS if pays else Turns.SINGLE
 
 
 def programs_of(problem: CacheProblem, config: ChunkConfig | LatentConfig) -> tuple[int, int, int]:

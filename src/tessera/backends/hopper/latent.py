@@ -8,20 +8,23 @@ One program does 64 query rows (packed_rows.py). A tile of 64 keys x 576 columns
     right      O_right += P V_right, with P from shared memory
 
 An accumulator of 64 x 512 is too wide for one warpgroup: each holds half. While `left` takes the exponentials of one tile,
-`right` still multiplies with the last one's.
+`right` still multiplies with the last one's. Where nothing but the tensor cores bounds it, `left` takes two tiles at a time, and
+they never wait for a softmax (Turns.PAIRS).
 """
 
 from tessera.backends.hopper.chunk import finish_rows
+from tessera.backends.hopper.chunk_config import Turns
 from tessera.backends.hopper.pieces.cache_rows import (
     Cache,
     Pages,
     Rows,
     allocate_parts,
     cache_source,
+    find_pages,
+    find_rows,
     key_box,
     load_keys,
     load_queries,
-    pool_rows,
     producer_warps,
     query_box,
 )
@@ -144,33 +147,31 @@ def producer(config: gl.constexpr, maps, shared, call, pages, rows):
         _load_q(config, maps[0], shared, call, tile)
         source = cache_source(config, rows, pages, call.cache, tile.seq, tile.head)
         row = (tile.end - 1) * config.keys
-        pool = pool_rows(config, source, row)
+        found = find_pages(config, source, row)
         for n in range(tile.end - tile.begin):
-            after = pool_rows(config, source, row - config.keys)
-            turn = (n, row, pool)
+            after = find_pages(config, source, row - config.keys)
+            turn = (n, row, find_rows(config, source, found))
             load_keys(config, shared.outer, maps[1], source, (k_boxes[0], k_boxes[2]), turn, outer, width)
             load_keys(config, shared.right, maps[1], source, (k_boxes[1],), turn, right_half, width)
             row -= config.keys
-            pool = after
+            found = after
 
 
 # --------------------------------------------------------------------------------------------------------------- left
 
 
 @gluon.jit
-def _scores(me, n):
-    """S = Q K^T of the n-th tile, (64, keys) float32; the right half last, because it comes last."""
+def _issue_scores(me, n, slot):
+    """Start S = Q K^T of the n-th tile, (64, keys) float32; the right half last, because it comes last."""
     keys: gl.constexpr = me.config.keys
     shared = me.shared
-    slot = shared.outer.slot(n)
     shared.outer.wait(n)
     only = fresh_zero()
     s = gl.zeros([M, keys], gl.float32, accumulator_layout(keys))
     s = warpgroup_mma(shared.q[0].index(only), shared.k[0].index(slot).permute((1, 0)), s, use_acc=False, is_async=True)
     s = warpgroup_mma(shared.q[2].index(only), shared.k[2].index(slot).permute((1, 0)), s, is_async=True)
     shared.right.wait(n)
-    s = warpgroup_mma(shared.q[1].index(only), shared.k[1].index(slot).permute((1, 0)), s, is_async=True)
-    return warpgroup_mma_wait(0, deps=(s,))
+    return warpgroup_mma(shared.q[1].index(only), shared.k[1].index(slot).permute((1, 0)), s, is_async=True)
 
 
 @gluon.jit
@@ -186,11 +187,8 @@ def _pass_on(shared, n, p, factor):
 
 
 @gluon.jit
-def _left_block(me, n, bounds, first_key, state, CUT: gl.constexpr):
-    """S, then m, l and P, then O += P V of one tile. (To start the next S under O += P V costs 2 to 5%: benchmarks/LOG.md.)"""
-    o, m, l = state
-    shared = me.shared
-    s = _scores(me, n)
+def _softmax(me, s, m, l, bounds, first_key, CUT: gl.constexpr):
+    """P in 16 bits, then m, l and the factor of what was summed about the old m."""
     if has(me.config, "softcap"):
         s = tanh(s * me.score.inner)
     if CUT is not None:
@@ -198,24 +196,57 @@ def _left_block(me, n, bounds, first_key, state, CUT: gl.constexpr):
     m, alpha = move_reference(s, m, me.score.scale)
     p = exponentials(s, m, me.score.scale, CUT is not None)
     l = add_to_sums(l, alpha, partial_sums(p))
-    p = to_16_bit(p, shared.passed[0].dtype)
-    _pass_on(shared, n, p, alpha)
-    o = rescale(o, alpha)
-    columns: gl.constexpr = o.shape[1]
-    values = shared.k[0].index(shared.outer.slot(n))
-    o = warpgroup_mma(gl.convert_layout(p, operand_layout(columns)), values, o, is_async=True)
-    o = warpgroup_mma_wait(0, deps=(o,))
-    shared.outer.release(n)
-    return o, m, l
+    return to_16_bit(p, me.shared.passed[0].dtype), m, l, alpha
 
 
 @gluon.jit
-def _left_blocks(me, n, bounds, block, state, count, CUT: gl.constexpr):
-    """`count` tiles from block `block` down."""
-    for i in range(count):
-        state = _left_block(me, n, bounds, (block - i) * me.config.keys, state, CUT)
+def _issue_values(me, slot, p, o):
+    """Start O += P V, the left half."""
+    return warpgroup_mma(gl.convert_layout(p, operand_layout(o.shape[1])), me.shared.k[0].index(slot), o, is_async=True)
+
+
+@gluon.jit
+def _singles(me, n, last, bounds, state, count, CUT: gl.constexpr):
+    """`count` tiles, one after the other: S, then m, l and P, then O += P V. The n-th tile of the program is block last - n.
+    (To start the next S under O += P V costs 2 to 5%: benchmarks/LOG.md.)"""
+    o, m, l = state
+    for _ in range(count):
+        slot = me.shared.outer.slot(n)
+        s = warpgroup_mma_wait(0, deps=(_issue_scores(me, n, slot),))
+        p, m, l, alpha = _softmax(me, s, m, l, bounds, (last - n) * me.config.keys, CUT)
+        _pass_on(me.shared, n, p, alpha)
+        o = warpgroup_mma_wait(0, deps=(_issue_values(me, slot, p, rescale(o, alpha)),))
+        me.shared.outer.release(n)
         n += 1
-    return state, n
+    return (o, m, l), n
+
+
+@gluon.jit
+def _pairs(me, n, bounds, state, count):
+    """`count` pairs of tiles that every row sees whole, the first of each in slot 0. Both S; the softmax of the first under the
+    second's S, and the second's under the first's O += P V."""
+    o, m, l = state
+    for _ in range(count):
+        s = _issue_scores(me, n, fresh_zero())
+        t = _issue_scores(me, n + 1, fresh_zero() + 1)
+        s = warpgroup_mma_wait(1, deps=(s,))
+        p, m, l, alpha = _softmax(me, s, m, l, bounds, 0, None)
+        _pass_on(me.shared, n, p, alpha)
+        products = _issue_values(me, fresh_zero(), p, rescale(o, alpha))
+        t = warpgroup_mma_wait(1, deps=(t,))
+        p, m, l, alpha = _softmax(me, t, m, l, bounds, 0, None)
+        o = warpgroup_mma_wait(0, deps=(products,))
+        me.shared.outer.release(n)
+        _pass_on(me.shared, n + 1, p, alpha)
+        o = warpgroup_mma_wait(0, deps=(_issue_values(me, fresh_zero() + 1, p, rescale(o, alpha)),))
+        me.shared.outer.release(n + 1)
+        n += 2
+    return (o, m, l), n
+
+
+@gluon.constexpr_function
+def _in_pairs(config):
+    return config.turns is Turns.PAIRS
 
 
 @gluon.jit
@@ -229,12 +260,18 @@ def _left_loop(me, tile, first):
     o = gl.zeros([M, half], gl.float32, accumulator_layout(half))
     state = (o, gl.max(empty, axis=1) + float("-inf"), partial_sums(empty))
     n = tile.end * 0
-    block = tile.end - 1
+    last = tile.end - 1
     upper, full, lower = kinds_of_blocks(config, me.call, tile, first, tile.begin, tile.end)
-    state, n = _left_blocks(me, n, bounds, block, state, upper, "upper")
-    state, n = _left_blocks(me, n, bounds, block - upper, state, full, None)
+    if _in_pairs(config):
+        alone = gl.minimum(upper % 2, full)  # so that the pairs begin in slot 0
+        state, n = _singles(me, n, last, bounds, state, upper + alone, "upper")
+        state, n = _pairs(me, n, bounds, state, (full - alone) // 2)
+        state, n = _singles(me, n, last, bounds, state, (full - alone) % 2, "upper")
+    else:
+        state, n = _singles(me, n, last, bounds, state, upper, "upper")
+        state, n = _singles(me, n, last, bounds, state, full, None)
     if has_lower_bound(config):
-        state, n = _left_blocks(me, n, bounds, block - upper - full, state, lower, "lower")
+        state, n = _singles(me, n, last, bounds, state, lower, "lower")
     o, m, l = state
     return o, m, l, n
 

@@ -134,6 +134,8 @@ def cache_source(config: gl.constexpr, rows, pages, cache, seq, head):
 
 
 COPYING_WARPS = 4
+COPIED = gl.constexpr(16)
+"""Rows that those warps copy at once: eight threads a row, 16 bytes each."""
 
 
 @gluon.constexpr_function
@@ -156,43 +158,70 @@ def _blocks(parts, part):
 
 
 @gluon.constexpr_function
-def _pool_rows_asm(box):
-    return (
-        "{ .reg .u32 key, place, page; .reg .u64 entry;"
-        f" mov.u32 key, %laneid; mad.lo.u32 key, key, {box}, $2; div.u32 place, key, $3; mul.lo.u32 page, place, $3;"
-        " sub.u32 key, key, page; min.u32 place, place, $4; mul.wide.u32 entry, place, 4; add.u64 entry, entry, $1;"
-        " ld.global.nc.u32 page, [entry]; max.s32 page, page, 0; min.s32 page, page, $5; mad.lo.u32 $0, page, $6, key; }"
-    )
-
-
-@gluon.constexpr_function
 def _rows_layout():
-    """A block of 64 columns over four warps: eight threads a row, 16 bytes each."""
+    """A block of 64 columns over four warps: eight threads a row, 16 bytes each, COPIED rows at once."""
     return gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
 
 
-@gluon.jit
-def pool_rows(config: gl.constexpr, source, row):
-    """Where the tile from row `row` of the sequence on lies in the pool of pages; page numbers out of range are brought into it.
-    By TMA, box i's first row in lane i of the producer's warp; by cp.async, each row. Without pages 0, which nobody asks for.
+@gluon.constexpr_function
+def _turns_layout():
+    """The same, COPIED rows and COPIED rows: (turns, rows, columns)."""
+    return gl.BlockedLayout([1, 1, 8], [1, 4, 8], [1, 4, 1], [2, 1, 0])
 
-    The keys' are read a tile before the copies that need them, or those would wait for them; the values' lie in L1 by then.
+
+@gluon.constexpr_function
+def _own_key_asm(config):
+    """By TMA lane i has box i, by cp.async the i-th of the eight threads of a row the row 16 i after it."""
+    number, rows = (config.keys // COPIED.value, COPIED.value) if config.reading is Reading.ROWS else (32, config.box)
+    return f"{{ .reg .u32 own; mov.u32 own, %laneid; and.b32 own, own, {number - 1}; mad.lo.u32 $0, own, {rows}, $1; }}"
+
+
+@gluon.jit
+def find_pages(config: gl.constexpr, source, row):
+    """Where the tile from row `row` of the sequence on lies in the pool of pages: each thread looks up one row's page, and has
+    its number and the row's place in it, for `find_rows` to share. Without pages zeros, which nobody asks for.
+
+    Asked for a tile before the copies that need it, which would wait for it. Keys and values lie in the same pages.
     """
     pages = source.pages
-    if copies_rows(config):
-        table = pages.table + source.entry.to(gl.int64) * pages.stride
-        layout: gl.constexpr = gl.SliceLayout(1, _rows_layout())  # the eight threads that copy a row look it up each
-        key = source.first + gl.maximum(row, 0) + gl.arange(0, config.keys, layout)
-        place = key // pages.size
-        page = gl.load(table + gl.minimum(place, pages.per_sequence - 1))
-        return gl.minimum(gl.maximum(page, 0), pages.count - 1) * source.rows.pitch + (key - place * pages.size)
-    elif has(config, "pages"):
-        table = pages.table + source.entry.to(gl.int64) * pages.stride
-        asm: gl.constexpr = _pool_rows_asm(config.box)
-        arguments = [table, gl.maximum(row, 0), pages.size, pages.per_sequence - 1, pages.count - 1, source.rows.pitch]
-        return gl.inline_asm_elementwise(asm, "=r,l,r,r,r,r,r", arguments, dtype=gl.int32, is_pure=False, pack=1)
+    if has(config, "pages"):
+        first = gl.maximum(row, 0)
+        if copies_rows(config):
+            first = source.first + first + gl.arange(0, COPIED, gl.SliceLayout(0, gl.SliceLayout(2, _turns_layout())))
+        asm: gl.constexpr = _own_key_asm(config)
+        key = gl.inline_asm_elementwise(asm, "=r,r", [first], dtype=gl.int32, is_pure=False, pack=1)
+        number = key // pages.size
+        entries = pages.table + source.entry.to(gl.int64) * pages.stride + gl.minimum(number, pages.per_sequence - 1)
+        page = gl.inline_asm_elementwise("ld.global.nc.u32 $0, [$1];", "=r,l", [entries], dtype=gl.int32, is_pure=False, pack=1)
+        return page, key - number * pages.size
     else:
-        return row * 0
+        return row * 0, row * 0
+
+
+@gluon.jit
+def _of_rows(config: gl.constexpr, own):
+    """What the eight threads of each row have looked up between them, of all the tile's rows. By shuffles: through shared memory,
+    as convert_layout would do it, holds only while a warp's lanes stay together."""
+    by_turn: gl.constexpr = gl.SliceLayout(2, _turns_layout())
+    thread = gl.arange(0, config.keys // COPIED, gl.SliceLayout(1, by_turn))[:, None]
+    asm: gl.constexpr = "shfl.sync.idx.b32 $0, $1, $2, 0x181f, 0xffffffff;"
+    rows = gl.inline_asm_elementwise(asm, "=r,r,r", [own[None, :], thread], dtype=gl.int32, is_pure=False, pack=1)
+    return gl.convert_layout(rows.reshape([config.keys]), gl.SliceLayout(1, _rows_layout()), assert_trivial=True)
+
+
+@gluon.jit
+def find_rows(config: gl.constexpr, source, found):
+    """The rows of the pool that `find_pages` has found, page numbers out of range brought into it. By TMA, box i's first row in
+    lane i; by cp.async, how many elements each row is away. Before the slot is waited for, not after."""
+    page, place = found
+    if has(config, "pages"):
+        own = gl.minimum(gl.maximum(page, 0), source.pages.count - 1) * source.rows.pitch + place
+        if copies_rows(config):
+            return _of_rows(config, own).to(gl.int64) * source.rows.row
+        else:
+            return own
+    else:
+        return page
 
 
 # ------------------------------------------------------------------------------------------------------ boxes, by TMA
@@ -219,12 +248,12 @@ def _load_box(tiles, boxes, place, bar, where, parts: gl.constexpr):
 
 @gluon.jit
 def _load_boxes(config: gl.constexpr, tiles, source, boxes, place, parts: gl.constexpr):
-    """`place` = (slot, barrier, the tile's first row in the sequence, its `pool_rows`)."""
-    slot, bar, row, pool = place
+    """`place` = (slot, barrier, the tile's first row in the sequence, its `find_rows`)."""
+    slot, bar, row, own = place
     if has(config, "pages"):
         count: gl.constexpr = config.keys // config.box
         for box in gl.static_range(count):
-            first = _from_lane(pool, box)
+            first = _from_lane(own, box)
             valid = gl.minimum(gl.maximum(source.count - row - box * config.box, 0), config.box)
             _load_box(tiles, boxes, (slot, count, box), bar, (source.head, first + valid, WRAP - valid), parts)
     else:
@@ -238,13 +267,13 @@ def _load_boxes(config: gl.constexpr, tiles, source, boxes, place, parts: gl.con
 
 @gluon.jit
 def _copy_rows(config: gl.constexpr, source, boxes, place, parts: gl.constexpr, WIDTH: gl.constexpr):
-    """`place` = (slot, the tile's first row in the sequence, its `pool_rows`). Rows past the sequence's end and columns from
+    """`place` = (slot, the tile's first row in the sequence, its `find_rows`). Rows past the sequence's end and columns from
     WIDTH on become zeros."""
-    slot, row, pool = place
+    slot, row, offsets = place
     layout: gl.constexpr = _rows_layout()
     columns = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))[None, :]
     start = source.rows.pointer + source.head.to(gl.int64) * source.rows.head
-    pointers = (start + pool.to(gl.int64) * source.rows.row)[:, None]
+    pointers = (start + offsets)[:, None]
     rows = row + gl.arange(0, config.keys, gl.SliceLayout(1, layout))
     mask = (rows < source.count)[:, None] & (columns < COLUMNS)
     for part in gl.static_range(len(boxes)):
@@ -260,15 +289,15 @@ def _copy_rows(config: gl.constexpr, source, boxes, place, parts: gl.constexpr, 
 @gluon.jit
 def load_keys(config: gl.constexpr, stream, tiles, source, boxes, turn, parts: gl.constexpr, WIDTH: gl.constexpr):
     """Start the copies of one tile of keys (or values), `parts` of its columns of which there are WIDTH in all. `turn` = (use of
-    the stream, the tile's first row in the sequence, its `pool_rows`)."""
-    n, row, pool = turn
+    the stream, the tile's first row in the sequence, its `find_rows`)."""
+    n, row, where = turn
     stream.acquire(n)
     if copies_rows(config):
-        _copy_rows(config, source, boxes, (stream.slot(n), row, pool), parts, WIDTH)
+        _copy_rows(config, source, boxes, (stream.slot(n), row, where), parts, WIDTH)
         stream.publish(n)
     else:
         bar = stream.expect(n, parts.row_bytes * config.keys)
-        _load_boxes(config, tiles, source, boxes, (stream.slot(n), bar, row, pool), parts)
+        _load_boxes(config, tiles, source, boxes, (stream.slot(n), bar, row, where), parts)
 
 
 # ------------------------------------------------------------------------------------------------------------- queries
