@@ -13,7 +13,7 @@ from tessera.backends.hopper.backward_plan import Division, backward_config
 from tessera.cases import CASES, Case
 from tessera.device import KNOWN_DEVICES
 from tessera.dispatch import InputGradients, Upstream
-from tessera.operands import Operands, Request, bind
+from tessera.operands import Operands, Request, bind, describe
 from tessera.problem import Problem
 from tessera.verify import Oracle
 
@@ -99,3 +99,14 @@ def test_nan_in_padding_stays_there(dim: int) -> None:
 def test_every_division_is_covered() -> None:
     problems = [bind(case.request("cpu", torch.bfloat16))[0] for case in (*filter(is_served, CASES.values()), *MORE)]
     assert {backward_config(problem).division for problem in problems} == set(Division)
+
+
+@pytest.mark.parametrize("seqlen", [1024, 2048, 4096, 8192])
+def test_sections_of_grouped_heads_fill_the_device(seqlen: int) -> None:
+    """A section with fewer tiles than multiprocessors ends with its longest tile, begun late. Whole heads: 128 of 132 will do."""
+    q = torch.empty(16384 // seqlen, seqlen, 32, 128, dtype=torch.bfloat16, device="meta")
+    k = q[:, :, :8]
+    problem = describe(Request(q, k, k, right=0, requires_grad=True), "cuda")
+    launch = BackwardLaunch(problem, backward_config(problem), H200.multiprocessors)
+    heads = launch.section // seqlen
+    assert heads * launch.blocks >= 0.95 * H200.multiprocessors
