@@ -326,14 +326,23 @@ def _blocks_of(config: gl.constexpr, call, index):
 def after(config: gl.constexpr, call, share, segment):
     """The share once a segment is done: at the next item, if there is one."""
     if has(config, "stream_k"):
-        if share.turn >= 0:
-            share = _share_of(call, _turn(call, share.turn + 1), share.line.length)
-        else:
+        if share.turn < 0:
             share = _next_item(config, call, share, segment)
+        elif share.turn < call.split.rounds:
+            share = _share_of(call, _turn(call, share.turn + 1), share.line.length)
+        else:  # a crew's turn is the last: its results are waited for, and a turn takes four divisions
+            share = _spent(share)
         return share
     else:
-        zero = share.stop * 0
-        return Share(share.stop, share.stop, share.index, share.block, share.head, zero, share.line, zero, share.depth)
+        return _spent(share)
+
+
+@gluon.jit
+def _spent(share):
+    """The share with nothing left of it."""
+    return Share(
+        share.stop, share.stop, share.index, share.block, share.head, share.first, share.line, share.turn, share.depth
+    )
 
 
 @gluon.jit
