@@ -95,10 +95,28 @@ def test_turns(multiprocessors: int, turns: tuple[int, int]) -> None:
     check(ragged.request("cpu", torch.bfloat16), replace(FEW, multiprocessors=multiprocessors))
 
 
-def test_many_parts_are_added_in_two_steps() -> None:
-    case = CacheCase("parts", cached=(2500,), heads_q=2, heads_kv=1, num_splits=40)
+@pytest.mark.parametrize("heads_q", [2, 8, 16])
+@pytest.mark.parametrize("splits", [2 * PARTS_TOGETHER - 3, 40])
+def test_many_parts_are_added_in_two_steps(splits: int, heads_q: int) -> None:
+    """Up to twice PARTS_TOGETHER in one; rows of an item one a warp, or two."""
+    case = CacheCase("parts", cached=(2500,), heads_q=heads_q, heads_kv=1, num_splits=splits)
     plan = check(case.request("cpu", torch.bfloat16))
-    assert plan.splits > 2 * PARTS_TOGETHER
+    assert plan.splits == splits
+
+
+def test_a_few_parts_less_for_one_step() -> None:
+    """33 programs an item would be two steps."""
+    case = CacheCase("crews", cached=(2500,) * 4, heads_q=1, heads_kv=1, schedule="stream_k")
+    assert check(case.request("cpu", torch.bfloat16), replace(FEW, multiprocessors=132)).crew == 32
+
+
+@pytest.mark.parametrize(("long", "turns"), [(1 << 16, (1, 0)), (1 << 11, (0, 0))])
+def test_long_ones_go_along_the_line(long: int, turns: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are two blocks an SM."""
+    monkeypatch.setattr(decode_plan, "LONG", long)
+    case = CacheCase("long", cached=(2500,) * 4, heads_q=2, heads_kv=2, schedule="stream_k")
+    plan = check(case.request("cpu", torch.bfloat16), replace(FEW, multiprocessors=4))
+    assert (plan.rounds, plan.crew) == turns
 
 
 def test_more_sequences_than_are_scanned_at_once() -> None:

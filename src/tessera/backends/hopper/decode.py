@@ -426,7 +426,7 @@ def _finish(config: gl.constexpr, results, call, segment, state):
     o, m, l = state
     sums = _scaled_values(config, call, segment, merge_warps(config, o, m, gl.sum(l, axis=2)))
     layout: gl.constexpr = sums[1].type.layout
-    rows = gl.arange(0, config.rows, layout)
+    rows = gl.arange(0, max(config.rows, M // 2), layout)
     if segment.parts == 1:
         write_rows(config, results, call.sizes, segment, segment.block * M + rows, sums)
     else:
@@ -551,7 +551,7 @@ def decode(
             Scales(k_scales, k_scale_sequence, k_scale_entry, k_scale_block, k_scale_rows),
             Scales(v_scales, v_scale_sequence, v_scale_entry, v_scale_block, v_scale_rows),
         ),
-    )
+    )  # fmt: skip
     queries = Queries(q_ptr, q_batch, q_row, q_head, head_dim, scale, inner)
     results = Results(out_ptr, lse_ptr, partial_out, partial_lse, tickets, sinks, head_dim_v, seqlen_q)
     shared = Shared(

@@ -11,7 +11,7 @@ COLUMNS = 64
 """Columns of one part of a head dim: 128 bytes, the widest swizzle of TMA."""
 
 PARTS_TOGETHER = 16
-"""Parts of an item that one program adds up; with more there are two steps."""
+"""Parts of an item that one program adds up in one of two steps; up to twice as many in one step, where that is all of them."""
 
 
 class DecodeFeature(Enum):
@@ -43,7 +43,7 @@ class Storage(Enum):
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """One variant of the decode kernel. `rows`: 8 where an item never has more, else 16; `dims`, `dims_v`: the head dims in
+    """One variant of the decode kernel. `rows`: 4 or 8 where an item never has more, else 16; `dims`, `dims_v`: the head dims in
     16-bit words, as parts of COLUMNS and a narrower last one; `box`: rows of one TMA copy, fewer than `keys` where a page is
     smaller than a tile; `registers`: a thread's at launch."""
 

@@ -60,8 +60,9 @@ def kernel_spec(config: DecodeConfig, dtype: torch.dtype) -> jit.KernelSpec:
     arguments["k_scales"] = arguments["v_scales"] = jit.Pointer("fp32", align=4)
     for name in _SCALES:
         arguments[name] = jit.Scalar("i32")
-    return jit.KernelSpec(KERNEL, tuple(arguments.items()), tuple(constants.items()), config.warps, maxnreg=config.registers,
-                          early=True)
+    return jit.KernelSpec(
+        KERNEL, tuple(arguments.items()), tuple(constants.items()), config.warps, maxnreg=config.registers, early=True
+    )
 
 
 class Bound(NamedTuple):

@@ -14,6 +14,8 @@ from tessera.serving.problem import CacheProblem, Granularity, Schedule, Values
 
 SHORT = 1024
 """Keys of a sequence up to which its parts are cut by its own length alone: no sequence can be so much longer than others."""
+LONG = 64 * 1024
+"""Keys from which on two blocks an SM lose step in their turns: 64 x 128k 7533 microseconds, 7450 along the line of all tiles."""
 ON_THEIR_WAY = 64 * 1024
 """Bytes that an SM should have asked for where programs go through memory side by side: with more they lose step."""
 SHARED_OF_SM = 228 * 1024
@@ -111,17 +113,20 @@ def decode_plan(problem: CacheProblem, device: Device) -> DecodePlan:
     if schedule is Schedule.STREAM_K:
         programs = (min(resident, items * tile.needed(shape.seqlen_k)), 1, 1)
         slots = 2 * programs[0]
-        rounds, crew = (0, 0) if packed else _turns(items, programs[0])
+        in_line = packed or (tile.blocks > 1 and shape.seqlen_k >= LONG)
+        rounds, crew = (0, 0) if in_line else _turns(items, programs[0])
     else:
         programs = (splits, shape.heads_kv * row_blocks, shape.batch)
         slots, rounds, crew = items * splits if splits > 1 else 0, 0, 0
     parts = programs[0]  # at most, of one item
     pages = problem.cache.pages
     slot_rows = ROWS if packed and invariant else min(ROWS, max(1, rows))  # packed rows are the batch's
+    # ptxas spills a little at 255, and nothing at 240: 4 x 8k 35.2, 34.6
+    registers = min(tile.registers, 240) if schedule is Schedule.STREAM_K else tile.registers
     config = DecodeConfig(
-        rows=ROWS if slot_rows > ROWS // 2 else ROWS // 2,
+        rows=next(rows for rows in (4, 8, ROWS) if rows >= slot_rows),
         keys=tile.keys, warps=tile.warps, stages=tile.stages, dims=dims, dims_v=dims_v,
-        box=tile.keys if pages is None else min(tile.keys, pages.size), registers=tile.registers,
+        box=tile.keys if pages is None else min(tile.keys, pages.size), registers=registers,
         storage=Storage.E4M3 if problem.cache.is_quantised else Storage.HALF,
         features=_features(problem, schedule),
     )  # fmt: skip
@@ -134,8 +139,14 @@ def _turns(items: int, programs: int) -> tuple[int, int]:
     """Where all items are equally long: (turns in which every program has an item of its own, programs that share each of the
     rest). (0, 0) where more than a quarter of the programs would be idle in the last turn: up to there memory is busy."""
     rounds, rest = divmod(items, programs)
-    crew = programs // rest if rest else 0
+    crew = _in_one_step(programs // rest) if rest else 0
     return (rounds, crew) if 4 * crew * rest >= 3 * programs or not rest else (0, 0)
+
+
+def _in_one_step(parts: int) -> int:
+    """So many parts of an item, or a few less, where those are added in one step."""
+    most = 2 * PARTS_TOGETHER
+    return most if most < parts <= most * 9 // 8 else parts
 
 
 def _parts(words: int) -> tuple[int, ...]:
@@ -222,7 +233,7 @@ def _splits(problem: CacheProblem, tile: Tile, items: int, programs: int) -> tup
         return -(-tiles * tile.keys // INVARIANT_KEYS), INVARIANT_KEYS // tile.keys
     if problem.splits is not None:
         return problem.splits, 1
-    return max(1, min(tiles, programs // max(1, items), MOST_SPLITS)), 1
+    return max(1, min(tiles, _in_one_step(programs // max(1, items)), MOST_SPLITS)), 1
 
 
 def _features(problem: CacheProblem, schedule: Schedule) -> tuple[DecodeFeature, ...]:

@@ -6,7 +6,7 @@ a page number out of range, whatever page_table says, reads as zeros and touches
 """
 
 from tessera.backends.hopper.pieces.tiles import columns_of, has
-from tessera.jit.compat import aggregate, gl, gluon, tma_load
+from tessera.jit.compat import aggregate, gl, gluon, tma_load_as
 
 
 @aggregate
@@ -56,7 +56,7 @@ class Sizes:
     def __init__(
         self, batch, heads_kv, group, seqlen_q, added, capacity, row_blocks, slot_rows, left, right, table_stride, page_shift,
         tickets, entries,
-    ):
+    ):  # fmt: skip
         self.batch = batch
         self.heads_kv = heads_kv
         self.group = group
@@ -185,8 +185,8 @@ def locate_keys(config: gl.constexpr, places, sizes, item, key, live):
 
 @gluon.jit
 def load_box(maps, buffers, place, head, bar, slot):
-    """Start the copy of one box of rows, part by part of the head dim."""
+    """Start the copy of one box of rows, part by part of the head dim. They are read once: L2 keeps what is read again."""
     column = 0
     for part in gl.static_range(len(maps)):
-        tma_load(maps[part], [place[0], head, place[1], column], bar, buffers[part].index(slot))
+        tma_load_as("evict_first", maps[part], [place[0], head, place[1], column], bar, buffers[part].index(slot))
         column += columns_of(buffers[part].shape)

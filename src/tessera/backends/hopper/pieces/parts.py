@@ -2,7 +2,7 @@
 
 A part leaves out, normalised by its own softmax, float32 (slots, rows, columns), and its log-sum-exp in base 2, (slots, rows).
 With w = 2^(lse - max lse), out = sum(w out) / sum(w). Parts are taken in their order, whoever adds them, so that the result
-is the same bit for bit. Many parts are added in two steps, groups of FAN first: each step's loads wait for memory once.
+is the same bit for bit. More than 2 FAN parts are added in two steps, groups of FAN first.
 """
 
 from tessera.backends.hopper.decode_config import PARTS_TOGETHER, ROWS
@@ -78,9 +78,9 @@ def merged_layout(warps, columns):
 
 @gluon.jit
 def _live_rows(config: gl.constexpr, x):
-    """(warps, 16, ..) without the rows that no item of this kernel has: an accumulator's thread has one of each half."""
+    """(warps, 16, ..) without the upper half where no item of this kernel has its rows: a thread has one of each half."""
     half: gl.constexpr = M // 2
-    if config.rows == M:
+    if config.rows > half:
         return x
     elif len(x.shape) == 2:
         return gl.split(gl.permute(gl.reshape(x, [config.warps, 2, half]), (0, 2, 1)))[0]
@@ -213,34 +213,41 @@ def settle(config: gl.constexpr, results, sizes, segment):
     """The segment's part of its item is in its slot. Who comes last of a group of parts adds them up into the slot of the first;
     who comes last of the groups adds those up into out and lse."""
     slot_rows = gl.minimum(segment.seq.q_rows * sizes.group - segment.block * M, sizes.slot_rows)
-    group = segment.part // FAN
-    groups = (segment.parts + FAN - 1) // FAN
+    fan = gl.where(segment.parts <= 2 * FAN, 2 * FAN, FAN)
+    group = segment.part // fan
+    groups = (segment.parts + fan - 1) // fan
     ticket = results.tickets + segment.item * sizes.tickets
-    span = Span(group * FAN, gl.minimum(segment.parts, (group + 1) * FAN), groups * 0 + 1)
+    span = Span(group * fan, gl.minimum(segment.parts, (group + 1) * fan), groups * 0 + 1)
     last = _comes_last(ticket + 1 + group, span.end - span.begin)
     if last & (groups > 1):
-        for first in range(0, slot_rows, config.warps):
+        for first in range(0, slot_rows, rows_at_once(config)):
             own, found = _sum_parts(config, results, sizes, segment, first, span)
             _write_slot(config, results, sizes.slot_rows, slot_of(config, segment.slots, span.begin), own, found)
         last = _comes_last(ticket, groups)
         span = Span(groups * 0, segment.parts, groups * 0 + FAN)
     if last:
-        for first in range(0, slot_rows, config.warps):
+        for first in range(0, slot_rows, rows_at_once(config)):
             own, found = _sum_parts(config, results, sizes, segment, first, span)
             write_rows(config, results, sizes, segment, segment.block * M + own, found)
 
 
 @gluon.constexpr_function
 def _together(config):
-    """Parts that are loaded side by side, so that their latencies overlap: a thread holds 128 of their values."""
+    """Parts that are loaded side by side, so that their latencies overlap: a thread holds 64 of a row's values."""
     return max(8, min(64, 1 << (2048 // slot_columns(config)).bit_length() - 1))
 
 
 @gluon.constexpr_function
+def rows_at_once(config):
+    """Rows that are added side by side: one a warp, or two where an item can have so many."""
+    return config.warps if config.rows <= config.warps else 2 * config.warps
+
+
+@gluon.constexpr_function
 def _sum_layout(config, columns):
-    """(rows, parts, columns): a warp a row, all parts of a column in one thread."""
-    lanes = min(32, columns)
-    return gl.BlockedLayout([1, _together(config), columns // lanes], [1, 32 // lanes, lanes], [config.warps, 1, 1], [2, 1, 0])
+    """(rows, parts, columns): a warp a row or two, all parts of a column in one thread."""
+    lanes, rows = min(32, columns), rows_at_once(config) // config.warps
+    return gl.BlockedLayout([rows, _together(config), columns // lanes], [1, 32 // lanes, lanes], [config.warps, 1, 1], [2, 1, 0])
 
 
 @gluon.jit
@@ -289,20 +296,20 @@ def _weighted_parts(config: gl.constexpr, out, weight, i: gl.constexpr):
 
 @gluon.jit
 def _no_sum(config: gl.constexpr, columns: gl.constexpr):
-    warps: gl.constexpr = config.warps
-    return gl.zeros([warps, columns], gl.float32, gl.SliceLayout(1, _sum_layout(config, columns)))
+    rows: gl.constexpr = rows_at_once(config)
+    return gl.zeros([rows, columns], gl.float32, gl.SliceLayout(1, _sum_layout(config, columns)))
 
 
 @gluon.jit
 def _sum_parts(config: gl.constexpr, results, sizes, segment, first, span):
-    """`warps` rows of an item, from row `first` on, and their (o, m, l) over a span of parts."""
+    """Some rows of an item, from row `first` on, and their (o, m, l) over a span of parts."""
     layout: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, _sum_layout(config, columns_of_sum(config, 0))))
-    warps: gl.constexpr = config.warps
-    rows = first + gl.arange(0, warps, layout)
+    count: gl.constexpr = rows_at_once(config)
+    rows = first + gl.arange(0, count, layout)
     o = ()
     for i in gl.static_range(accumulators(config)):
         o = o + (_no_sum(config, columns_of_sum(config, i)),)
-    sums = (o, gl.full([warps], float("-inf"), gl.float32, layout), gl.zeros([warps], gl.float32, layout))
+    sums = (o, gl.full([count], float("-inf"), gl.float32, layout), gl.zeros([count], gl.float32, layout))
     for begin in range(span.begin, span.end, span.step * _together(config)):
         sums = _add_chunk(config, results, sizes.slot_rows, segment.slots, rows, Span(begin, span.end, span.step), sums)
     return rows, sums

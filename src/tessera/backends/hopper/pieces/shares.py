@@ -340,9 +340,7 @@ def after(config: gl.constexpr, call, share, segment):
 @gluon.jit
 def _spent(share):
     """The share with nothing left of it."""
-    return Share(
-        share.stop, share.stop, share.index, share.block, share.head, share.first, share.line, share.turn, share.depth
-    )
+    return Share(share.stop, share.stop, share.index, share.block, share.head, share.first, share.line, share.turn, share.depth)
 
 
 @gluon.jit
