@@ -36,7 +36,8 @@ from tessera.verify import trainable
 TOOLS = ("memcheck", "racecheck")
 EXPLAINED = {
     "Triton's own words to its partitions, between two barrier.sync of the whole block": (
-        "def attention_", "def decode(", "gl.warp_specialize([", "if config.consumers == 2:", 'if divided_by(config, "keys"):',
+        "def attention_", "def decode(", "gl.warp_specialize([", "if config.consumers == 2:", "if divided_by(config, ",
+        "elif divided_by(config, ",
     ),
     "the posted tile, between the arrives and the waits of an mbarrier pair": (
         "board.entries.index(place).store(", "posted = board.entries.index(place).load(",
@@ -75,6 +76,7 @@ BACKWARD = (
     *(Case(f"d{d}, causal", head_dim=d, seqlen_q=330, seqlen_k=330, heads_kv=2, causal=True) for d in (128, 256)),
     *(Case(f"d{d}, varlen", head_dim=d, lengths_q=(100, 1, 230, 0), lengths_k=(100, 1, 230, 0), causal=True) for d in (128, 256)),
     Case("more tiles than programs", batch=4, seqlen_q=300, seqlen_k=300, heads_q=24, heads_kv=8, head_dim=128, causal=True),
+    Case("d128, window, gqa", head_dim=128, window=(100, 0), seqlen_q=330, seqlen_k=330, heads_q=4, heads_kv=2),
 )
 MODIFIERS = (
     *(CASES[name] for name in ("alibi", "dropout, causal, gqa", "bias", "varlen, softcap, alibi, dropout")),
