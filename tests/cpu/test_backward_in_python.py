@@ -9,7 +9,7 @@ from gluon_in_python import in_python
 from tessera.backends.cpu import tiled, tiles_for
 from tessera.backends.hopper import BACKEND
 from tessera.backends.hopper.backward_launch import BackwardLaunch
-from tessera.backends.hopper.backward_plan import Division, backward_config
+from tessera.backends.hopper.backward_plan import Adding, Division, backward_config
 from tessera.cases import CASES, Case
 from tessera.device import KNOWN_DEVICES
 from tessera.dispatch import InputGradients, Upstream
@@ -27,6 +27,7 @@ FEW = 2
 """Multiprocessors: persistent programs then take one tile after another."""
 MORE = (
     *(Case(f"d{d} long", head_dim=d, causal=True, **LONG) for d in DIMS),
+    *(Case(f"d{d} full long", head_dim=d, **LONG) for d in DIMS),
     *(Case(f"d{d} window long", head_dim=d, window=(90, 20), **LONG) for d in DIMS),
     *(Case(f"d{d} packed", head_dim=d, **PACKED) for d in DIMS),
     *(Case(f"d{d} softcap", head_dim=d, softcap=15.0, causal=True, seqlen_q=150, seqlen_k=150) for d in DIMS),
@@ -94,6 +95,15 @@ def test_nan_in_padding_stays_there(dim: int) -> None:
             x[b, : case.key_start[b]] = NAN
             x[b, case.key_end[b] :] = NAN
     check(clean, clean._replace(q=q, k=k, v=v))
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_few_keys_are_added_in_order(dim: int) -> None:
+    """Where that is faster it is the default: no zeros, no kernel after the main one."""
+    request = Case("short", batch=128, heads_q=4, heads_kv=4, seqlen_q=100, seqlen_k=130, head_dim=dim, causal=True)
+    problem = bind(request.request("cpu", torch.bfloat16, requires_grad=True))[0]
+    assert backward_config(problem).adding is Adding.ROUNDED
+    assert len(BackwardLaunch(problem, backward_config(problem), FEW).specs) == 2
 
 
 def test_every_division_is_covered() -> None:

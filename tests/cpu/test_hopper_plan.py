@@ -12,6 +12,7 @@ import torch
 import tessera
 from tessera import dispatch, jit
 from tessera.backends.hopper import HopperBackend, _compile_together
+from tessera.backends.hopper.backward_plan import backward_config, backward_family
 from tessera.backends.hopper.plan import LOW, SHARED_LIMIT, forward_config, forward_family, tall_blocks
 from tessera.cases import CASES
 from tessera.device import KNOWN_DEVICES
@@ -42,6 +43,22 @@ def test_any_length_has_a_kernel_of_the_family(name: str, head_dim: int) -> None
     family = set(families.pop())
     assert picked <= family
     assert picked == family or name == "window"  # a window of 1024 keys never has rows of many more
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("bitwise", [False, True])
+def test_any_length_has_a_backward_of_the_family(name: str, head_dim: int, bitwise: bool) -> None:
+    options = OPTIONS[name] | {"requires_grad": True, "deterministic": bitwise}
+    shapes = [((batch, seqlen, 16, head_dim), (batch, seqlen + more, 16, head_dim))
+              for seqlen in SEQLENS for batch in (1, 64) for more in (-1, 0, 77) if seqlen + more > 0]  # fmt: skip
+    problems = [tessera.plan(q, kv, device="h200", **options).problem for q, kv in shapes]
+    families = {backward_family(p) for p in problems}
+    assert len(families) == 1
+    family = families.pop()
+    assert {backward_config(p) for p in problems} == set(family)
+    both = {64: ("full", "causal"), 128: ("full", "causal", "causal softcap"), 256: ()}[head_dim]
+    assert (len(family) == 2) == (name in both if bitwise else name in both[1:2])
 
 
 def test_the_first_call_compiles_the_whole_family(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +93,7 @@ def test_warmup_compiles_what_plans_will_need_and_nothing_twice(monkeypatch: pyt
     training = tessera.plan(shape, shape, device="h200", causal=True, requires_grad=True)
     assert tessera.warmup([forward, forward.problem, training, tessera.plan(shape, shape)]) == len(asked)
     forward_kernels = set(HopperBackend().kernels(forward))
-    assert len(asked) == len(set(asked)) == len(forward_kernels) + 3
+    assert len(asked) == len(set(asked)) == len(forward_kernels) + 5  # the backward's three, and two for few keys
     assert forward_kernels < set(asked)
     asked.clear()
     assert tessera.warmup(forward) == len(forward_kernels)

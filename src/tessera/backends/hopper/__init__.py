@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tessera import jit
 from tessera.backends.hopper.backward_launch import BackwardLaunch
-from tessera.backends.hopper.backward_plan import BackwardConfig, backward_config, workspace_bytes
+from tessera.backends.hopper.backward_plan import BackwardConfig, backward_config, backward_family, workspace_bytes
 from tessera.backends.hopper.config import ForwardConfig
 from tessera.backends.hopper.launch import ELEMENTS, ForwardLaunch, kernel_spec
 from tessera.backends.hopper.plan import forward_config, forward_family
@@ -72,17 +72,24 @@ class HopperBackend:
             return HopperRunner(plan.problem, forward, None)
         if not isinstance(plan.backward.config, BackwardConfig):
             raise TypeError(f"plan.backward.config={plan.backward.config}: a plan of this backend carries a BackwardConfig")
+        if len(backward_family(plan.problem)) > 1:
+            _compile_together(_backward_kernels(plan.problem, multiprocessors))
         return HopperRunner(plan.problem, forward, BackwardLaunch(plan.problem, plan.backward.config, multiprocessors))
 
     def kernels(self, plan: Plan) -> tuple[jit.KernelSpec, ...]:
         forward = _forward_kernels(plan.problem)
         if plan.backward is None:
             return forward
-        return forward + BackwardLaunch(plan.problem, backward_config(plan.problem), plan.device.multiprocessors).specs
+        return forward + _backward_kernels(plan.problem, plan.device.multiprocessors)
 
 
 def _forward_kernels(problem: Problem) -> tuple[jit.KernelSpec, ...]:
     return tuple(kernel_spec(config, problem.dtype) for config in forward_family(problem))
+
+
+def _backward_kernels(problem: Problem, multiprocessors: int) -> tuple[jit.KernelSpec, ...]:
+    launches = (BackwardLaunch(problem, config, multiprocessors) for config in backward_family(problem))
+    return tuple(dict.fromkeys(spec for launch in launches for spec in launch.specs))
 
 
 @cache

@@ -34,7 +34,6 @@ from tessera.backends.hopper.pieces.kv_source import Lengths, Pitch, load_rows
 from tessera.backends.hopper.pieces.masking import Band
 from tessera.backends.hopper.pieces.modifiers import make_modifiers
 from tessera.backends.hopper.pieces.row_ranges import row_blocks
-from tessera.backends.hopper.pieces.sums import adds_in_order
 from tessera.backends.hopper.pieces.tiles import M, allocate_tiles
 from tessera.jit.compat import fence_async_shared, gl, gluon, let_next_begin, mbarrier, tma_load, wait_for_previous
 
@@ -159,27 +158,17 @@ def _allocate(config: gl.constexpr, maps, stats_map):
 
 
 @gluon.jit
-def _drawn(config: gl.constexpr, counter):
-    """The number of this program's tile. Where tiles wait for those before them it is drawn, so that those are running."""
-    if adds_in_order(config):
-        wait_for_previous()
-        return gl.atomic_add(counter, 1, sem="relaxed", scope="gpu")
-    else:
-        return gl.program_id(0)
-
-
-@gluon.jit
 def attention_backward(
-    q_map, k_map, v_map, do_map, stats_map, dk_map, dv_map, dq_map,
+    q_map, k_map, v_map, do_map, stats_map, dk_map, dv_map, dq_map, out_map,
     marks_ptr, cu_q, cu_k, used_q, used_k, key_start, key_end, query_end, document_begin, document_end,
     batch, heads_kv, group, seqlen_q, seqlen_k, left, right, document_stride, blocks, section, line,
-    q_pitch, k_pitch, v_pitch, do_pitch, tiles, scale, inner, factor,
+    q_pitch, k_pitch, v_pitch, do_pitch, dq_pitch, tiles, scale, inner, factor,
     slopes, slopes_stride, bias, bias_batch, bias_head, bias_row, key_low, key_high, threshold, keep_scale,
     dbias, dbias_batch, dbias_head, dbias_row,
     CONFIG: gl.constexpr,
 ):  # fmt: skip
-    """`stats` is lse of every head, then D of every head, each a line of the workspace. `marks`: a counter of tiles, then those
-    of pieces/sums.py. Pointers that no feature needs are never read."""
+    """`stats` is lse of every head, then D of every head, each a line of the workspace. `dq`: of float32, `out`: of 16 bits.
+    Pointers that no feature needs are never read."""
     config: gl.constexpr = CONFIG
     maps = (q_map, k_map, v_map, do_map)
     call = Call(
@@ -187,14 +176,14 @@ def attention_backward(
         Band(left, right, document_begin, document_end, document_stride),
         Lengths(cu_q, cu_k, used_q, used_k, key_start, key_end, query_end),
         Pitch(q_pitch, k_pitch, v_pitch, do_pitch),
-        Order(_drawn(config, marks_ptr), blocks, section, line),
+        Order(gl.program_id(0), blocks, section, line),
     )  # fmt: skip
     modifiers = make_modifiers(
         config, (slopes, slopes_stride, bias, bias_batch, bias_head, bias_row, key_low, key_high, threshold, keep_scale),
         (dbias, dbias_batch, dbias_head, dbias_row),
     )  # fmt: skip
     score = Score(scale, inner, factor, modifiers)
-    marks = marks_ptr + 1
+    out = (out_map, dq_pitch, factor)
     shared = _allocate(config, maps, stats_map)
     if divided_by(config, "keys"):
         halves = make_halves(config, dq_map, q_map.dtype)
@@ -203,7 +192,7 @@ def attention_backward(
             (consumer_of_keys, (config, 0, dq_map, dk_map, dv_map, shared, halves, score, call)),
             (consumer_of_keys, (config, 1, dq_map, dk_map, dv_map, shared, halves, score, call)),
             (producer, (config, maps, stats_map, shared, call)),
-            (writer_of_dq, (config, dq_map, halves.sums, marks, call)),
+            (writer_of_dq, (config, dq_map, out, halves.sums, marks_ptr + 1, call)),
         ], [4, 1, 1], [240, 24, 24])  # fmt: skip
     elif divided_by(config, "keys, P ahead"):
         pair = make_pair(config, dq_map, q_map.dtype)
@@ -215,14 +204,14 @@ def attention_backward(
             (producer_of_many, (config, maps, stats_map, shared, pair, draws, call)),
         ], [4, 1], [240, 24])  # fmt: skip
     elif divided_by(config, "keys, dQ in turn"):
-        parts = make_parts(config, dq_map, q_map.dtype)
+        parts = make_parts(config, dq_map, out_map)
         fence_async_shared()
         if config.consumers == 2:
             gl.warp_specialize([
                 (consumer_in_turn, (config, 0, dq_map, dk_map, dv_map, shared, parts, score, call)),
                 (consumer_in_turn, (config, 1, dq_map, dk_map, dv_map, shared, parts, score, call)),
                 (producer, (config, maps, stats_map, shared, call)),
-                (writer_of_dq, (config, dq_map, parts.sums, marks, call)),
+                (writer_of_dq, (config, dq_map, out, parts.sums, marks_ptr + 1, call)),
             ], [4, 1, 1], [240, 24, 24])  # fmt: skip
         else:
             gl.warp_specialize([
@@ -230,16 +219,16 @@ def attention_backward(
                 (consumer_in_turn, (config, 1, dq_map, dk_map, dv_map, shared, parts, score, call)),
                 (consumer_in_turn, (config, 2, dq_map, dk_map, dv_map, shared, parts, score, call)),
                 (producer, (config, maps, stats_map, shared, call)),
-                (writer_of_dq, (config, dq_map, parts.sums, marks, call)),
+                (writer_of_dq, (config, dq_map, out, parts.sums, marks_ptr + 1, call)),
             ], [4, 4, 1, 1], [160, 160, 24, 24])  # fmt: skip
     else:
         # Of the splits of the registers 208/208/72 is clean, 200/200/88 serialises the products (Triton 3.6, d256).
-        exchange = make_exchange(config, dq_map, q_map.dtype)
+        exchange = make_exchange(config, dq_map, out_map)
         fence_async_shared()
         gl.warp_specialize([
             (consumer_of_dv, (config, dv_map, shared, exchange, score, call)),
             (consumer_of_dk, (config, dk_map, shared, exchange, score, call)),
-            (consumer_of_dq, (config, dq_map, shared, exchange, call)),
+            (consumer_of_dq, (config, dq_map, shared, exchange, score, call)),
             (producer, (config, maps, stats_map, shared, call)),
-            (writer_of_dq, (config, dq_map, exchange.sums, marks, call)),
+            (writer_of_dq, (config, dq_map, out, exchange.sums, marks_ptr + 1, call)),
         ], [4, 4, 1, 1], [208, 72, 24, 24])  # fmt: skip

@@ -14,7 +14,15 @@ from torch import Tensor
 from tessera import jit
 from tessera.backends.hopper import modifiers
 from tessera.backends.hopper.arguments import reach, score_scales, score_unit
-from tessera.backends.hopper.backward_plan import PART_LINE, BackwardConfig, Division, PartLayout, RowsConfig, work_lines
+from tessera.backends.hopper.backward_plan import (
+    PART_LINE,
+    Adding,
+    BackwardConfig,
+    Division,
+    PartLayout,
+    RowsConfig,
+    work_lines,
+)
 from tessera.backends.hopper.config import Feature
 from tessera.backends.hopper.launch import ELEMENTS, L2_BYTES, Rows
 from tessera.dispatch import InputGradients, Upstream
@@ -46,11 +54,12 @@ def main_spec(config: BackwardConfig, dtype: torch.dtype) -> jit.KernelSpec:
         arguments["dq_map"] = jit.Tiles("fp32", (_PIECE, config.part_columns))
     else:
         arguments["dq_map"] = jit.Tiles("fp32", (1, config.part_columns // 4, PART_LINE), jit.Arrangement.ROWS)
+    arguments["out_map"] = jit.Tiles(element, (1, 1, 1, _PIECE, config.part_columns))
     for name in ("marks_ptr", *_LENGTHS, "document_begin", "document_end"):
         arguments[name] = jit.Pointer("i32", align=4)
     for name in (
         "batch", "heads_kv", "group", "seqlen_q", "seqlen_k", "left", "right", "document_stride", "blocks", "section", "line",
-        "q_pitch", "k_pitch", "v_pitch", "do_pitch", "tiles",
+        "q_pitch", "k_pitch", "v_pitch", "do_pitch", "dq_pitch", "tiles",
     ):  # fmt: skip
         arguments[name] = jit.Scalar("i32")
     for name in ("scale", "inner", "factor"):
@@ -101,11 +110,12 @@ class BackwardLaunch:
     multiprocessors: int
 
     @cached_property
-    def specs(self) -> tuple[jit.KernelSpec, jit.KernelSpec, jit.KernelSpec]:
+    def specs(self) -> tuple[jit.KernelSpec, ...]:
         """In the order in which they run."""
         config, dtype = self.config, self.problem.dtype
         rows = RowsConfig.of(config)
-        return prepare_spec(rows, dtype), main_spec(config, dtype), finish_spec(rows, dtype)
+        last = () if config.adding is Adding.ROUNDED else (finish_spec(rows, dtype),)
+        return prepare_spec(rows, dtype), main_spec(config, dtype), *last
 
     @cached_property
     def line(self) -> int:
@@ -177,8 +187,9 @@ class BackwardLaunch:
         dout = Rows.of(upstream.dout if _is_plain(upstream.dout) else upstream.dout.contiguous())
         dsinks = self._prepare(operands, upstream, dout, (stats, sums, marks), kept)
         dbias = self._bias_sums(operands)
-        self._differentiate(operands, dout, (stats, sums, marks), (dk, dv, dbias), kept)
-        self._finish(sums, marks, dq, kept)
+        self._differentiate(operands, dout, (stats, sums, marks), (dq, dk, dv, dbias), kept)
+        if self.config.adding is not Adding.ROUNDED:
+            self._finish(sums, marks, dq, kept)
         if operands.bias is not None and dbias is not None:
             dbias = dbias.to(operands.bias.dtype)
         return InputGradients(dq, dk, dv, dbias, dsinks)
@@ -215,7 +226,7 @@ class BackwardLaunch:
 
     def _differentiate(
         self, operands: Operands, dout: Rows, work: tuple[Tensor, Tensor, Tensor],
-        gradients: tuple[Tensor, Tensor, Tensor | None], kept: Kept,
+        gradients: tuple[Tensor, Tensor, Tensor, Tensor | None], kept: Kept,
     ) -> None:  # fmt: skip
         stats, sums, marks = work
         shape, index = self.problem.shape, sums.device.index
@@ -224,14 +235,16 @@ class BackwardLaunch:
         tensors = [*inputs, dout]
         maps = [kernel.tiles[i](rows.address, rows.shape, rows.strides) for i, rows in enumerate(tensors)]
         maps.append(kernel.tiles[4](stats.data_ptr(), stats.shape, stats.stride()))
-        dk, dv, dbias = gradients
+        dq, dk, dv, dbias = gradients
         outputs = [Rows.of(tensor) for tensor in (dk, dv)]
         maps += [kernel.tiles[5 + i](rows.address, rows.shape, rows.strides) for i, rows in enumerate(outputs)]
         maps.append(kernel.tiles[7](sums.data_ptr(), sums.shape, sums.stride()))
+        rounded = Rows.of(dq)
+        maps.append(kernel.tiles[8](rounded.address, rounded.shape, rounded.strides))
         kernel(
             jit.current_stream(index), self.programs, 1, 1, *maps, marks.data_ptr(), *kept.lengths, *kept.documents,
             *self.integers, shape.seqlen_q if kept.documents_vary else 0, self.blocks, self.section, self.line,
-            *(rows.pitch for rows in tensors), self.tiles, *self.scales,
+            *(rows.pitch for rows in tensors), rounded.pitch, self.tiles, *self.scales,
             *modifiers.values(self.problem.score, operands, kept.tensors), *([] if dbias is None else modifiers.places(dbias)),
         )  # fmt: skip
 

@@ -16,6 +16,16 @@ WORK_ROWS = 128
 """Every sequence's rows begin at a multiple of this in the workspace: a multiple of every kernel's row block."""
 
 
+FEW_KEYS = 512
+"""Up to so many keys under a diagonal dQ's zeros and the kernel that rounds it cost more than to add in order. Ours / FA3 at 512,
+with order and without: d128 1.149 and 0.983, d64 1.099 and 1.019; at 1k 1.012 and 0.974, 1.003 and 1.003 (H200, 2026-11-21)."""
+FEW_KEYS_IN_ORDER = 16
+"""Where an order is kept anyway, up to so many keys a column of V. Its time over that of order alone: d128 full 512 0.917, 2k
+0.993, 4k 1.016, 16k 1.042; causal 0.868, 0.967, 0.999, 1.027; d64 full 512 0.936, 1k 0.979, 2k 1.003, 16k 1.040 (same run)."""
+MANY_TILES = 512
+"""With fewer than about four for each multiprocessor those of a head begin together, and wait for one another."""
+
+
 class Division(Enum):
     """How the consumer warpgroups share the work on a tile of keys."""
 
@@ -39,6 +49,17 @@ class PartLayout(Enum):
     """As rows of dQ. At head dim 256 additions in L2 are the limit: so ours / FA3 was 1.01 at 16k, and 0.94 with the other."""
 
 
+class Adding(Enum):
+    """How the tiles of keys that see the same rows add up their dQ."""
+
+    ANY_ORDER = "any order"
+    """To zeros, each when it comes. A kernel after the main one rounds dQ."""
+    ORDER = "order"
+    """One after another, the first stores; so runs repeat bit for bit. A kernel after the main one rounds dQ."""
+    ROUNDED = "order, rounded"
+    """The same, and the last rounds what it adds up: neither zeros nor a kernel after the main one."""
+
+
 @dataclass(frozen=True)
 class BackwardConfig:
     """One variant of the backward. `rows`: query rows of a block; `keys`: keys of a tile; `dim`, `dim_v`: padded head dims."""
@@ -50,7 +71,7 @@ class BackwardConfig:
     dim_v: int
     q_stages: int
     do_stages: int
-    reproducibility: Reproducibility = Reproducibility.ANY_ORDER
+    adding: Adding = Adding.ANY_ORDER
     features: tuple[Feature, ...] = ()
 
     @property
@@ -97,7 +118,10 @@ class BackwardConfig:
     def __str__(self) -> str:
         dim = str(self.dim) if self.dim == self.dim_v else f"{self.dim}/{self.dim_v}"
         text = f"{self.rows}x{self.keys} d{dim}, divided by {self.division.value}, {self.q_stages}+{self.do_stages} stages"
-        text += ", dQ summed in a fixed order" if self.reproducibility is Reproducibility.BITWISE else ""
+        text += {
+            Adding.ANY_ORDER: "", Adding.ORDER: ", dQ summed in a fixed order",
+            Adding.ROUNDED: ", dQ summed in a fixed order and rounded by its last tile",
+        }[self.adding]  # fmt: skip
         return text + "".join(f", {feature.value}" for feature in self.features)
 
 
@@ -107,26 +131,53 @@ class RowsConfig:
 
     dim: int
     dim_v: int
-    reproducibility: Reproducibility
+    adding: Adding
     part_layout: PartLayout
     features: tuple[Feature, ...]
 
     @staticmethod
     def of(config: BackwardConfig) -> RowsConfig:
-        """Of a configuration's features, those that say which rows there are, and the sinks."""
+        """Of a configuration's features, those that say which rows there are, and the sinks. Who rounds is all one to them."""
         wanted = {Feature.VARLEN, Feature.SEQUSED_Q, Feature.QUERY_END, Feature.SINKS}
         features = tuple(x for x in config.features if x in wanted)
-        return RowsConfig(config.dim, config.dim_v, config.reproducibility, config.part_layout, features)
+        adding = Adding.ANY_ORDER if config.adding is Adding.ANY_ORDER else Adding.ORDER
+        return RowsConfig(config.dim, config.dim_v, adding, config.part_layout, features)
 
 
 def backward_config(problem: Problem) -> BackwardConfig:
     """The configuration for a problem."""
+    plain, *rounded = backward_family(problem)
+    shape = problem.shape
+    if not rounded or not 0 < shape.seqlen_q <= shape.seqlen_k:  # else some rows may see no key
+        return plain
+    if problem.reproducibility is Reproducibility.BITWISE:
+        return rounded[0] if shape.seqlen_k <= FEW_KEYS_IN_ORDER * plain.dim_v else plain
+    tiles = shape.batch * shape.heads_kv * -(-shape.seqlen_k // rounded[0].keys)
+    return rounded[0] if shape.seqlen_k <= FEW_KEYS and tiles >= MANY_TILES else plain
+
+
+def backward_family(problem: Problem) -> tuple[BackwardConfig, ...]:
+    """The configurations that problems like this one have at any length: one, or after it that whose last tile rounds dQ. For
+    that one tile of keys must be the last that adds to every row, whatever the data. (Under a window each row has another, and
+    tiles that look ahead for what they round wait for one another one by one: twice as slow at 16k, H200, 2026-11-21.)"""
+    is_bitwise, mask = problem.reproducibility is Reproducibility.BITWISE, problem.mask
+    ordered = _divided(problem, Adding.ORDER)
+    plain = ordered if is_bitwise else _divided(problem, Adding.ANY_ORDER)
+    pays = is_bitwise or (mask.right is not None and problem.shape.group == 1 and Feature.SOFTCAP not in plain.features)
+    has_last_tile = problem.layout is Layout.DENSE and not mask.bounds and mask.left is None and (mask.right or 0) >= 0
+    if pays and has_last_tile and ordered.division is Division.TURNS:
+        return plain, replace(ordered, adding=Adding.ROUNDED)
+    return (plain,)
+
+
+def _divided(problem: Problem, adding: Adding) -> BackwardConfig:
+    """The division of the work that a problem gets."""
     features = features_of(problem)
     bias = problem.score.bias
     if bias is not None and bias.gradients is Gradients.INPUTS:
         features = (*features, Feature.BIAS_GRADIENT)
     dim, dim_v = _padded(problem.shape.head_dim), _padded(problem.shape.head_dim_v)
-    config = BackwardConfig(Division.KEYS, 64, 128, dim, dim_v, 2, 2, problem.reproducibility, features)
+    config = BackwardConfig(Division.KEYS, 64, 128, dim, dim_v, 2, 2, adding, features)
     if max(dim, dim_v) == 256:
         # One stage of dO leaves room to double the buffers of P, dS and dQ: 3 to 6% over two (H200, 4k and 16k, 2026-11-21).
         return replace(config, division=Division.PRODUCTS, keys=64, do_stages=1)
@@ -140,7 +191,7 @@ def backward_config(problem: Problem) -> BackwardConfig:
         # Over two consumers and 128 keys: 1.05 to 1.13 (H200, 1k and 16k, 2026-11-21). With a softcap's slope 160 registers spill
         # in the loop.
         return replace(config, division=Division.TURNS, keys=192, q_stages=3, do_stages=3)
-    if max(dim, dim_v) == 128 and problem.reproducibility is Reproducibility.BITWISE:
+    if max(dim, dim_v) == 128 and adding is Adding.ORDER:
         # A tile that waits for another's dQ then holds up one consumer and not both: 1.02 to 1.06 over in step (H200, 1k and 16k,
         # 2026-11-21). In any order in step is better: 0.99 to 1.04.
         return replace(config, division=Division.TURNS)

@@ -9,6 +9,7 @@ S of the next block runs beside dV of this one, dP of the next beside dK of this
 not compile in a block of 416 threads (C7602), so dK and dV are done in two products of 128.
 """
 
+from tessera.backends.hopper.pieces.chain import chain_of
 from tessera.backends.hopper.pieces.channel import Ring, make_ring
 from tessera.backends.hopper.pieces.dropout import marked
 from tessera.backends.hopper.pieces.gradients import (
@@ -66,11 +67,13 @@ class Exchange:
 
 
 @gluon.jit
-def make_exchange(config: gl.constexpr, dq_map, dtype: gl.constexpr):
+def make_exchange(config: gl.constexpr, dq_map, out_map):
+    dtype: gl.constexpr = out_map.dtype
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, config.rows], dtype)
     p = gl.allocate_shared_memory(dtype, [2, M, config.rows], layout)
     ds = gl.allocate_shared_memory(dtype, [2, M, config.rows], layout)
-    return Exchange(p, ds, make_ring(1 if needs_slope_apart(config) else 2, 1), make_ring(2, 1), make_sums(config, dq_map))
+    p_ring = make_ring(1 if needs_slope_apart(config) else 2, 1)
+    return Exchange(p, ds, p_ring, make_ring(2, 1), make_sums(config, dq_map, out_map))
 
 
 @gluon.constexpr_function
@@ -235,16 +238,18 @@ def consumer_of_dk(config: gl.constexpr, dk_map, shared, exchange, score, call):
 
 
 @gluon.jit
-def consumer_of_dq(config: gl.constexpr, dq_map, shared, exchange, call):
+def consumer_of_dq(config: gl.constexpr, dq_map, shared, exchange, score, call):
     part: gl.constexpr = config.part_columns
     parts: gl.constexpr = config.parts
     layout: gl.constexpr = accumulator_layout(part)
     tile = locate_keys(config, call, call.order.number)
     begin, count = row_blocks(config, call.band, tile.seq, tile.first)
+    chain = chain_of(config, call, tile, score.factor)
     if count > 0:
         mbarrier.wait(shared.k_full, 0)
         for n in range(count * call.group):
-            block = row_block(call, tile, n // count, begin + n % count)
+            place = begin + n % count
+            block = row_block(call, tile, n // count, place)
             exchange.ds_ring.wait(n)
             ds = exchange.ds.index(exchange.ds_ring.slot(n)).permute((1, 0))
             for j in gl.static_range(parts):
@@ -253,6 +258,6 @@ def consumer_of_dq(config: gl.constexpr, dq_map, shared, exchange, call):
                 dq = warpgroup_mma_wait(0, deps=(dq,))
                 if j == parts - 1:
                     exchange.ds_ring.release(n)
-                add_part(config, dq_map, exchange.sums, n * parts + j, dq, block, j)
+                add_part(config, dq_map, exchange.sums, n * parts + j, dq, block, j, chain, place * config.rows)
     meet("arrive", BARRIER_K, 384)
     tma_store_wait(0)

@@ -2,7 +2,8 @@
 
 `prepare_rows` writes, for every row of the workspace, lse in base 2 (+inf for a row that sees no key, and for padding: its P is
 then 0), D = rowsum(dO * O) - dlse, and zeros for dQ to be added to (or, where its first part is stored, for the marks).
-`finish_queries` takes dQ from the order in which its parts lie there (pieces/sums.py), scales it and rounds it.
+`finish_queries`, where the main kernel does not do that, takes dQ from the order in which its parts lie there (pieces/sums.py),
+scales it and rounds it.
 """
 
 from tessera.backends.hopper.pieces.epilogue import LOG2_E

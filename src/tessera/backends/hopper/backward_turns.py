@@ -8,6 +8,7 @@ A consumer's V stays in its registers, which spares shared memory a read of it a
 other two consumers' products run under its exponentials.
 """
 
+from tessera.backends.hopper.pieces.chain import chain_of
 from tessera.backends.hopper.pieces.channel import Ring
 from tessera.backends.hopper.pieces.gradients import (
     BARRIER_K,
@@ -51,7 +52,8 @@ class Parts:
 
 
 @gluon.jit
-def make_parts(config: gl.constexpr, dq_map, dtype: gl.constexpr):
+def make_parts(config: gl.constexpr, dq_map, out_map):
+    dtype: gl.constexpr = out_map.dtype
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, config.rows], dtype)
     count: gl.constexpr = config.consumers
     ds = gl.allocate_shared_memory(dtype, [count * count, M, config.rows], layout)
@@ -60,7 +62,7 @@ def make_parts(config: gl.constexpr, dq_map, dtype: gl.constexpr):
     for slot in gl.static_range(count):
         mbarrier.init(full.index(slot), count=count)
         mbarrier.init(empty.index(slot), count=1)
-    return Parts(ds, Ring(full, empty, count), make_sums(config, dq_map))
+    return Parts(ds, Ring(full, empty, count), make_sums(config, dq_map, out_map))
 
 
 @gluon.jit
@@ -85,7 +87,7 @@ def _has_turn(config: gl.constexpr, consumer: gl.constexpr, n):
 
 
 @gluon.jit
-def _sum_in_turn(config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, parts, n, block):
+def _sum_in_turn(config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, parts, chain, n, row, block):
     """dQ = dS K of block n, if it is this consumer's turn."""
     count: gl.constexpr = config.consumers
     if _has_turn(config, consumer, n):
@@ -100,7 +102,7 @@ def _sum_in_turn(config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, p
         dq = warpgroup_mma_wait(0, deps=(dq,))
         parts.ring.release(n)
         place = n if adds_in_order(config) else consumer  # a buffer of its own, or the next in the order
-        add_part(config, dq_map, parts.sums, place, dq, block, 0)
+        add_part(config, dq_map, parts.sums, place, dq, block, 0, chain, row)
 
 
 @gluon.jit
@@ -131,7 +133,7 @@ def _block(
 ):  # fmt: skip
     """One turn of the main loop: the rows from `row` on, which are row block `block` of the workspace."""
     dk, dv = state
-    bounds, v = own
+    bounds, v, chain = own
     dtype: gl.constexpr = shared.q.dtype
     q_slot = shared.q_stream.slot(n)
     do_slot = shared.do_stream.slot(n)
@@ -160,12 +162,12 @@ def _block(
     shared.do_stream.release(n)
     dk = warpgroup_mma_wait(0, deps=(dk,))
     shared.q_stream.release(n)
-    _sum_in_turn(config, consumer, dq_map, shared, parts, n, block)
+    _sum_in_turn(config, consumer, dq_map, shared, parts, chain, n, row, block)
     return dk, dv
 
 
 @gluon.jit
-def _pass_over(config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, parts, n, block):
+def _pass_over(config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, parts, chain, n, row, block):
     """A block that sees none of this consumer's keys: dS is 0, and its turn at dQ may come all the same."""
     rows: gl.constexpr = config.rows
     nothing = gl.zeros([M, rows], shared.q.dtype, accumulator_layout(rows))
@@ -174,7 +176,7 @@ def _pass_over(config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, par
     shared.do_stream.wait(n)
     shared.do_stream.release(n)
     _hand_over(config, consumer, parts, nothing, n)
-    _sum_in_turn(config, consumer, dq_map, shared, parts, n, block)
+    _sum_in_turn(config, consumer, dq_map, shared, parts, chain, n, row, block)
 
 
 @gluon.jit
@@ -201,14 +203,15 @@ def _main_loop(config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, par
     state = (empty_accumulator(shared.k), empty_accumulator(shared.v))
     if count > 0:
         mbarrier.wait(shared.k_full, 0)
-        own = (key_bounds(config, call.band, tile.seq, first), _own_v(config, consumer, shared))
+        chain = chain_of(config, call, tile, score.factor)
+        own = (key_bounds(config, call.band, tile.seq, first), _own_v(config, consumer, shared), chain)
         rows: gl.constexpr = config.rows
         row = begin * rows
         for member in range(call.group):
             n = member * count
             block = row_block(call, tile, member, begin)
             for i in range(unseen):
-                _pass_over(config, consumer, dq_map, shared, parts, n + i, block + i)
+                _pass_over(config, consumer, dq_map, shared, parts, chain, n + i, row + i * rows, block + i)
             for i in range(unseen, unseen + cut):
                 at = row + i * rows
                 state = _block(config, consumer, dq_map, shared, parts, score, own, n + i, at, block + i, state, True)
@@ -220,7 +223,7 @@ def _main_loop(config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, par
                     at = row + i * rows
                     state = _block(config, consumer, dq_map, shared, parts, score, own, n + i, at, block + i, state, True)
                 for i in range(gl.maximum(seen_end, unseen), count):
-                    _pass_over(config, consumer, dq_map, shared, parts, n + i, block + i)
+                    _pass_over(config, consumer, dq_map, shared, parts, chain, n + i, row + i * rows, block + i)
     return state
 
 

@@ -1,64 +1,137 @@
-"""The backward's warp that adds dQ up in a fixed order (see pieces/sums.py): part after part from the consumers.
+"""The backward's warp that adds dQ up in a fixed order (see pieces/sums.py and chain.py): part after part from the consumers.
 
-Tiles of keys add to the same rows of dQ: the tile with key 0 first, or, under a diagonal, the tile that begins at it first.
-A row block's parts then come one after another without anybody waiting long, because a tile that begins a step later
-reaches every row block a step later. A tile only waits for tiles that were drawn before it (backward.py draws them from a
-counter), and those are running: so every wait ends.
+A tile only waits for tiles with lower numbers. Blocks are dispatched in the order of their numbers (CUB's single-pass scan counts
+on that too), so those are running, and every wait ends.
+
+Where the last tile rounds, this warp brings what has been added so far into the slot that the consumers' last part will take,
+while they still compute it; they add, round, and hand back 16 bits.
 """
 
-from tessera.backends.hopper.pieces.key_tiles import locate_keys
+from tessera.backends.hopper.pieces.chain import Chain, chain_of
+from tessera.backends.hopper.pieces.key_tiles import KeyTile, locate_keys
+from tessera.backends.hopper.pieces.kv_source import store_rows
 from tessera.backends.hopper.pieces.row_ranges import row_blocks
-from tessera.backends.hopper.pieces.sums import adds_in_order, await_mark, row_block, set_mark, where_part_lies
-from tessera.backends.hopper.pieces.tiles import has
-from tessera.jit.compat import gl, gluon, tma_reduce_add, tma_store, tma_store_wait
+from tessera.backends.hopper.pieces.sums import (
+    PART_ROWS,
+    adds_in_order,
+    await_mark,
+    rounds_last,
+    row_block,
+    set_mark,
+    where_part_lies,
+)
+from tessera.jit.compat import (
+    aggregate,
+    gl,
+    gluon,
+    tma_load,
+    tma_reduce_add,
+    tma_store,
+    tma_store_wait,
+    wait_for_previous,
+)
+
+
+@aggregate
+class Task:
+    """One tile's part in dQ: its row blocks are `begin` and the `count - 1` after it, for each query head of its group."""
+
+    tile: KeyTile
+    begin: gl.tensor
+    count: gl.tensor
+    chain: Chain
+    marks: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, tile, begin, count, chain, marks):
+        self.tile = tile
+        self.begin = begin
+        self.count = count
+        self.chain = chain
+        self.marks = marks
+
+    @gluon.jit
+    def row(self, n):
+        """The first row of the n-th block, in the sequence."""
+        return (self.begin + n % self.count) * PART_ROWS
+
+    @gluon.jit
+    def place(self, call, n):
+        """Which of the workspace's row blocks the n-th is."""
+        return row_block(call, self.tile, n // self.count, self.begin + n % self.count)
 
 
 @gluon.jit
-def _tile_before(config: gl.constexpr, call, tile):
-    """The tile whose parts come before this one's: its number, and the row blocks it sees, from `begin` to before `end`."""
-    if has(config, "right"):
-        first = tile.first + config.keys
+def _release(config: gl.constexpr, dq_map, sums, call, task, m):
+    """Slot m to the consumers; if theirs is the last part to come to its rows, with what has been added before."""
+    n = m // config.parts
+    row = task.row(n)
+    if rounds_last(config) and task.chain.closes(row) and not task.chain.opens(row):
+        place = task.place(call, n)
+        index = m - n * config.parts
+        if index == 0:
+            await_mark(task.marks + place, task.chain.before + 1)
+        part = sums.parts.index(sums.ring.slot(m))
+        tma_load(dq_map, where_part_lies(config, place, index), sums.ring.fill(m, PART_ROWS * 4 * config.part_columns), part)
     else:
-        first = tile.first - config.keys
-    begin, count = row_blocks(config, call.band, tile.seq, gl.maximum(first, 0))
-    return first // config.keys, begin, gl.where(first < 0, begin, begin + count)
+        sums.ring.release(m)
 
 
 @gluon.jit
-def _write_in_order(config: gl.constexpr, dq_map, sums, marks, call):
+def _send(config: gl.constexpr, dq_map, out, sums, call, task, n, j: gl.constexpr):
+    """Part j of the n-th block on its way: stored, added, or, in 16 bits, to dQ itself."""
+    slot = sums.ring.slot(n * config.parts + j)
+    part = sums.parts.index(slot)
+    where = where_part_lies(config, task.place(call, n), j)
+    row = task.row(n)
+    if rounds_last(config) and task.chain.closes(row):
+        out_map, pitch, factor = out
+        head = task.tile.head * call.group + n // task.count
+        rows = task.tile.seq.queries(pitch)
+        store_rows((out_map,), (sums.rounded,), 2 * slot, rows, head, row, j * config.part_columns)
+    elif task.chain.opens(row):
+        tma_store(dq_map, where, part)  # nothing lies there yet
+    else:
+        tma_reduce_add(dq_map, where, part)
+
+
+@gluon.jit
+def _write_in_order(config: gl.constexpr, dq_map, out, sums, call, task):
     """A row block's mark is set when the next one's first part is under way, so that nobody waits for stores to be complete."""
     parts: gl.constexpr = config.parts
-    tile = locate_keys(config, call, call.order.number)
-    begin, count = row_blocks(config, call.band, tile.seq, tile.first)
-    number = tile.first // config.keys + 1
-    before, before_begin, before_end = _tile_before(config, call, tile)
-    last = marks
-    for n in range(count * call.group):
-        block = begin + n % count
-        place = row_block(call, tile, n // count, block)
-        is_first = (block < before_begin) | (block >= before_end)
-        if not is_first:
-            await_mark(marks + place, before + 1)
+    slots: gl.constexpr = config.part_buffers
+    number = task.tile.first // config.keys + 1
+    total = task.count * call.group * parts
+    if rounds_last(config):
+        for m in range(gl.minimum(total, slots)):
+            _release(config, dq_map, sums, call, task, m)
+    for n in range(task.count * call.group):
+        is_there = rounds_last(config) and task.chain.closes(task.row(n))  # then _release has waited
+        if not (task.chain.opens(task.row(n)) or is_there):
+            await_mark(task.marks + task.place(call, n), task.chain.before + 1)
         for j in gl.static_range(parts):
             m = n * parts + j
             sums.ring.wait(m)
-            part = sums.parts.index(sums.ring.slot(m))
-            if is_first:
-                tma_store(dq_map, where_part_lies(config, place, j), part)  # nothing lies there yet
-            else:
-                tma_reduce_add(dq_map, where_part_lies(config, place, j), part)
+            _send(config, dq_map, out, sums, call, task, n, j)
             if m > 0:  # by now the part before has been read
                 tma_store_wait(1)
-                sums.ring.release(m - 1)
+                if not rounds_last(config):
+                    sums.ring.release(m - 1)
+                elif m - 1 + slots < total:
+                    _release(config, dq_map, sums, call, task, m - 1 + slots)
             if j == 0 and n > 0:
-                set_mark(last, number, 1)
-        last = marks + place
-    if count > 0:
-        set_mark(last, number, 0)
+                set_mark(task.marks + task.place(call, n - 1), number, 1)
+    if total > 0:
+        set_mark(task.marks + task.place(call, task.count * call.group - 1), number, 0)
 
 
 @gluon.jit
-def writer_of_dq(config: gl.constexpr, dq_map, sums, marks, call):
+def writer_of_dq(config: gl.constexpr, dq_map, out, sums, marks, call):
     if adds_in_order(config):  # else the consumers add
-        _write_in_order(config, dq_map, sums, marks, call)
+        tile = locate_keys(config, call, call.order.number)
+        begin, count = row_blocks(config, call.band, tile.seq, tile.first)
+        wait_for_previous()  # for the marks
+        if count > 0:
+            task = Task(tile, begin, count, chain_of(config, call, tile, out[2]), marks)
+            _write_in_order(config, dq_map, out, sums, call, task)
         tma_store_wait(0)

@@ -61,6 +61,18 @@ class Ring:
     def release(self, n):
         mbarrier.arrive(self.empty.index(self.slot(n)))
 
+    @gluon.jit
+    def fill(self, n, count):
+        """As `release`, when `count` bytes have arrived by TMA besides; returns the barrier that they complete."""
+        bar = self.empty.index(self.slot(n))
+        mbarrier.expect(bar, count)
+        return bar
+
+    @gluon.jit
+    def await_release(self, n):
+        """Producer: as `acquire`, of a ring whose slots are released for their first use too."""
+        mbarrier.wait(self.empty.index(self.slot(n)), self.parity(n))
+
 
 @gluon.jit
 def make_ring(slots: gl.constexpr, readers: gl.constexpr):

@@ -8,7 +8,7 @@ cu_q[b] / 128 + b: that is never fewer blocks than the sequences before it need,
 from tessera.backends.hopper.backward_plan import WORK_ROWS
 from tessera.backends.hopper.pieces.kv_source import Lengths, Pitch, Sequence, Span, dense_sequence, packed_sequence
 from tessera.backends.hopper.pieces.masking import Band
-from tessera.backends.hopper.pieces.sums import adds_in_order
+from tessera.backends.hopper.pieces.sums import adds_in_order, from_last_to_first
 from tessera.backends.hopper.pieces.tiles import has
 from tessera.jit.compat import aggregate, gl, gluon
 
@@ -99,7 +99,7 @@ def _ordered(config: gl.constexpr, number, blocks, heads, section):
         size = gl.maximum(gl.minimum(section, heads - group * section), 1)  # the last section may be short
         block = rest // size
         head = group * section + rest - block * size
-        if has(config, "right") and adds_in_order(config):
+        if adds_in_order(config) and from_last_to_first(config):
             block = blocks - 1 - block
         return block, head
     else:

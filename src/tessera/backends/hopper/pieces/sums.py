@@ -13,7 +13,10 @@ its part; each tile waits for the one before it (see backward_writer.py).
 from tessera.backends.hopper.backward_plan import PART_LINE
 from tessera.backends.hopper.config import ROWS
 from tessera.backends.hopper.pieces.channel import Ring, make_ring
-from tessera.jit.compat import aggregate, fence_async_shared, gl, gluon, tma_reduce_add, tma_store_wait
+from tessera.backends.hopper.pieces.masking import has_lower_bound
+from tessera.backends.hopper.pieces.softmax import to_16_bit
+from tessera.backends.hopper.pieces.tiles import has, matrix
+from tessera.jit.compat import aggregate, fence_async_shared, gl, gluon, reinterpret, tma_reduce_add, tma_store_wait
 
 PART_ROWS = gl.constexpr(ROWS)
 """Rows of a part, and of a mark."""
@@ -23,8 +26,20 @@ LINE = gl.constexpr(PART_LINE)
 
 @gluon.constexpr_function
 def adds_in_order(config):
-    """Whether runs must repeat bit for bit."""
-    return config.reproducibility.value == "bitwise"
+    """Whether tiles add one after another, so that runs repeat bit for bit."""
+    return config.adding.value != "any order"
+
+
+@gluon.constexpr_function
+def rounds_last(config):
+    """Whether the last tile to add rounds dQ."""
+    return config.adding.value == "order, rounded"
+
+
+@gluon.constexpr_function
+def from_last_to_first(config):
+    """Whether the order is from the last tile of keys to the first: where rows see an interval of keys."""
+    return has(config, "right") or has_lower_bound(config)
 
 
 @gluon.constexpr_function
@@ -34,22 +49,32 @@ def lies_in_rows(config):
 
 @aggregate
 class Sums:
-    """Parts on their way, in float32: (slots, 64, columns) in rows, else (slots, 1, columns / 4, 256)."""
+    """Parts on their way, in float32: (slots, 64, columns) in rows, else (slots, 1, columns / 4, 256). `rounded` are the same
+    bytes as rows of 16 bits, two of (64, columns) a slot, of which the first is used.
+
+    Where the last tile rounds, the writer does not release a slot only: it may first have brought what has been added so far."""
 
     parts: gl.shared_memory_descriptor
+    rounded: gl.shared_memory_descriptor
     ring: Ring
 
     @gluon.constexpr_function
-    def __init__(self, parts, ring):
+    def __init__(self, parts, rounded, ring):
         self.parts = parts
+        self.rounded = rounded
         self.ring = ring
 
 
 @gluon.jit
-def make_sums(config: gl.constexpr, dq_map):
+def make_sums(config: gl.constexpr, dq_map, out_map=0):
     count: gl.constexpr = config.part_buffers
-    parts = gl.allocate_shared_memory(gl.float32, [count] + dq_map.block_type.shape, dq_map.layout)
-    return Sums(parts, make_ring(count, 1))
+    shape: gl.constexpr = [count] + dq_map.block_type.shape
+    if rounds_last(config):  # made as what needs the wider alignment
+        rounded = gl.allocate_shared_memory(out_map.dtype, [2 * count] + out_map.block_type.shape, out_map.layout)
+        return Sums(reinterpret(rounded, gl.float32, shape, dq_map.layout), rounded, make_ring(count, 1))
+    else:
+        parts = gl.allocate_shared_memory(gl.float32, shape, dq_map.layout)
+        return Sums(parts, parts, make_ring(count, 1))
 
 
 @gluon.jit
@@ -92,11 +117,42 @@ def _put(config: gl.constexpr, buffer, part):
 
 
 @gluon.jit
-def add_part(config: gl.constexpr, dq_map, sums, n, part, block, index):
+def _taken(config: gl.constexpr, buffer, part):
+    """What lies in a buffer as a part does, in the layout of `part`."""
+    layout: gl.constexpr = part.type.layout
+    if lies_in_rows(config):
+        return buffer.load(layout)
+    else:
+        columns: gl.constexpr = part.shape[1]
+        lying: gl.constexpr = _as_it_lies(part).type.layout
+        apart = gl.reshape(buffer.load(lying), [columns // 8, 4, 8, 4, 2, 2])
+        rows = gl.reshape(gl.permute(apart, (1, 4, 2, 0, 3, 5)), [PART_ROWS, columns])
+        return gl.convert_layout(rows, layout, assert_trivial=True)
+
+
+@gluon.jit
+def _round(config: gl.constexpr, sums, slot, part, is_first, factor):
+    """The last part with what was added before, which lies in its slot, as 16 bits into that slot."""
+    before = _taken(config, sums.parts.index(slot), part)
+    total = part + gl.where(is_first, 0.0, before)
+    rounded = sums.rounded.index(2 * slot)
+    matrix(rounded).store(to_16_bit(total * factor, rounded.dtype))
+    fence_async_shared()
+
+
+@gluon.jit
+def add_part(config: gl.constexpr, dq_map, sums, n, part, block, index, chain=0, row=0):
     """Part n of dQ, counted over all adders: (64, columns) of an accumulator, part `index` of row block `block`. Added here, or,
-    where there is an order to keep, handed to the warp that keeps it."""
+    where there is an order to keep, handed to the warp that keeps it. `row`: the block's first, in the sequence."""
     buffer = sums.parts.index(sums.ring.slot(n))
-    if adds_in_order(config):
+    if rounds_last(config):
+        sums.ring.await_release(n)
+        if chain.closes(row):
+            _round(config, sums, sums.ring.slot(n), part, chain.opens(row), chain.factor)
+        else:
+            _put(config, buffer, part)
+        sums.ring.publish(n)
+    elif adds_in_order(config):
         sums.ring.acquire(n)
         _put(config, buffer, part)
         sums.ring.publish(n)
