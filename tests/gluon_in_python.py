@@ -22,6 +22,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
+from gluon_clusters import Cluster, Place, Words
 from gluon_tensors import associative_scan, div_rn, mma_v2, unpack_e4m3
 from torch import Tensor
 
@@ -35,7 +36,8 @@ REACH = 1 << 30
 """Bytes after an address that a kernel may touch, as far as this file knows."""
 
 _here = threading.local()
-"""Of this thread: program id, grid, named barriers, threads of its partition, products and stores under way."""
+"""Of this thread: program id, grid, cluster and rank in it, named barriers, threads of its partition, products and stores under
+way."""
 
 
 class Integer(int):
@@ -90,7 +92,7 @@ class Mbarrier:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._phase = self._bytes = 0
+        self._phase = self._bytes = self.behind = 0
 
     def init(self, count: int) -> None:
         self._count = self._pending = count
@@ -121,13 +123,16 @@ class Mbarriers:
     """One of them, or several under `index`."""
 
     def __init__(self, count: int) -> None:
-        self._all = [Mbarrier() for _ in range(count)]
+        self.barriers = [Mbarrier() for _ in range(count)]
 
     def index(self, i: int) -> Mbarrier:
-        return self._all[i]
+        return self.barriers[i]
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._all[0], name)
+        return getattr(self.barriers[0], name)
+
+    def reinterpret(self, dtype: torch.dtype, shape: Sequence[int], layout: Layout) -> Words:
+        return Words(self)
 
 
 class NamedBarrier:
@@ -288,6 +293,18 @@ def _tma_load(tiles: TensorMap, where: Sequence[int], bar: Mbarrier, shared: Sha
     bar.land(block.numel() * tiles.dtype.itemsize)
 
 
+def _tma_load_as(how: str, tiles: TensorMap, where: Sequence[int], bar: Mbarrier, shared: Shared) -> None:
+    kind, _, mask = how.partition(" ")
+    ranks = [rank for rank in range(_here.cluster.size) if int(mask) >> rank & 1] if kind == "multicast" else [_here.rank]
+    for rank in ranks:
+        _tma_load(tiles, where, _here.cluster.there(rank, bar), _here.cluster.there(rank, shared))
+
+
+def _init_for_cluster(bar: Mbarrier | Mbarriers, count: int) -> Place:
+    bar.init(count)
+    return Place(_here.cluster, bar)
+
+
 _adding = threading.Lock()
 
 
@@ -328,8 +345,10 @@ def _arrive_after_copies(bar: Mbarrier, increment_count: bool) -> None:
 
 def _allocate(dtype: torch.dtype, shape: list[int], layout: Layout) -> Shared | Mbarriers:
     if isinstance(layout, BarrierLayout):
-        return Mbarriers(shape[0])
-    return Shared(torch.full(shape, float("nan") if dtype.is_floating_point else -1, dtype=dtype))
+        memory: Shared | Mbarriers = Mbarriers(shape[0])
+    else:
+        memory = Shared(torch.full(shape, float("nan") if dtype.is_floating_point else -1, dtype=dtype))
+    return _here.cluster.allocated(_here.rank, memory)
 
 
 # ---------------------------------------------------------------------------------------------------------- operations
@@ -521,11 +540,13 @@ def _compat() -> ModuleType:
             MBarrierLayout=BarrierLayout, init=lambda bar, count: bar.init(count), expect=lambda bar, count: bar.arrive(count),
             arrive=lambda bar: bar.arrive(), wait=lambda bar, parity: bar.wait(parity),
         ),
-        tma_load=_tma_load, tma_load_as=lambda how, *load: _tma_load(*load), tma_store=_tma_store,
+        tma_load=_tma_load, tma_load_as=_tma_load_as, tma_store=_tma_store,
         tma_reduce_add=_tma_reduce_add, tma_store_wait=_tma_store_wait,
         copy_to_shared=_copy_to_shared, arrive_after_copies=_arrive_after_copies,
         reinterpret=lambda memory, *form: memory.reinterpret(*form),
         **dict.fromkeys(("barrier", "fence_async_shared", "let_next_begin", "wait_for_previous"), lambda: None),
+        init_for_cluster=_init_for_cluster, place_in=lambda rank, address: address.of(rank), send_in_cluster=Place.send,
+        arrive_in_cluster=lambda place: place.bar().arrive(), meet_cluster=lambda: _here.cluster.meet(),
         mma_v2=mma_v2, warpgroup_mma=_issue, warpgroup_mma_wait=_wait_for_products,
     )  # fmt: skip
     return compat
@@ -562,10 +583,17 @@ class Kernel:
     def __call__(self, stream: int, grid_x: int, grid_y: int, grid_z: int, *arguments: Any) -> None:
         named = zip(self._spec.arguments, arguments, strict=True)
         values = {name: self._received(kind, value) for (name, kind), value in named} | dict(self._spec.constants)
-        _here.grid, threads = (grid_x, grid_y, grid_z), 32 * self._spec.num_warps
-        for z, y, x in itertools.product(range(grid_z), range(grid_y), range(grid_x)):
-            _here.program, _here.named, _here.threads = (x, y, z), [NamedBarrier() for _ in range(16)], threads
-            self._function(**values)
+        size, grid = self._spec.cluster, (grid_x, grid_y, grid_z)
+        assert grid_x % size == 0, "a grid of whole clusters"
+        for z, y, x in itertools.product(range(grid_z), range(grid_y), range(0, grid_x, size)):
+            cluster = Cluster(size, PATIENCE)
+
+            def program(rank: int, cluster: Cluster = cluster, place: tuple[int, int, int] = (x, y, z)) -> None:
+                _here.grid, _here.threads, _here.named = grid, 32 * self._spec.num_warps, [NamedBarrier() for _ in range(16)]
+                _here.cluster, _here.rank, _here.program = cluster, rank, (place[0] + rank, *place[1:])
+                self._function(**values)
+
+            cluster.run(program)
 
     @staticmethod
     def _received(kind: object, value: Any) -> Any:

@@ -10,7 +10,7 @@ from gluon_in_python import in_python
 from torch import Tensor
 
 from tessera import reference
-from tessera.backends.hopper.config import ForwardConfig, Overlap
+from tessera.backends.hopper.config import ForwardConfig, Overlap, Pairing
 from tessera.backends.hopper.launch import ForwardLaunch, counters
 from tessera.backends.hopper.plan import deepest, forward_config
 from tessera.cases import CASES, Case
@@ -50,13 +50,19 @@ DIVISIONS = {
 }
 
 
+MULTIPROCESSORS = 3
+PAIRED = 5
+"""Enough for two pairs; the last one stays empty."""
+
+
 def run(request: Request, monkeypatch: pytest.MonkeyPatch, config: ForwardConfig | None = None) -> tuple[Tensor, Tensor]:
     problem, operands = bind(request)
     counter = torch.zeros(1, dtype=torch.int32)
     monkeypatch.setattr(counters, "_of_stream", {(None, 0): counter.data_ptr()})
     monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False, raising=False)
     with torch.no_grad(), in_python():
-        result = ForwardLaunch(problem, config or forward_config(problem), 3)(operands)
+        config = config or forward_config(problem)
+        result = ForwardLaunch(problem, config, MULTIPROCESSORS if config.cluster == 1 else PAIRED)(operands)
     assert counter.item() == 0
     return result
 
@@ -72,6 +78,25 @@ def check(request: Request, monkeypatch: pytest.MonkeyPatch, config: ForwardConf
 @pytest.mark.parametrize("case", [*(CASES[name] for name in NAMES), *MODIFIED], ids=lambda case: case.name)
 def test_cases(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     check(case.request("cpu", torch.bfloat16), monkeypatch)
+
+
+PAIRS = (
+    *(Case(f"d{d}", head_dim=d, **MANY) for d in (64, 128, 192)), Case("one block of rows", head_dim=128, heads_q=2, heads_kv=1),
+    Case("softcap, sinks", head_dim=96, softcap=5.0, sinks=True, **MANY), Case("padding", key_end=(200, 533), **MANY),
+    Case("more keys", head_dim_v=64, **MANY | {"seqlen_k": 1500}), Case("causal", head_dim=128, causal=True, **MANY),
+    Case("causal, d192", head_dim=192, causal=True, **MANY), Case("causal, more rows", causal=True, **MANY | {"seqlen_k": 200}),
+    Case("window", head_dim=128, window=(200, 0), **MANY),
+)  # fmt: skip
+OF_PAIRS = [(case, pairing) for pairing in Pairing for case in PAIRS if case.window is None or pairing is Pairing.HEADS]
+"""A window's row blocks come in no order that pairs neighbours."""
+
+
+@pytest.mark.parametrize(("case", "pairing"), OF_PAIRS, ids=lambda of: getattr(of, "name", of))
+def test_programs_in_pairs(case: Case, pairing: Pairing, monkeypatch: pytest.MonkeyPatch) -> None:
+    """K comes from one program, V from the other; the last pair's second tile may have no rows."""
+    request = case.request("cpu", torch.bfloat16)
+    config = forward_config(bind(request)[0])
+    check(request, monkeypatch, replace(config, pairing=pairing, stages=2 if pairing is Pairing.ROWS else 3))
 
 
 @pytest.mark.parametrize("division", DIVISIONS)

@@ -13,6 +13,7 @@ import tessera
 from tessera import dispatch, jit
 from tessera.backends.hopper import HopperBackend, _compile_together
 from tessera.backends.hopper.backward_plan import backward_config, backward_family
+from tessera.backends.hopper.config import ForwardConfig, Pairing, Staging
 from tessera.backends.hopper.plan import LOW, SHARED_LIMIT, forward_config, forward_family, tall_blocks
 from tessera.cases import CASES
 from tessera.device import KNOWN_DEVICES
@@ -59,6 +60,22 @@ def test_any_length_has_a_backward_of_the_family(name: str, head_dim: int, bitwi
     assert {backward_config(p) for p in problems} == set(family)
     both = {64: ("full", "causal"), 128: ("full", "causal", "causal softcap"), 256: ()}[head_dim]
     assert (len(family) == 2) == (name in both if bitwise else name in both[1:2])
+
+
+@pytest.mark.parametrize(("heads_kv", "options", "pairing"), [
+    (8, {}, Pairing.ROWS), (8, {"causal": True}, Pairing.ROWS), (4, {"causal": True}, Pairing.HEADS), (4, {}, Pairing.ROWS),
+    (8, {"window": (1024, 0)}, None),
+])  # fmt: skip
+def test_programs_pair_where_there_are_many_rows_and_keys(heads_kv, options, pairing) -> None:
+    def planned(rows: int, keys: int) -> ForwardConfig:
+        return forward_config(tessera.plan((1, rows, 8, 192), (1, keys, heads_kv, 192), device="h200", **options).problem)
+
+    long = planned(8192, 8192)
+    assert long.pairing is pairing
+    assert (long.stages, long.staging) == ((2, Staging.OWN) if pairing is None else (3, Staging.HALVES))
+    assert planned(128, 8192).pairing is None, "a pair's second program would have no rows"
+    assert planned(8192, 512).pairing is None
+    assert planned(4100, 8192).pairing is (None if pairing is Pairing.ROWS else pairing), "the last of 33 blocks has no neighbour"
 
 
 def test_the_first_call_compiles_the_whole_family(monkeypatch: pytest.MonkeyPatch) -> None:

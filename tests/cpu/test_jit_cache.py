@@ -21,7 +21,6 @@ BINARY = Binary(
     entry="entry",
     cubin=bytes(range(256)) * 9,
     threads=384,
-    num_ctas=1,
     shared=197104,
     scratch=0,
     descriptors=(Descriptor("bf16", (1, 1, 64, 64), 3), Descriptor("fp32", (128,), 0)),

@@ -90,7 +90,7 @@ def test_a_reconvergence_point_is_no_jump():
 
 def verdict(monkeypatch: pytest.MonkeyPatch, listing: str = GOOD, messages: str = "", **changes: object) -> gate.Verdict:
     """The gate's judgement of a made-up binary."""
-    made = Binary("entry", b"", 384, 1, 200_000, 0, (), "ptxas info    : Used 168 registers\n" + messages, "")
+    made = Binary("entry", b"", 384, 200_000, 0, (), "ptxas info    : Used 168 registers\n" + messages, "")
     monkeypatch.setattr(gate, "obtain", lambda _: replace(made, **changes))
     monkeypatch.setattr(gate, "disassemble", lambda _: listing)
     return gate.examine(jit.Variant("a variant", jit.KernelSpec("a:b", ())))

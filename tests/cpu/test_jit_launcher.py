@@ -6,6 +6,7 @@ import ctypes
 import os
 import struct
 import threading
+from dataclasses import replace
 
 import pytest
 
@@ -30,9 +31,9 @@ BLOB = bytes(range(152))
 ENTER = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
 
 
-def a_binary(num_ctas: int = 1, scratch: int = 0) -> Binary:
+def a_binary(scratch: int = 0) -> Binary:
     tiles = (Descriptor("bf16", (64, 64), 3),)
-    return Binary("entry", b"cubin", 384, num_ctas, 200_000, scratch, tiles, "Used 168 registers", "none")
+    return Binary("entry", b"cubin", 384, 200_000, scratch, tiles, "Used 168 registers", "none")
 
 
 class Cuda:
@@ -98,7 +99,7 @@ def test_tensor_maps_lie_on_64_bytes(cuda):
 
 
 def test_a_cluster_is_an_attribute(cuda):
-    Kernel(SPEC, a_binary(num_ctas=2), 0)(0, 4, 1, 1, 1, BLOB, 0, 1.0, 0)
+    Kernel(replace(SPEC, cluster=2), a_binary(), 0)(0, 4, 1, 1, 1, BLOB, 0, 1.0, 0)
     attributes = cuda.launches[0][3]
     assert struct.unpack("I4x3I", attributes[:20]) == (4, 2, 1, 1), "CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION"
     assert struct.unpack("I4xI", attributes[72:84]) == (5, 1), "cluster scheduling: spread"

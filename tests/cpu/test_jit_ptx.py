@@ -19,38 +19,38 @@ TILES = jit.Tiles("bf16", (64, 128))
 
 
 def marked(words: str, code: str) -> str:
-    return f"a;\n{PLAIN}// tessera: {words}\nmov.u32 %r1, 0;\n{code}// tessera end\n{PLAIN}b;\n"
+    return f"a;\n{PLAIN}// tessera: {words}\nmov.u32 %r1, 0;\n{code}// tessera end\n\tmov.u32 %r9, 0;\n{PLAIN}b;\n"
 
 
 def test_text_without_marks_stays():
-    assert ptx.rewritten(PLAIN) == PLAIN
+    assert ptx.rewritten(PLAIN, 128) == PLAIN
 
 
 @pytest.mark.parametrize(("words", "policy"), [("evict_first", "0x12f0000000000000"), ("evict_last", "0x14f0000000000000")])
 def test_a_policy_reaches_each_load_between_the_marks_and_no_other(words, policy):
     changed = LOAD.format(space="cta", more=".L2::cache_hint", last=f", {policy}")
-    found = ptx.rewritten(marked(words, PLAIN + "add.s32 %r1, %r2, 8192;\n" + PLAIN))
+    found = ptx.rewritten(marked(words, PLAIN + "add.s32 %r1, %r2, 8192;\n" + PLAIN), 128)
     assert found.count(changed) == 2
     assert found.count(PLAIN) == 2
 
 
 def test_a_multicast_goes_by_the_cluster():
     changed = LOAD.format(space="cluster", more=".multicast::cluster", last=", 3")
-    assert changed in ptx.rewritten(marked("multicast 3", PLAIN))
+    assert changed in ptx.rewritten(marked("multicast 3", PLAIN), 128)
 
 
-@pytest.mark.parametrize("space", ["shared", "shared::cta"])
-def test_an_arrival_goes_to_the_other_block(space):
-    found = ptx.rewritten(marked("arrive at 1", f"@%p7 mbarrier.arrive.{space}.b64 _, [%r5], 2;\n"))
-    assert "mapa.shared::cluster.u32 there, %r5, 1;" in found
-    assert "@%p7 mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there], 2;" in found
+def test_an_address_is_what_is_initialised():
+    start = "@%p7 mbarrier.init.shared::cta.b64 [%r5], 2;\n"
+    found = ptx.rewritten(marked("address", start), 128)
+    assert start in found
+    assert "add.u32 %r9, %r5, 0;" in found
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         (marked("evict_first", "add.s32 %r1, %r2, 8192;\n"), "no instruction that it could change"),
-        (marked("arrive at 0", PLAIN), "no instruction that it could change"),
+        (marked("address", PLAIN), "no instruction that it could change"),
         (marked("evict_never", PLAIN), "no such mark: 'evict_never'; there are evict_first"),
         (marked("evict_first", f"$L__BB0_7:\n{PLAIN}"), "another basic block"),
         (marked("evict_first", f"{PLAIN}// tessera: multicast 3\n{PLAIN}") + "// tessera end", "another mark begins"),
@@ -59,7 +59,18 @@ def test_an_arrival_goes_to_the_other_block(space):
 )
 def test_a_mark_in_the_wrong_place_is_an_error(text, words):
     with pytest.raises(ptx.MarkError, match=words):
-        ptx.rewritten(text)
+        ptx.rewritten(text, 128)
+
+
+def test_where_a_cluster_meets_the_other_warps_arrive_as_the_kernel_begins():
+    kernel = "{{\n// %bb.0:\n\tld.param.b32 %r1, [p];\n{0}}}\n"
+    found = ptx.rewritten(kernel.format(f"{ptx.MEETING}\nbarrier.cluster.wait;\n"), 128)
+    before, after = found.split("\tld.param.b32")
+    assert "setp.ge.u32 other, thread, 128; @other barrier.cluster.arrive" in before
+    assert "barrier.cluster.arrive" not in after
+    assert ptx.rewritten(kernel.format(""), 128) == kernel.format("")
+    with pytest.raises(ptx.MarkError, match="2 meetings of the cluster"):
+        ptx.rewritten(kernel.format(2 * f"{ptx.MEETING}\n"), 128)
 
 
 def test_the_pass_is_part_of_the_key():

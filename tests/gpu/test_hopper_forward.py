@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from tessera import dropout_mask, reference
 from tessera.backends.hopper import BACKEND
+from tessera.backends.hopper.launch import ForwardLaunch
 from tessera.cases import CASES, Case
 from tessera.device import Device
 from tessera.operands import Operands, Request, bind
@@ -99,6 +102,29 @@ def test_many_tiles(case: Case) -> None:
     check(case.request("cuda", torch.bfloat16))
 
 
+LONG = {"batch": 1, "seqlen_q": 4300, "seqlen_k": 10600, "heads_q": 6, "heads_kv": 2}
+"""Rows and keys enough, below a diagonal too."""
+
+
+@pytest.mark.parametrize("case", [
+    Case("d192 full", head_dim=192, **LONG),
+    *(Case(f"d{d} causal", head_dim=d, causal=True, **LONG) for d in (128, 192, 256)),
+    Case("d192 v128 full", head_dim=192, head_dim_v=128, **LONG),
+    Case("d128, group of 2, softcap, sinks", head_dim=128, causal=True, softcap=20.0, sinks=True, **LONG | {"heads_kv": 3}),
+    Case("d192, group of 6", head_dim=192, causal=True, **LONG | {"heads_kv": 1}),
+], ids=lambda case: case.name)  # fmt: skip
+def test_programs_in_pairs(case: Case) -> None:
+    """Two programs that load for each other give what each gives by itself, bit for bit."""
+    request = case.request("cuda", torch.bfloat16)
+    check(request)
+    problem, operands, plan = prepared(request)
+    config = plan.forward.config
+    assert config.pairing is not None
+    alone = ForwardLaunch(problem, replace(config, pairing=None), plan.device.multiprocessors)
+    for paired, single in zip(BACKEND.prepare(plan).forward(operands), alone(operands), strict=True):
+        assert torch.equal(paired, single)
+
+
 @pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 def test_nan_in_padding_stays_there(dim: int, causal: bool) -> None:
@@ -142,6 +168,8 @@ def test_used_queries() -> None:
     Case("d64", head_dim=64, seqlen_q=333, seqlen_k=777, heads_q=40, heads_kv=10, causal=True),
     Case("d128", head_dim=128, seqlen_q=1111, seqlen_k=1111, heads_q=20, heads_kv=5),
     Case("d192", head_dim=192, seqlen_q=257, seqlen_k=513, heads_q=40, heads_kv=8, causal=True),
+    Case("d128 pairs", head_dim=128, seqlen_q=4300, seqlen_k=10600, heads_q=8, heads_kv=8, causal=True),
+    Case("d192 pairs", head_dim=192, seqlen_q=4300, seqlen_k=4300, heads_q=8, heads_kv=4),
     Case("d256 window", head_dim=256, seqlen_q=777, seqlen_k=777, heads_q=25, heads_kv=25, window=(100, 0)),
     Case("varlen", lengths_q=LENGTHS, lengths_k=LENGTHS, head_dim=96, heads_q=16, heads_kv=4, causal=True),
 ], ids=lambda case: case.name)  # fmt: skip

@@ -226,10 +226,10 @@ def test_errors_are_words(kernel):
 
 
 def test_a_cluster_is_launched():
-    spec = jit.KernelSpec("jit_kernels.cluster:cluster_size", (("out_ptr", jit.Pointer("i32")),), num_ctas=2)
-    out = torch.zeros(4, dtype=torch.int32, device="cuda")
+    spec = jit.KernelSpec("jit_kernels.cluster:cluster_size", (("out_ptr", jit.Pointer("i32")),), cluster=2)
+    out = torch.zeros(8, dtype=torch.int32, device="cuda")
     jit.load(spec, 0)(jit.current_stream(0), 8, 1, 1, out.data_ptr())
-    assert out.tolist() == [2, 2, 2, 2]
+    assert out.tolist() == [2] * 8
 
 
 def test_the_cubin_declares_the_parameters_that_a_launch_passes(kernel):

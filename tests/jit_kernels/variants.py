@@ -20,7 +20,7 @@ def variants() -> tuple[jit.Variant, ...]:
     matmul = jit.KernelSpec("jit_kernels.matmul:matmul", MATMUL, SIZES)
     starved = jit.KernelSpec("jit_kernels.matmul:matmul", MATMUL, SIZES, maxnreg=40)
     broken = jit.KernelSpec("jit_kernels.matmul:matmul", MATMUL, SIZES[:-1])
-    cluster = jit.KernelSpec("jit_kernels.cluster:cluster_size", (("out_ptr", jit.Pointer("i32")),), num_ctas=2)
+    cluster = jit.KernelSpec("jit_kernels.cluster:cluster_size", (("out_ptr", jit.Pointer("i32")),), cluster=2)
     return (
         jit.Variant("matmul good", matmul, setmaxnreg=False),
         jit.Variant("matmul demanding", matmul),

@@ -34,7 +34,6 @@ class Binary:
     entry: str
     cubin: bytes
     threads: int
-    num_ctas: int
     shared: int
     scratch: int
     descriptors: tuple[Descriptor, ...]

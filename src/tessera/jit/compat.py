@@ -42,9 +42,10 @@ from tessera.jit.binary import Descriptor
 from tessera.jit.spec import Arrangement, Dtype, KernelSpec, Pointer, Scalar, Tiles
 
 __all__ = [
-    "aggregate", "arrive_after_copies", "arrive_at", "barrier", "copy_to_shared", "fence_async_shared", "gl", "gluon",
-    "let_next_begin", "mbarrier", "mma_v2", "reinterpret", "tma_load", "tma_load_as", "tma_reduce_add", "tma_store",
-    "tma_store_wait", "wait_for_previous", "warpgroup_mma", "warpgroup_mma_wait",
+    "aggregate", "arrive_after_copies", "arrive_in_cluster", "barrier", "copy_to_shared", "fence_async_shared", "gl", "gluon",
+    "init_for_cluster", "let_next_begin", "mbarrier", "meet_cluster", "mma_v2", "place_in", "reinterpret", "send_in_cluster",
+    "tma_load", "tma_load_as", "tma_reduce_add", "tma_store", "tma_store_wait", "wait_for_previous", "warpgroup_mma",
+    "warpgroup_mma_wait",
 ]  # fmt: skip
 
 VERSION = tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:2])
@@ -58,6 +59,9 @@ arrive_after_copies = async_copy.mbarrier_arrive
 tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 tma_store_wait = tma.store_wait
+
+
+_ADDRESS_ASM = gl.constexpr(f"{ptx.END}\n\tmov.u32 $0, 0;")
 
 
 @gluon.constexpr_function
@@ -81,18 +85,57 @@ def tma_load_as(how: gl.constexpr, tiles, where, bar, shared):
     _mark("")
 
 
+@gluon.jit
+def init_for_cluster(bar, count: gl.constexpr):
+    """mbarrier.init by the default partition; the mbarrier's address in shared memory, which Gluon does not tell."""
+    _mark("address")
+    mbarrier.init(bar, count=count)
+    return gl.inline_asm_elementwise(_ADDRESS_ASM, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
 @gluon.constexpr_function
-def _arrive_words(rank):
-    return f"arrive at {rank}"
+def _place_asm(rank):
+    return f"mapa.shared::cluster.u32 $0, $1, {rank};"
 
 
 @gluon.jit
-def arrive_at(rank: gl.constexpr, bar):
-    """mbarrier.arrive by a partition of one warp, at the mbarrier that block `rank` of the cluster has in this one's place."""
-    words: gl.constexpr = _arrive_words(rank)
-    _mark(words)
-    mbarrier.arrive(bar)
-    _mark("")
+def place_in(rank: gl.constexpr, address):
+    """The address by which all of a cluster reach what its block `rank` has at this address of shared memory."""
+    return gl.inline_asm_elementwise(_place_asm(rank), "=r,r", [address], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def arrive_in_cluster(place):
+    """One lane of the one warp that calls arrives at an mbarrier of the cluster (see `place_in`)."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred first; .reg .u32 lane; mov.u32 lane, %laneid; setp.eq.u32 first, lane, 0;"
+        " @first mbarrier.arrive.shared::cluster.b64 _, [$1]; mov.u32 $0, 0; }",
+        "=r,r", [place], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def send_in_cluster(place, number):
+    """One lane of the one warp that calls: an int32 to the 4 bytes behind an mbarrier of the cluster, which counts them."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred first; .reg .u32 lane; mov.u32 lane, %laneid; setp.eq.u32 first, lane, 0;"
+        " @first st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [$1+8], $2, [$1]; mov.u32 $0, 0; }",
+        "=r,r,r", [place, number], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.constexpr_function
+def _meeting_asm():
+    wait = "fence.mbarrier_init.release.cluster; barrier.cluster.arrive.release; barrier.cluster.wait.acquire;"
+    return f"{ptx.MEETING}\n\t{wait} mov.u32 $0, 0;"
+
+
+@gluon.jit
+def meet_cluster():
+    """The blocks of a cluster wait here for one another, and then see one another's mbarriers. Once, before the warps specialise:
+    the default partition waits, and jit/ptx.py lets the other warps arrive, which do nothing yet."""
+    asm: gl.constexpr = _meeting_asm()
+    gl.inline_asm_elementwise(asm, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -166,7 +209,7 @@ def lower(spec: KernelSpec, function: Any) -> Lowered:
     backend = make_backend(GPUTarget("cuda", spec.capability, 32))
     options = backend.parse_options(
         # fp_fusion: 3.9 warns where it is left open, and its default flips in 3.10.
-        {"num_warps": spec.num_warps, "num_ctas": spec.num_ctas, "maxnreg": spec.maxnreg, "enable_fp_fusion": spec.fp_fusion}
+        {"num_warps": spec.num_warps, "num_ctas": 1, "maxnreg": spec.maxnreg, "enable_fp_fusion": spec.fp_fusion}
     )
     source = _ast_source(spec, function)
     stages: dict[str, Callable[[Any, dict[str, Any]], Any]] = {}

@@ -88,7 +88,7 @@ def compile(spec: KernelSpec) -> Binary:
     function = _function(spec)
     reach.check(spec, function)
     lowered = compat.lower(spec, function)
-    lowered = replace(lowered, ptx=ptx.rewritten(lowered.ptx))
+    lowered = replace(lowered, ptx=ptx.rewritten(lowered.ptx, 32 * spec.num_warps))
     _check_parameters(spec, lowered.ptx)
     assembled = compat.assemble(spec, lowered)
     with _counter_lock:
@@ -97,7 +97,6 @@ def compile(spec: KernelSpec) -> Binary:
         entry=lowered.entry,
         cubin=assembled.cubin,
         threads=32 * lowered.warps,
-        num_ctas=spec.num_ctas,
         shared=lowered.shared,
         scratch=lowered.scratch,
         descriptors=lowered.descriptors,

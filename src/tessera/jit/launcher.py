@@ -84,7 +84,7 @@ class Kernel:
         self._size = scratch + 8
         self._offsets = (*(offset for offset, _ in parameters), scratch, scratch)
         self._shape = struct.pack("=4I4x", binary.threads, 1, 1, binary.shared)
-        self._kept, count = _launch_attributes(binary.num_ctas, spec)
+        self._kept, count = _launch_attributes(spec)
         self._attributes = struct.pack("=QI4x", ctypes.addressof(self._kept), count)
         self._slots: list[_Slot] = [_Slot(self._size, self._offsets)]
         _loaded.add(self)
@@ -154,11 +154,11 @@ def _described(argument: object) -> str:
     return f"bytes of tiles[...] for {argument}" if isinstance(argument, Tiles) else str(argument)
 
 
-def _launch_attributes(num_ctas: int, spec: KernelSpec) -> tuple[ctypes.Array[ctypes.c_char], int]:
-    """The launch attributes and their number: for a cluster of `num_ctas` blocks along x, spread over the GPU; an early start."""
+def _launch_attributes(spec: KernelSpec) -> tuple[ctypes.Array[ctypes.c_char], int]:
+    """The launch attributes and their number: for a cluster of blocks along x, spread over the GPU; an early start."""
     attributes = []
-    if num_ctas > 1:
-        attributes.append(struct.pack(_ATTRIBUTE_FORMAT, _CLUSTER_DIMENSION, num_ctas, 1, 1))
+    if spec.cluster > 1:
+        attributes.append(struct.pack(_ATTRIBUTE_FORMAT, _CLUSTER_DIMENSION, spec.cluster, 1, 1))
         attributes.append(struct.pack(_ATTRIBUTE_FORMAT, _CLUSTER_SCHEDULING, _SPREAD, 0, 0))
     if spec.early:
         attributes.append(struct.pack(_ATTRIBUTE_FORMAT, _EARLY, _YES, 0, 0))

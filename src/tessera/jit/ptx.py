@@ -1,71 +1,92 @@
 """What Triton can't say, said in PTX: a pass over its output, before ptxas.
 
-A kernel marks a stretch of its code (`compat.tma_load_as`, `compat.arrive_at`): a comment before it and one behind it, which
-Triton carries to its PTX as inline assembly. Here each mark's instructions get what it asks for:
+A kernel marks a stretch of its code (`compat.tma_load_as`, `compat.init_for_cluster`): a comment before it and one behind it,
+which Triton carries to its PTX as inline assembly. Here each mark's instructions get what it asks for:
 
     evict_first, evict_last     TMA loads, a policy for L2
     multicast MASK              TMA loads, to the same place in each block of the cluster whose bit is set in the mask; the bytes
                                 complete each one's own mbarrier
-    arrive at RANK              an mbarrier's arrival, at the same mbarrier of another block of the cluster
+    address                     an mbarrier's initialisation; the number behind the stretch becomes the mbarrier's address
 
-Sources: PTX ISA 8.7, cp.async.bulk.tensor, mbarrier.arrive, mapa, createpolicy.
+Where a kernel's default warps meet those of the cluster's other blocks (`compat.meet_cluster`), all other warps arrive as the
+kernel begins: the hardware's barrier of a cluster waits for every thread, and Triton's worker warps, some of which never get
+any work, can't be told to.
+
+Sources: PTX ISA 8.7, cp.async.bulk.tensor, mbarrier, barrier.cluster, createpolicy.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 
 BEGIN, END = "// tessera:", "// tessera end"
 """What a mark's comments begin with; words for the pass follow the first."""
 
+MEETING = "// tessera meets its cluster"
+"""The comment of that meeting."""
+
 POLICIES = {"evict_first": 0x12F0000000000000, "evict_last": 0x14F0000000000000}
 """What createpolicy.fractional gives for all of the bytes: ptxas folds it to these."""
 
-_STRETCH = re.compile(rf"{BEGIN} (?P<words>[^\n]*)\n(?P<code>.*?)(?:{END}|(?={BEGIN})|\Z)", re.DOTALL)
+_STRETCH = re.compile(
+    rf"{BEGIN} (?P<words>[^\n]*)\n(?P<code>.*?)(?:{END}(?P<number>\s*mov\.u32 (?P<result>%r\d+), 0;)|(?={BEGIN})|\Z)", re.DOTALL
+)
 _LABEL = re.compile(r"^\$L__BB\w+:", re.MULTILINE)
 _LOAD = re.compile(
     r"(?P<when>@!?%p\d+\s+)?cp\.async\.bulk\.tensor\.(?P<rank>\dd)\.shared::(?P<space>cta|cluster)\.global"
     r"\.mbarrier::complete_tx::bytes (?P<operands>\[[^;{]*\{[^}]*\}\], \[%r\d+\]);"
 )
-_ARRIVAL = re.compile(
-    r"(?P<when>@!?%p\d+\s+)?mbarrier\.arrive\.shared(?:::cta)?\.b64 _, \[(?P<bar>%r\d+)\](?P<count>, \d+)?;"
-)  # fmt: skip
+_START = re.compile(r"mbarrier\.init\.shared::cta\.b64 \[(?P<bar>%r\d+|global_smem)(?P<offset>\+\d+)?\], \d+;")
+_FIRST_BLOCK = "// %bb.0:\n"
+_ARRIVAL_OF_OTHERS = (
+    "\t{{ .reg .pred other; .reg .u32 thread; mov.u32 thread, %tid.x; setp.ge.u32 other, thread, {threads}; "
+    "@other barrier.cluster.arrive.release; }}\n"
+)
 
 
 class MarkError(RuntimeError):
     """A kernel's mark does not stand around what it is for."""
 
 
-def rewritten(ptx: str) -> str:
-    """The PTX with every mark's wish granted; text without marks comes back as it is. Raises MarkError."""
+def rewritten(ptx: str, threads: int) -> str:
+    """The PTX with every mark's wish granted; text without marks comes back as it is. `threads`: of the default warps, the
+    first ones. Raises MarkError."""
     if ptx.count(BEGIN) != ptx.count(END):
         raise MarkError(f"{ptx.count(BEGIN)} marks begin and {ptx.count(END)} end; each needs both (compat.tma_load_as)")
-    return _STRETCH.sub(_granted, ptx)
+    return _with_meeting(_STRETCH.sub(_granted, ptx), threads)
+
+
+def _with_meeting(ptx: str, threads: int) -> str:
+    """The PTX with the other warps' arrival, where a cluster meets."""
+    count = ptx.count(MEETING)
+    if not count:
+        return ptx
+    if count > 1 or ptx.count(_FIRST_BLOCK) != 1:
+        functions = ptx.count(_FIRST_BLOCK)
+        raise MarkError(f"{count} meetings of the cluster in {functions} functions; a kernel meets it once (compat.meet_cluster)")
+    return ptx.replace(_FIRST_BLOCK, _FIRST_BLOCK + _ARRIVAL_OF_OTHERS.format(threads=threads))
 
 
 def _granted(stretch: re.Match[str]) -> str:
     words, code = stretch["words"].strip(), stretch["code"]
-    if not stretch[0].endswith(END) or _LABEL.search(code):
+    if END not in stretch[0] or _LABEL.search(code):
         raise MarkError(f"the mark '{words}' ends in another basic block than it begins, or another mark begins inside it")
-    pattern, change = _wish(words)
-    code, count = pattern.subn(change, code)
+    kind, _, mask = words.rpartition(" ")
+    number = stretch["number"]
+    if words in POLICIES:
+        changed, count = _LOAD.subn(lambda load: _load(load, "", "", POLICIES[words]), code)
+    elif kind == "multicast" and mask.isdigit():
+        changed, count = _LOAD.subn(lambda load: _load(load, ".multicast::cluster", f", {mask}", None), code)
+    elif words == "address":
+        found = _START.findall(code)
+        changed, count = code, len(found) == 1
+        number = f"\n\tadd.u32 {stretch['result']}, {found[0][0]}, {found[0][1] or 0};" if found else ""
+    else:
+        known = ", ".join((*POLICIES, "multicast MASK", "address"))
+        raise MarkError(f"no such mark: '{words}'; there are {known}")
     if not count:
         raise MarkError(f"the mark '{words}' stands around no instruction that it could change, but around\n{code}")
-    return code
-
-
-def _wish(words: str) -> tuple[re.Pattern[str], Callable[[re.Match[str]], str]]:
-    """Which instructions a mark changes, and into what."""
-    if words in POLICIES:
-        return _LOAD, lambda load: _load(load, "", "", POLICIES[words])
-    kind, _, number = words.rpartition(" ")
-    if kind == "multicast" and number.isdigit():
-        return _LOAD, lambda load: _load(load, ".multicast::cluster", f", {number}", None)
-    if kind == "arrive at" and number.isdigit():
-        return _ARRIVAL, lambda arrival: _remote(arrival, number)
-    known = ", ".join((*POLICIES, "multicast MASK", "arrive at RANK"))
-    raise MarkError(f"no such mark: '{words}'; there are {known}")
+    return changed + number
 
 
 def _load(load: re.Match[str], cast: str, mask: str, policy: int | None) -> str:
@@ -74,11 +95,4 @@ def _load(load: re.Match[str], cast: str, mask: str, policy: int | None) -> str:
     return (
         f"{load['when'] or ''}cp.async.bulk.tensor.{load['rank']}.shared::{space}.global.mbarrier::complete_tx::bytes"
         f"{cast}{hint} {load['operands']}{mask}{last};"
-    )
-
-
-def _remote(arrival: re.Match[str], rank: str) -> str:
-    return (
-        f"{{ .reg .b32 there; mapa.shared::cluster.u32 there, {arrival['bar']}, {rank}; {arrival['when'] or ''}"
-        f"mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there]{arrival['count'] or ''}; }}"
     )

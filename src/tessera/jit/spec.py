@@ -111,6 +111,8 @@ class KernelSpec:
     (compat.wait_for_previous) before it touches what that one writes, or anything at all where that one is early too and
     may not have waited (CUDA's programmatic dependent launch).
     `num_warps` is the default partition's, as in Gluon; a warp-specialised kernel's total comes with the binary.
+    `cluster`: programs, neighbours along the grid's x, that run at the same time on SMs near each other and reach each other's
+    shared memory (compat.meet_cluster, arrive_at, tma_load_as); each is compiled like a program by itself.
 
     Two specs are equal when `text` is: 1, 1.0 and True are different constants to a compiler, though not to Python.
     """
@@ -119,7 +121,7 @@ class KernelSpec:
     arguments: tuple[tuple[str, Argument], ...]
     constants: tuple[tuple[str, object], ...] = ()
     num_warps: int = 4
-    num_ctas: int = 1
+    cluster: int = 1
     maxnreg: int | None = None
     fp_fusion: bool = True
     early: bool = False
@@ -137,7 +139,7 @@ class KernelSpec:
             "kernel": self.kernel,
             "arguments": [[name, canonical(argument)] for name, argument in self.arguments],
             "constants": sorted([name, canonical(value)] for name, value in self.constants),
-            "options": [self.num_warps, self.num_ctas, self.maxnreg, self.fp_fusion, self.early, self.target],
+            "options": [self.num_warps, self.cluster, self.maxnreg, self.fp_fusion, self.early, self.target],
         }
         object.__setattr__(self, "text", json.dumps(described, sort_keys=True))
 

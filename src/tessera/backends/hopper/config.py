@@ -59,6 +59,15 @@ class Staging(Enum):
     """The right half waits until the left one has been read: where shared memory is short (head_dim 256)."""
 
 
+class Pairing(Enum):
+    """Which tiles two programs of a cluster work on at the same time; both need the same blocks of K and V."""
+
+    ROWS = "row blocks"
+    """Neighbours."""
+    HEADS = "heads"
+    """The same rows of two query heads that share a KV head."""
+
+
 @dataclass(frozen=True)
 class ForwardConfig:
     """One variant of the forward. `dims`: the head dim as one or two powers of two (96 = 64 + 32), likewise `dims_v`."""
@@ -80,10 +89,28 @@ class ForwardConfig:
     """Parts of Q's head dim, the last ones, that consumers keep in registers over the main loop: shared memory then gives the
     tensor cores K alone for them, where blocks of 64 keys read as much Q as K."""
 
+    pairing: Pairing | None = None
+    """Programs work in pairs, which load K and V once for both."""
+
+    @property
+    def cluster(self) -> int:
+        """Programs that load K and V together."""
+        return 1 if self.pairing is None else 2
+
     @property
     def rows(self) -> int:
         """Query rows of a tile."""
         return ROWS * self.consumers
+
+    @property
+    def tiles_together(self) -> int:
+        """Neighbouring row blocks that programs take together."""
+        return 2 if self.pairing is Pairing.ROWS else 1
+
+    @property
+    def heads_together(self) -> int:
+        """Query heads that programs take together."""
+        return 2 if self.pairing is Pairing.HEADS else 1
 
     @property
     def low_rows(self) -> int:
@@ -113,4 +140,5 @@ class ForwardConfig:
         text += f", PV under {self.overlap.value}, O in {self.staging.value}"
         text += ", Q ahead" if self.queries == 2 else ""
         text += f", {sum(self.dims[-self.held :])} columns of Q held" if self.held else ""
+        text += f", pairs of {self.pairing.value}" if self.pairing else ""
         return text + "".join(f", {feature.value}" for feature in self.features)

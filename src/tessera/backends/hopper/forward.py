@@ -33,6 +33,7 @@ from tessera.backends.hopper.pieces.channel import (
     pass_turn,
     take_turn,
 )
+from tessera.backends.hopper.pieces.cluster import is_pair, make_box, make_peers, member_of_pair
 from tessera.backends.hopper.pieces.epilogue import LOG2_E, normalise, normaliser
 from tessera.backends.hopper.pieces.kv_source import Lengths, Pitch, load_rows, store_rows
 from tessera.backends.hopper.pieces.masking import (
@@ -45,7 +46,7 @@ from tessera.backends.hopper.pieces.masking import (
     tile_blocks,
 )
 from tessera.backends.hopper.pieces.modifiers import below_diagonal, falls_evenly, make_modifiers
-from tessera.backends.hopper.pieces.scheduler import Schedule, locate, take, taken
+from tessera.backends.hopper.pieces.scheduler import Schedule, ask, first_number, locate, next_number, take, taken
 from tessera.backends.hopper.pieces.scores import (
     Score,
     as_operand,
@@ -55,7 +56,7 @@ from tessera.backends.hopper.pieces.tiles import (
     M,
     allocate_tiles,
     columns_of,
-    halves_of,
+    halves_of_all,
     has,
     has_bias,
     head_bytes,
@@ -71,6 +72,7 @@ from tessera.jit.compat import (
     fence_async_shared,
     gl,
     gluon,
+    meet_cluster,
     tma_store_wait,
 )
 
@@ -114,9 +116,10 @@ class Shared:
     k_stream: Stream
     v_stream: Stream
     board: Board
+    box: gl.tuple
 
     @gluon.constexpr_function
-    def __init__(self, q, k, v, o, q_ring, k_stream, v_stream, board):
+    def __init__(self, q, k, v, o, q_ring, k_stream, v_stream, board, box):
         self.q = q
         self.k = k
         self.v = v
@@ -125,18 +128,19 @@ class Shared:
         self.k_stream = k_stream
         self.v_stream = v_stream
         self.board = board
+        self.box = box
 
 
 # ----------------------------------------------------------------------------------------------------------- producer
 
 
 @gluon.jit
-def _useful_tile(config: gl.constexpr, call, number):
+def _useful_tile(config: gl.constexpr, call, number, turn):
     """The first tile from `number` on that has rows to write (packed sequences may be given a block too many)."""
-    tile = locate(config, number, call)
+    tile = locate(config, number, call, member_of_pair(turn))
     if has(config, "varlen"):
         while (number < call.schedule.tiles) & (tile.first >= tile.seq.q_rows):
-            number = taken(call.schedule, take(call.schedule.counter))
+            number = taken(config, call.schedule, take(call.schedule.counter))
             tile = locate(config, number, call)
     return number, tile
 
@@ -155,7 +159,11 @@ def _load_q(config: gl.constexpr, maps, shared, call, tile, turn):
 @gluon.jit
 def _load_block(stream, maps, buffers, n, count: gl.constexpr, span, head, row):
     stream.acquire(n)
-    load_rows(maps, buffers, stream.slot(n), stream.expect(n, count), span, head, row)
+    bar = stream.expect(n, count)
+    if len(stream.peer) == 0:
+        load_rows(maps, buffers, stream.slot(n), bar, span, head, row)
+    elif stream.peer[0].may_load(stream.slot(n), n // stream.slots):
+        load_rows(maps, buffers, stream.slot(n), bar, span, head, row, "multicast 3")
 
 
 @gluon.jit
@@ -164,7 +172,7 @@ def producer(config: gl.constexpr, q_maps, k_maps, v_maps, shared, call):
     v_bytes: gl.constexpr = head_bytes(config.dims_v) * config.keys
     n = 0
     turn = 0
-    number, tile = _useful_tile(config, call, gl.program_id(0))
+    number, tile = _useful_tile(config, call, first_number(config), turn)
     post(config, shared.board, turn, number, tile)
     while number < call.schedule.tiles:
         seq = tile.seq
@@ -179,11 +187,12 @@ def producer(config: gl.constexpr, q_maps, k_maps, v_maps, shared, call):
             block = end - 2 - i
             _load_block(shared.k_stream, k_maps, shared.k, n, k_bytes, keys, head, block * config.keys)
             _load_block(shared.v_stream, v_maps, shared.v, n - 1, v_bytes, values, head, (block + 1) * config.keys)
-        answer = take(call.schedule.counter)
+        answer = ask(config, call.schedule)
         _load_block(shared.v_stream, v_maps, shared.v, n, v_bytes, values, head, begin * config.keys)
         n += 1
         turn += 1
-        number, tile = _useful_tile(config, call, taken(call.schedule, answer))
+        number = next_number(config, call.schedule, shared.box, turn, answer)
+        number, tile = _useful_tile(config, call, number, turn)
         post(config, shared.board, turn, number, tile)
 
 
@@ -297,22 +306,22 @@ def _outputs(me, tile, row, o, factor):
 
 
 @gluon.jit
-def _send(me, tile, row, parts, o_maps, column=0):
-    """Parts of out through shared memory, and TMA on its way with them, to columns from `column` on."""
+def _send(me, tile, row, parts, o_maps, HALF: gl.constexpr = None):
+    """Parts of out, or their left or right halves (0, 1), through shared memory, and TMA on its way with them."""
     tma_store_wait(0)  # the last store has left the buffer
     for part in gl.static_range(len(parts)):
         matrix(me.shared.o[part].index(me.index)).store(parts[part])
     fence_async_shared()
-    store_rows(o_maps, me.shared.o, me.index, tile.seq.queries(me.call.pitch.o), tile.head, row, column)
+    store_rows(o_maps, me.shared.o, me.index, tile.seq.queries(me.call.pitch.o), tile.head, row, HALF)
 
 
 @gluon.jit
 def _write_output(me, tile, row, o, factor, o_maps):
     parts = _outputs(me, tile, row, o, factor)
     if stages_halves(me.config):
-        left, right = halves_of(parts[0])
-        _send(me, tile, row, (left,), o_maps)
-        _send(me, tile, row, (right,), o_maps, left.shape[1])
+        left, right = halves_of_all(parts)
+        _send(me, tile, row, left, o_maps, 0)
+        _send(me, tile, row, right, o_maps, 1)
     else:
         _send(me, tile, row, parts, o_maps)
 
@@ -398,11 +407,15 @@ def _allocate_all(config: gl.constexpr, q_maps, k_maps, v_maps, o_maps):
     v = _allocate(v_maps, config.stages)
     o = _allocate(o_maps, config.consumers)
     q_ring = make_ring(config.consumers * config.queries, 1)
-    k_stream = make_stream(config.stages, config.consumers, NAMED_BARRIER_K)
-    v_stream = make_stream(config.stages, config.consumers, NAMED_BARRIER_V)
+    k_peer, v_peer = make_peers(config)
+    k_stream = make_stream(config.stages, config.consumers, NAMED_BARRIER_K, peer=k_peer)
+    v_stream = make_stream(config.stages, config.consumers, NAMED_BARRIER_V, peer=v_peer)
     board = make_board(config.consumers)
+    box = make_box(config)
     fence_async_shared()
-    return Shared(q, k, v, o, q_ring, k_stream, v_stream, board)
+    if is_pair(config):
+        meet_cluster()
+    return Shared(q, k, v, o, q_ring, k_stream, v_stream, board, box)
 
 
 @gluon.jit

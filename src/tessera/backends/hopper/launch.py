@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -52,7 +52,8 @@ def kernel_spec(config: ForwardConfig, dtype: torch.dtype) -> jit.KernelSpec:
         arguments[name] = jit.Scalar("i32")
     arguments["scale"] = arguments["inner"] = jit.Scalar("fp32")
     modifiers.describe(config.features, element, arguments, constants)
-    return jit.KernelSpec.of("tessera.backends.hopper.forward:attention_forward", arguments, constants)
+    spec = jit.KernelSpec.of("tessera.backends.hopper.forward:attention_forward", arguments, constants)
+    return replace(spec, cluster=config.cluster)
 
 
 _POINTERS = (
@@ -91,30 +92,35 @@ class ForwardLaunch:
 
     @cached_property
     def blocks(self) -> int:
-        """Row blocks of one dense sequence, or an upper bound over all packed ones (and what lies after the last)."""
+        """Row blocks of one dense sequence, pairs of them where clusters take pairs, or an upper bound over all packed ones (and
+        what lies after the last)."""
         shape = self.problem.shape
         if self.problem.layout is Layout.VARLEN:
             return shape.seqlen_q // self.config.rows + shape.batch + 1
-        return self.tall + -(-max(0, shape.seqlen_q - self.tall * self.config.rows) // self.config.low_rows)
+        together = self.config.tiles_together
+        rest = max(0, shape.seqlen_q - self.tall * self.config.rows * together)
+        return self.tall + -(-rest // (self.config.low_rows * together))
 
     @cached_property
     def tall(self) -> int:
         """How many of a dense sequence's row blocks are of full height."""
         shape, rows = self.problem.shape, self.config.rows
         if not self.config.has_low_blocks:
-            return -(-shape.seqlen_q // rows)
-        return tall_blocks(self.config, shape.seqlen_q, shape.batch * shape.heads_q, self.multiprocessors)
+            return -(-shape.seqlen_q // (rows * self.config.tiles_together))
+        heads = shape.batch * shape.heads_q // self.config.heads_together
+        return tall_blocks(self.config, shape.seqlen_q, heads, self.multiprocessors // self.config.cluster)
 
     @cached_property
     def tiles(self) -> int:
         shape = self.problem.shape
         copies = 1 if self.problem.layout is Layout.VARLEN else shape.batch
-        return self.blocks * shape.heads_q * copies
+        return self.blocks * shape.heads_q // self.config.heads_together * copies
 
     @cached_property
     def programs(self) -> int:
         """Blocks of the grid: persistent, one an SM."""
-        return min(self.tiles, self.multiprocessors)
+        size = self.config.cluster
+        return min(self.tiles, self.multiprocessors // size) * size
 
     @cached_property
     def has_pointers(self) -> bool:

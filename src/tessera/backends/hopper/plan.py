@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from tessera.backends.hopper.config import Feature, ForwardConfig, Overlap, Staging
+from tessera.backends.hopper.config import Feature, ForwardConfig, Overlap, Pairing, Staging
 from tessera.problem import Bias, Layout, Problem
 
 SHARED_LIMIT = 227 * 1024 - 1024
@@ -71,18 +71,56 @@ def mean_keys(problem: Problem) -> float:
 
 def forward_config(problem: Problem) -> ForwardConfig:
     """The configuration for a problem."""
-    return _config_for(problem, mean_keys(problem))
+    return _config_for(problem, mean_keys(problem), problem.shape.seqlen_q)
 
 
 def forward_family(problem: Problem) -> tuple[ForwardConfig, ...]:
     """The configurations that problems like this one have at any length: they are compiled together, so that a new length
     never compiles. Each kind of problem has one threshold of length at most, so its two ends are all there is."""
-    short, long = _config_for(problem, 0.0), _config_for(problem, float("inf"))
+    short, long = _config_for(problem, 0.0, 0), _config_for(problem, float("inf"), 1 << 30)
     return (short,) if short == long else (short, long)
 
 
-def _config_for(problem: Problem, keys: float) -> ForwardConfig:
-    """The configuration where a row attends to `keys` keys on average."""
+def _config_for(problem: Problem, keys: float, rows: int) -> ForwardConfig:
+    """The configuration for `rows` rows that attend to `keys` keys on average."""
+    alone = _config_alone(problem, keys)
+    pairing = _pairing(alone)
+    if pairing is Pairing.ROWS and problem.shape.group % 2 == 0 and Feature.RIGHT in alone.features:
+        pairing = Pairing.HEADS
+    blocks = -(-rows // alone.rows)
+    if pairing is None or (pairing is Pairing.ROWS and blocks % 2 == 1 and blocks < 100):  # half a pair is work for nothing
+        return alone
+    enough = PAIRED_FROM[_kind(alone)]
+    enough = min(enough, HEADS_FROM) if pairing is Pairing.HEADS else enough
+    if keys < enough or rows < min(enough, 4096):
+        return alone
+    paired = replace(alone, pairing=pairing)
+    # d192: with two stages of 64 keys, the way from one program to the other is too long (0.95 to 0.98)
+    return replace(paired, stages=3, staging=Staging.HALVES) if len(alone.dims_v) == 2 else paired
+
+
+PAIRED_FROM = {
+    (192, 192, False): 1024, (192, 192, True): 4096, (192, 128, False): 4096, (128, 128, True): 8192, (256, 256, True): 8192,
+}  # fmt: skip
+"""Keys a row from which pairs of programs pay, by head dims and whether rows end at a diagonal. Over single ones, in two runs:
+d192 full 1.01 from 1k to 16k, causal 1.00 at 4k, 1.01 at 8k, 1.01 to 1.02 at 16k; 192/128 full 1.01 at 4k and 8k, causal 1.00
+and 1.01; d128 causal 0.99 at 4k, 1.00 to 1.01 at 8k, 1.00 to 1.02 at 16k; d256 full 1.00 from 4k on, causal 0.99, 1.00, 1.02."""
+HEADS_FROM = 4096
+"""The same by heads: d128 causal 0.98 at 1k, 0.99 at 2k, 1.00 at 4k, 1.01 to 1.02 at 8k, 1.02 at 16k."""
+
+
+def _kind(config: ForwardConfig) -> tuple[int, int, bool]:
+    return sum(config.dims), sum(config.dims_v), Feature.RIGHT in config.features
+
+
+def _pairing(config: ForwardConfig) -> Pairing | None:
+    """Whether programs may pair. Three consumers don't: d64 0.95, d96 1.00, d128 0.98 to 1.00."""
+    plain = set(config.features) <= {Feature.RIGHT, Feature.SOFTCAP, Feature.SINKS}
+    return Pairing.ROWS if plain and config.consumers == 2 and _kind(config) in PAIRED_FROM else None
+
+
+def _config_alone(problem: Problem, keys: float) -> ForwardConfig:
+    """The same for programs by themselves."""
     dims, dims_v = split_dim(problem.shape.head_dim), split_dim(problem.shape.head_dim_v)
     widest = max(sum(dims), sum(dims_v))
     features = features_of(problem)
@@ -164,7 +202,7 @@ d128 1.01 (H200, 2026-11-21)."""
 def tall_blocks(config: ForwardConfig, rows: int, heads: int, multiprocessors: int) -> int:
     """How many row blocks of `rows` rows are tall, so that the grid ends soonest: all heads' tall tiles are drawn first, then the
     low ones, by whoever is free. What low tiles can win is a round's end, so at most two rounds of tall ones are given up."""
-    most = rows // config.rows
+    most = rows // (config.rows * config.tiles_together)
     least = max(0, most - 2 * multiprocessors // heads - 2)
     return min(range(most, least - 1, -1), key=lambda tall: _end(config, rows, heads, multiprocessors, tall))
 
@@ -172,7 +210,7 @@ def tall_blocks(config: ForwardConfig, rows: int, heads: int, multiprocessors: i
 def _end(config: ForwardConfig, rows: int, heads: int, multiprocessors: int, tall: int) -> float:
     """When the last tile ends, in times of a tall tile."""
     rounds, ahead = divmod(tall * heads, multiprocessors)  # `ahead` have one tall tile more
-    low = -(-(rows - tall * config.rows) // config.low_rows) * heads
+    low = -(-(rows // config.tiles_together - tall * config.rows) // config.low_rows) * heads
     end = float(rounds + (ahead > 0))
     while True:
         slack = end - rounds + 1e-6

@@ -37,18 +37,23 @@ def variants() -> tuple[jit.Variant, ...]:
             f"d{dims}",
             f"{config.rows}x{config.keys}",
             *(feature.value for feature in config.features),
+            *((f"pairs of {config.pairing.value}",) if config.pairing else ()),
         )
         found.setdefault(spec.text, jit.Variant(" ".join(words), spec))
     return tuple(found.values())
 
 
 def _problems() -> Iterator[Problem]:
-    """In bfloat16 all the named problems; float16, the same instructions but for their type, full and causal."""
-    for dtype in ELEMENTS:
-        for dim, (batch, seqlen) in itertools.product(HEAD_DIMS, SIZES):
-            q = torch.empty(batch, seqlen, 2048 // dim, dim, dtype=dtype, device="meta")
-            yield describe(Request(q, q, q))
-            yield describe(Request(q, q, q, right=0))
+    """In bfloat16 all the named problems; float16, the same instructions but for their type, full and causal at one length."""
+    grid = [(torch.bfloat16, *cell) for cell in itertools.product(HEAD_DIMS, SIZES)]
+    for dtype, dim, (batch, seqlen) in (*grid, *((torch.float16, dim, SIZES[-1]) for dim in (64, 128, 256))):
+        q = torch.empty(batch, seqlen, 2048 // dim, dim, dtype=dtype, device="meta")
+        yield describe(Request(q, q, q))
+        yield describe(Request(q, q, q, right=0))
+    long = torch.empty(1, 16384, 8, 192, dtype=torch.bfloat16, device="meta")
+    wide, narrow, grouped = long, long[..., :128], long[:, :, :4, :128]
+    yield describe(Request(narrow, grouped, grouped, right=0))
+    yield describe(Request(wide, wide, narrow))
     for dim in (64, 128):
         q = torch.empty(1, 16384, 2048 // dim, dim, dtype=torch.bfloat16, device="meta")
         yield describe(Request(q, q, q, left=1024, right=0))

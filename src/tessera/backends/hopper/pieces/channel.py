@@ -95,6 +95,8 @@ class Stream:
     One warp produces by TMA, and `full` counts bytes. More `warps` copy by cp.async, and `full` counts threads, each of which
     arrives when its own copies have landed; those are ordinary writes to shared memory, so a consumer orders them before its
     products, which read it asynchronously.
+
+    `peer` has one, where another program reads the same (pieces/cluster.py).
     """
 
     full: gl.shared_memory_descriptor
@@ -102,10 +104,12 @@ class Stream:
     consumers: gl.constexpr
     first: gl.constexpr
     warps: gl.constexpr
+    peer: gl.tuple
 
     @gluon.constexpr_function
-    def __init__(self, full, slots, consumers, first, warps):
+    def __init__(self, full, slots, consumers, first, warps, peer):
         self.full = full
+        self.peer = peer
         self.slots = gl.constexpr(slots)
         self.consumers = gl.constexpr(consumers)
         self.first = gl.constexpr(first)
@@ -150,11 +154,11 @@ def _arrivals(warps):
 
 
 @gluon.jit
-def make_stream(slots: gl.constexpr, consumers: gl.constexpr, first: gl.constexpr, warps: gl.constexpr = 1):
+def make_stream(slots: gl.constexpr, consumers: gl.constexpr, first: gl.constexpr, warps: gl.constexpr = 1, peer=()):
     full = gl.allocate_shared_memory(gl.int64, [slots, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(slots):
         mbarrier.init(full.index(slot), count=_arrivals(warps))
-    return Stream(full, slots, consumers, first, warps)
+    return Stream(full, slots, consumers, first, warps, peer)
 
 
 @gluon.constexpr_function

@@ -12,7 +12,7 @@ tools/ragged_tma.py. Moving the base address down instead of `wrap` faults: out 
 """
 
 from tessera.backends.hopper.pieces.tiles import columns_of, has
-from tessera.jit.compat import aggregate, gl, gluon, tma_load, tma_store
+from tessera.jit.compat import aggregate, gl, gluon, tma_load, tma_load_as, tma_store
 
 
 @aggregate
@@ -141,19 +141,27 @@ def packed_sequence(config: gl.constexpr, lengths, index, count, total_q):
 
 
 @gluon.jit
-def load_rows(maps, buffers, slot, bar, span, head, row):
-    """Start the copy of one tile, from row `row` of the span on, part by part of the head dim."""
+def load_rows(maps, buffers, slot, bar, span, head, row, HOW: gl.constexpr = None):
+    """Start the copy of one tile, from row `row` of the span on, part by part of the head dim; `HOW`: as tma_load_as has it."""
     column = 0
     for part in gl.static_range(len(maps)):
         where = [WRAP, span.first + span.count, head, WRAP - span.count + row, column]
-        tma_load(maps[part], where, bar, buffers[part].index(slot))
+        if HOW is None:
+            tma_load(maps[part], where, bar, buffers[part].index(slot))
+        else:
+            tma_load_as(HOW, maps[part], where, bar, buffers[part].index(slot))
         column += columns_of(buffers[part].shape)
 
 
 @gluon.jit
-def store_rows(maps, buffers, slot, span, head, row, column=0):
-    """Start the copy of one tile to global memory, from `column` on."""
+def store_rows(maps, buffers, slot, span, head, row, HALF: gl.constexpr = None):
+    """Start the copy of one tile to global memory, or of its parts' left or right halves (0, 1)."""
+    column = 0
     for part in gl.static_range(len(maps)):
-        where = [WRAP, span.first + span.count, head, WRAP - span.count + row, column]
+        start = column
+        if HALF is not None:
+            start = column + HALF * columns_of(buffers[part].shape)
+            column += columns_of(buffers[part].shape)
+        where = [WRAP, span.first + span.count, head, WRAP - span.count + row, start]
         tma_store(maps[part], where, buffers[part].index(slot))
         column += columns_of(buffers[part].shape)

@@ -5,6 +5,7 @@ Keys count from the sequence's first visible key here (kv_source.Sequence). Rows
 by element, and blocks outside are never loaded.
 """
 
+from tessera.backends.hopper.pieces.cluster import is_pair_of_rows, rows_together
 from tessera.backends.hopper.pieces.tiles import M, accumulator_layout, has, overlaps
 from tessera.jit.compat import aggregate, gl, gluon
 
@@ -65,9 +66,14 @@ def block_range(config: gl.constexpr, band, seq, first, last):
 
 @gluon.jit
 def tile_blocks(config: gl.constexpr, band, tile):
-    """Blocks [begin, end) that a tile's live rows need: what the producer loads and every consumer goes through."""
-    last = gl.maximum(gl.minimum(tile.first + config.rows, tile.seq.q_live) - 1, tile.first)
-    return block_range(config, band, tile.seq, tile.first, last)
+    """Blocks [begin, end) that a tile's live rows need, or those of a pair of tiles: what the producer loads and every consumer
+    goes through."""
+    rows: gl.constexpr = rows_together(config)
+    first = tile.first
+    if is_pair_of_rows(config):
+        first = first - first % rows
+    last = gl.maximum(gl.minimum(first + rows, tile.seq.q_live) - 1, first)
+    return block_range(config, band, tile.seq, first, last)
 
 
 @gluon.jit
@@ -123,7 +129,8 @@ class Share:
 @gluon.constexpr_function
 def has_unseen(config, consumer):
     """Whether a tile may have blocks that only rows below this consumer's see."""
-    return (has(config, "right") or has(config, "documents")) and consumer + 1 < config.consumers
+    last = consumer + 1 == config.consumers and not is_pair_of_rows(config)
+    return (has(config, "right") or has(config, "documents")) and not last
 
 
 @gluon.constexpr_function

@@ -7,12 +7,23 @@ head's row blocks follow one another. Where all blocks are equally long, 15.5 ro
 rest, whatever the section. The next tile is drawn late, with the last V of this one: drawing it at the start of this
 one hands out tiles before it is known who will be free (5 to 15% slower, H200, 2026-11-21).
 
+Two programs of a cluster (pieces/cluster.py) work on neighbouring row blocks, or on two heads: `number` and `tiles` then count
+pairs, and so do `blocks` or heads.
+
 The counter is one int32 that is 0 between launches. Programs start with the tile of their own number; a draw gives the
 number of programs plus the count before it. Each program's last draw fails, so there are as many draws as tiles, and the one
 that sees tiles - 1 is the last of the launch: it puts 0 back. No two launches that can run at once may share a counter
 (launch.py).
 """
 
+from tessera.backends.hopper.pieces.cluster import (
+    SIZE,
+    is_pair,
+    is_pair_of_heads,
+    is_pair_of_rows,
+    program_of_pair,
+    size_of,
+)
 from tessera.backends.hopper.pieces.kv_source import Sequence, dense_sequence, packed_sequence
 from tessera.backends.hopper.pieces.tiles import has, has_low_blocks
 from tessera.jit.compat import aggregate, gl, gluon
@@ -70,14 +81,47 @@ def take(counter):
 
 
 @gluon.jit
-def taken(schedule, answer):
+def taken(config: gl.constexpr, schedule, answer):
     """The tile that `take` drew (>= tiles: none is left); the last draw of the launch resets the counter."""
     number = gl.inline_asm_elementwise(
         "shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;", "=r,r", [answer], dtype=gl.int32, is_pure=False, pack=1
     )
     if number == schedule.tiles - 1:
         gl.store(schedule.counter, 0)
-    return number + gl.num_programs(0)
+    return number + gl.num_programs(0) // size_of(config)
+
+
+@gluon.jit
+def first_number(config: gl.constexpr):
+    """The tile that a program, or a pair, begins with."""
+    return gl.program_id(0) // size_of(config)
+
+
+@gluon.jit
+def ask(config: gl.constexpr, schedule):
+    """`take`; in a pair program 0 does."""
+    answer = 0
+    if is_pair(config):
+        if program_of_pair() == 0:
+            answer = take(schedule.counter)
+    else:
+        answer = take(schedule.counter)
+    return answer
+
+
+@gluon.jit
+def next_number(config: gl.constexpr, schedule, box, turn, answer):
+    """`taken`; in a pair program 1 has it from program 0, for its `turn`-th tile."""
+    if is_pair(config):
+        number = turn
+        if program_of_pair() == 0:
+            number = taken(config, schedule, answer)
+            box[0].send(turn, number)
+        else:
+            number = box[0].receive(turn)
+        return number
+    else:
+        return taken(config, schedule, answer)
 
 
 @gluon.jit
@@ -98,46 +142,57 @@ def _ordered(config: gl.constexpr, number, blocks, heads, section):
 
 
 @gluon.jit
-def _ordered_window(config: gl.constexpr, number, call):
+def _ordered_window(config: gl.constexpr, number, call, heads, section):
     """(first row, head) for a window: rows near the sequence's begin, whose window is cut short, come after all heads' others."""
     blocks = call.schedule.blocks
-    heads = call.batch * call.heads
     cut = call.band.left - (call.seqlen_k - call.seqlen_q)  # the first row with all of its window
     short = gl.minimum((gl.maximum(cut, 0) + config.rows - 1) // config.rows, blocks)
     whole = (blocks - short) * heads
     late = number >= whole
     block, pair = _ordered(
         config, gl.where(late, number - whole, number), gl.where(late, short, blocks - short), heads,
-        gl.where(late, heads, call.schedule.section),
+        gl.where(late, heads, section),
     )  # fmt: skip
     return gl.where(late, block, block + short) * config.rows, pair
 
 
 @gluon.jit
-def _ordered_by_height(config: gl.constexpr, number, call):
+def _ordered_by_height(config: gl.constexpr, number, call, heads, section, member):
     """(first row, rows, head): all heads' tall blocks, then their low ones, which are quick and fill the end of the grid."""
     schedule = call.schedule
-    heads = call.batch * call.heads
     whole = schedule.tall * heads
     late = number >= whole
     block, pair = _ordered(
         config, gl.where(late, number - whole, number), gl.where(late, schedule.blocks - schedule.tall, schedule.tall), heads,
-        schedule.section,
+        section,
     )  # fmt: skip
-    first = gl.where(late, schedule.tall * config.rows + block * config.low_rows, block * config.rows)
+    tall = schedule.tall
+    if is_pair_of_rows(config):
+        block = block * SIZE + member
+        tall = tall * SIZE
+    first = gl.where(late, tall * config.rows + block * config.low_rows, block * config.rows)
     return first, gl.where(late, config.low_rows, config.rows), pair
 
 
 @gluon.jit
-def _dense_tile(config: gl.constexpr, number, call):
+def _dense_tile(config: gl.constexpr, number, call, member):
     rows = number * 0 + config.rows
+    heads = call.batch * call.heads
+    section = call.schedule.section
+    if is_pair_of_heads(config):
+        heads = heads // SIZE
+        section = section // SIZE
     if has_low_blocks(config):
-        first, rows, pair = _ordered_by_height(config, number, call)
+        first, rows, pair = _ordered_by_height(config, number, call, heads, section, member)
     elif has(config, "left") and has(config, "right"):
-        first, pair = _ordered_window(config, number, call)
+        first, pair = _ordered_window(config, number, call, heads, section)
     else:
-        block, pair = _ordered(config, number, call.schedule.blocks, call.batch * call.heads, call.schedule.section)
+        block, pair = _ordered(config, number, call.schedule.blocks, heads, section)
+        if is_pair_of_rows(config):
+            block = block * SIZE + member
         first = block * config.rows
+    if is_pair_of_heads(config):
+        pair = pair * SIZE + member
     batch = pair // call.heads
     seq = dense_sequence(config, call.lengths, batch, call.seqlen_q, call.seqlen_k)
     return Tile(seq, pair - batch * call.heads, first, gl.minimum(rows, call.seqlen_q - first))
@@ -170,10 +225,10 @@ def _packed_tile(config: gl.constexpr, number, call):
 
 
 @gluon.jit
-def locate(config: gl.constexpr, number, call):
-    """Tile `number`; numbers past the end give some tile, which nobody uses."""
+def locate(config: gl.constexpr, number, call, member=0):
+    """Tile `number`, of a pair's two the `member`-th; numbers past the end give some tile, which nobody uses."""
     number = gl.minimum(number, call.schedule.tiles - 1)
     if has(config, "varlen"):
         return _packed_tile(config, number, call)
     else:
-        return _dense_tile(config, number, call)
+        return _dense_tile(config, number, call, member)

@@ -116,6 +116,18 @@ def halves_of(x):
 
 
 @gluon.jit
+def halves_of_all(parts):
+    """The left halves of all, and the right ones."""
+    lefts = ()
+    rights = ()
+    for part in gl.static_range(len(parts)):
+        left, right = halves_of(parts[part])
+        lefts = lefts + (left,)
+        rights = rights + (right,)
+    return lefts, rights
+
+
+@gluon.jit
 def empty_accumulator(tiles):
     """Zeros (64, columns) for a product with these tiles."""
     columns: gl.constexpr = columns_of(tiles.shape)
