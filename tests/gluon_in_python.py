@@ -393,7 +393,7 @@ def _assembly(text: str, constraints: str, arguments: list[Any], dtype: Any, is_
         return _load(arguments[0])
     if "prefetch." in text:  # of what comes next, to L2
         return Integer(0)
-    if text.startswith("shfl.") and isinstance(arguments[1], Tensor):  # cache_rows.of_rows: what turn i's thread has looked up
+    if text.startswith("shfl.") and isinstance(arguments[-1], Tensor) and len(arguments) == 2:  # cache_rows.of_rows: by turns
         return arguments[0][0][arguments[1][:, 0]]
     if text.startswith("shfl.") and len(arguments) == 2:
         return Integer(arguments[0][arguments[1]])

@@ -195,7 +195,7 @@ def attention_backward(
             (writer_of_dq, (config, dq_map, out, halves.sums, marks_ptr + 1, call)),
         ], [4, 1, 1], [240, 24, 24])  # fmt: skip
     elif divided_by(config, "keys, P ahead"):
-        pair = make_pair(config, dq_map, q_map.dtype)
+        pair = make_pair(config, dq_map, dk_map)
         draws = make_draws(marks_ptr, tiles, config.consumers)
         fence_async_shared()
         gl.warp_specialize([

@@ -14,14 +14,23 @@ carried, in 16 bits: 192 accumulators and one operand are what fits in 240 regis
 dK and dV leave through the buffers of dQ's parts, so that K, V and the rings are free for the next tile before they have.
 """
 
+from tessera.backends.hopper.pieces.channel import make_ring
 from tessera.backends.hopper.pieces.gradients import Score, Shared, issue_transposed, probabilities, row_values
 from tessera.backends.hopper.pieces.key_tiles import Call, locate_keys
 from tessera.backends.hopper.pieces.kv_source import store_rows
 from tessera.backends.hopper.pieces.masking import has_lower_bound
 from tessera.backends.hopper.pieces.row_ranges import cut_and_full, first_row, key_bounds, row_blocks
 from tessera.backends.hopper.pieces.softmax import to_16_bit, to_32_bit
-from tessera.backends.hopper.pieces.sums import Sums, add_part, make_sums, row_block
-from tessera.backends.hopper.pieces.tiles import M, accumulator_layout, empty_accumulator, fresh_zero, matrix, operand_layout
+from tessera.backends.hopper.pieces.sums import Sums, add_part, row_block
+from tessera.backends.hopper.pieces.tiles import (
+    M,
+    accumulator_layout,
+    allocate_tiles,
+    empty_accumulator,
+    fresh_zero,
+    matrix,
+    operand_layout,
+)
 from tessera.jit.compat import (
     aggregate,
     fence_async_shared,
@@ -38,7 +47,8 @@ from tessera.jit.compat import (
 @aggregate
 class Pair:
     """What the consumers tell each other and the producer: dS^T of two blocks, each as two tiles (64 keys, rows), and mbarriers
-    that both have written theirs; that both are done with the tile's K, and with its V; parts of dQ, half of the columns each.
+    that both have written theirs; that both are done with the tile's K, and with its V; parts of dQ, half of the columns each,
+    and the same bytes as tiles of dK and dV.
 
     Nobody asks whether a tile of dS^T may be written again: a consumer has waited for the other's next one by then, and that was
     written after the product that reads this one."""
@@ -48,18 +58,21 @@ class Pair:
     k_free: gl.shared_memory_descriptor
     v_free: gl.shared_memory_descriptor
     sums: Sums
+    tiles: gl.shared_memory_descriptor
 
     @gluon.constexpr_function
-    def __init__(self, ds, full, k_free, v_free, sums):
+    def __init__(self, ds, full, k_free, v_free, sums, tiles):
         self.ds = ds
         self.full = full
         self.k_free = k_free
         self.v_free = v_free
         self.sums = sums
+        self.tiles = tiles
 
 
 @gluon.jit
-def make_pair(config: gl.constexpr, dq_map, dtype: gl.constexpr):
+def make_pair(config: gl.constexpr, dq_map, dk_map):
+    dtype: gl.constexpr = dk_map.dtype
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, config.rows], dtype)
     ds = gl.allocate_shared_memory(dtype, [4, M, config.rows], layout)
     full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -67,7 +80,10 @@ def make_pair(config: gl.constexpr, dq_map, dtype: gl.constexpr):
     for slot in gl.static_range(2):
         mbarrier.init(full.index(slot), count=2)
         mbarrier.init(free.index(slot), count=2)
-    return Pair(ds, full, free.index(0), free.index(1), make_sums(config, dq_map))
+    count: gl.constexpr = config.part_buffers
+    tiles = allocate_tiles(dk_map, count)  # made as what needs the wider alignment
+    parts = reinterpret(tiles, gl.float32, [count] + dq_map.block_type.shape, dq_map.layout)
+    return Pair(ds, full, free.index(0), free.index(1), Sums(parts, make_ring(count, 1)), tiles)
 
 
 @aggregate
@@ -263,14 +279,12 @@ def _main_loop(me, dq_map, tile, begin, count, n):
 def _store(me, map_, gradient, tile, place):
     """dK or dV of 64 keys through the buffer of this consumer's part `place` of dQ. Each has two, in turn: dV has that after the
     tile's last part, dK the other, and the next tile's first part that of dV again."""
-    sums = me.pair.sums
-    shape: gl.constexpr = [me.config.part_buffers] + map_.block_type.shape
-    buffers = reinterpret(sums.parts, map_.dtype, shape, map_.layout)
-    slot = sums.ring.slot(2 * place + me.index)
+    tiles = me.pair.tiles
+    slot = me.pair.sums.ring.slot(2 * place + me.index)
     tma_store_wait(1)
-    matrix(buffers.index(slot)).store(to_16_bit(gradient, map_.dtype))
+    matrix(tiles.index(slot)).store(to_16_bit(gradient, map_.dtype))
     fence_async_shared()
-    store_rows((map_,), (buffers,), slot, tile.written, tile.head, tile.first + me.index * M)
+    store_rows((map_,), (tiles,), slot, tile.written, tile.head, tile.first + me.index * M)
 
 
 @gluon.jit
