@@ -28,8 +28,8 @@ from tessera.backends.hopper.pieces.channel import (
     NAMED_BARRIER_V,
     Ring,
     Stream,
+    make_paired_stream,
     make_ring,
-    make_stream,
     pass_turn,
     take_turn,
 )
@@ -408,8 +408,8 @@ def _allocate_all(config: gl.constexpr, q_maps, k_maps, v_maps, o_maps):
     o = _allocate(o_maps, config.consumers)
     q_ring = make_ring(config.consumers * config.queries, 1)
     k_peer, v_peer = make_peers(config)
-    k_stream = make_stream(config.stages, config.consumers, NAMED_BARRIER_K, peer=k_peer)
-    v_stream = make_stream(config.stages, config.consumers, NAMED_BARRIER_V, peer=v_peer)
+    k_stream = make_paired_stream(config.stages, config.consumers, NAMED_BARRIER_K, 1, k_peer)
+    v_stream = make_paired_stream(config.stages, config.consumers, NAMED_BARRIER_V, 1, v_peer)
     board = make_board(config.consumers)
     box = make_box(config)
     fence_async_shared()

@@ -154,7 +154,12 @@ def _arrivals(warps):
 
 
 @gluon.jit
-def make_stream(slots: gl.constexpr, consumers: gl.constexpr, first: gl.constexpr, warps: gl.constexpr = 1, peer=()):
+def make_stream(slots: gl.constexpr, consumers: gl.constexpr, first: gl.constexpr, warps: gl.constexpr = 1):
+    return make_paired_stream(slots, consumers, first, warps, ())
+
+
+@gluon.jit
+def make_paired_stream(slots: gl.constexpr, consumers: gl.constexpr, first: gl.constexpr, warps: gl.constexpr, peer):
     full = gl.allocate_shared_memory(gl.int64, [slots, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(slots):
         mbarrier.init(full.index(slot), count=_arrivals(warps))
