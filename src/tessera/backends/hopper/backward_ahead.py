@@ -83,7 +83,7 @@ def make_pair(config: gl.constexpr, dq_map, dk_map):
     count: gl.constexpr = config.part_buffers
     tiles = allocate_tiles(dk_map, count)  # made as what needs the wider alignment
     parts = reinterpret(tiles, gl.float32, [count] + dq_map.block_type.shape, dq_map.layout)
-    return Pair(ds, full, free.index(0), free.index(1), Sums(parts, make_ring(count, 1)), tiles)
+    return Pair(ds, full, free.index(0), free.index(1), Sums(parts, parts, make_ring(count, 1)), tiles)
 
 
 @aggregate
