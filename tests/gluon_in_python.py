@@ -61,7 +61,7 @@ def _closed(name: str) -> Callable[[Integer, object], Any]:
     return operation
 
 
-for _name in ("add", "sub", "mul", "floordiv", "mod", "and", "or", "lshift", "rshift"):
+for _name in ("add", "sub", "mul", "floordiv", "mod", "and", "or", "xor", "lshift", "rshift"):
     for _form in (f"__{_name}__", f"__r{_name}__"):
         setattr(Integer, _form, _closed(_form))
 
@@ -374,6 +374,24 @@ def _scalar(x: Tensor) -> Any:
     return Integer(x) if x.dim() == 0 and not x.dtype.is_floating_point else x
 
 
+def _keys_of_dropout(arguments: list[Any], of_columns: bool) -> tuple[Tensor, Tensor]:
+    """Philox4x32-7 over numbers n, from what its first rounds have of the plane's words alone."""
+    n, _, third, first, mixed, low = arguments
+
+    def products(x: Any, y: Any) -> tuple[Any, Any, Any, Any]:
+        a, b = x * 0xD2511F53, y * 0xCD9E8D57
+        return a >> 32 & 0xFFFFFFFF, a & 0xFFFFFFFF, b >> 32 & 0xFFFFFFFF, b & 0xFFFFFFFF
+
+    high, c3, _, _ = products(n, n)
+    _, _, high_2, c1 = products(n, high ^ third)
+    c0, c2, c3 = high_2 ^ first, c3 ^ mixed, low
+    for i in range(2, 7):
+        k0, k1 = i * 0x9E3779B9 & 0xFFFFFFFF, i * 0xBB67AE85 & 0xFFFFFFFF
+        high, low, high_2, low_2 = products(c0, c2)
+        c0, c1, c2, c3 = high_2 ^ c1 ^ k0, low_2, high ^ c3 ^ k1, low
+    return (c2, c3) if of_columns else (c0, c1)
+
+
 def _assembly(text: str, constraints: str, arguments: list[Any], dtype: Any, is_pure: bool, pack: int) -> Any:
     """The few texts that kernels hold."""
     if text.startswith("bar."):
@@ -417,6 +435,11 @@ def _assembly(text: str, constraints: str, arguments: list[Any], dtype: Any, is_
         return sum(byte << 8 * i for i, byte in enumerate(taken))
     if text.startswith("shfl.sync.bfly.b32 $0, $1, 4,"):  # dropout._of_other_parity
         return arguments[0].unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    if text.startswith("{ .reg .b64 w; .reg .b32 c0"):  # dropout._keys
+        return _keys_of_dropout(arguments, " $0, h," in text)
+    if text.startswith("lop3.b32 $0, $1, $2, $3, 0xE8;"):  # dropout._judged: the majority
+        a, b, c = arguments
+        return a & b | (a | b) & c
     if text.startswith("shfl."):
         return Integer(arguments[0])
     if "atom.global.add" in text:  # scheduler.take

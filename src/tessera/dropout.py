@@ -1,14 +1,23 @@
 """Dropout's mask: a function of (seed, batch, head, row, column) alone, so every backend and tile size draws the same.
 
-The generator is Philox4x32 with 7 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011: the
-fewest rounds that pass BigCrush), keyed by the 64-bit seed. One call gives four 32-bit words, sixteen draws of a byte, for
-sixteen scores: rows i and i + 8 of a group of 16, columns j, j + 1 and those 8, 16 and 24 further (j even, below 8) of a
-group of 32. These are scores that one thread of a Hopper warpgroup holds in its accumulator anyway, and a word's are four
-that follow one another there: so a kernel draws 16 scores with one call, no exchange and no unpacking.
+Every row and every column of a head has a key of 64 bits, and a draw is a mixture of the two. The keys come from Philox4x32 with
+7 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011: the fewest rounds that pass BigCrush): first
+under the 64-bit seed, for words of the head, then over these. Eight scores share a row's and a column's key: rows i and i + 8 of
+a group of 16, columns j, j + 1, j + 8 and j + 9 (j even, below 8) of a group of 16. These are scores that one thread of a Hopper
+warpgroup holds in its accumulator anyway, and a word's are four that follow one another there.
 
-    counter = (32-column group * 4 + j % 8 // 2, 16-row group * 8 + i % 8, head, batch)
-    draw    = byte 2 (i // 8 % 2) + j % 2 of word j // 8 % 4
-    kept    = draw >= threshold, threshold = round(256 p)
+    h0, h1, h2, h3 = philox((head, batch, 0, 0), key=seed)
+    keys of n      = philox((n, h0, h1, h2), key=0): two words for the rows with number n, two for the columns
+    row number     = 16-row group * 8 + i % 8
+    column number  = 16-column group * 4 + j % 8 // 2
+    words          = two rounds of Philox2x32 over (row key ^ column key)
+    draw           = byte 2 (i // 8 % 2) + j % 2 of word j // 8 % 2
+    kept           = draw >= threshold, threshold = round(256 p)
+
+What that is worth: the rounds are a bijection, so any two draws are independent, and any set of them whose rows and columns close
+no cycle, as far as the keys are random. This is tabulation hashing, which is 3-independent (Patrascu and Thorup, "The power of
+simple tabulation hashing", STOC 2011). The least that can depend on one another are four draws at a rectangle's corners; that
+they don't is the two rounds' work, and tests/cpu/test_dropout.py looks at it (with one round it fails).
 
 A draw has 8 bits, as in FlashAttention-2: p is thereby rounded to a multiple of 1/256, and the kept probabilities are scaled by
 the exact 256 / (256 - threshold), so that expectations are. A p that rounds to 0 or to 1 is refused in words.
@@ -22,13 +31,15 @@ from torch import Tensor
 from tessera.errors import bad_value
 
 ROUNDS = 7
+MIXING_ROUNDS = 2
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
+_MIXING_MULTIPLIER = 0xD256D193
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _WORD = 0xFFFFFFFF
 DRAWS = 1 << 8
 """How many values a draw has."""
-ROWS, COLUMNS = 16, 32
-"""The patch that eight by four calls draw."""
+PATCH = 16
+"""Rows, and columns, whose keys are numbered together."""
 
 
 def threshold(dropout_p: float) -> int:
@@ -64,26 +75,37 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[T
     return c0, c1, c2, c3
 
 
+def mixture(row: tuple[Tensor, Tensor], column: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Eight draws in two words from a row's and a column's key (broadcastable, as in `philox`)."""
+    a, b = row[0] ^ column[0], row[1] ^ column[1]
+    for _ in range(MIXING_ROUNDS):
+        product = a * _MIXING_MULTIPLIER
+        a, b = ((product >> 32) & _WORD) ^ b, product & _WORD
+    return a, b
+
+
+def _keys(head_words: tuple[Tensor, ...], numbers: range) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(heads, numbers) each: a row's key in the first two, a column's in the others."""
+    counter = torch.arange(numbers.start, numbers.stop, device=head_words[0].device)
+    h0, h1, h2, _ = (word[:, None] for word in head_words)
+    return philox((counter[None, :], h0, h1, h2), 0)
+
+
 def keep_tile(seed: int, batch: int, heads: Tensor, rows: range, columns: range, dropout_p: float) -> Tensor:
     """(heads, rows, columns) bool: which scores of a tile are kept. `heads` is an int64 tensor of head numbers."""
-    device = heads.device
-    row_groups = range(rows.start // ROWS, -(-rows.stop // ROWS))
-    column_groups = range(columns.start // COLUMNS, -(-columns.stop // COLUMNS))
-    row_counter = torch.arange(row_groups.start * 8, row_groups.stop * 8, device=device)
-    column_counter = torch.arange(column_groups.start * 4, column_groups.stop * 4, device=device)
-    counter = (
-        column_counter[None, None, :],
-        row_counter[None, :, None],
-        heads[:, None, None],
-        torch.full((1, 1, 1), batch, dtype=torch.int64, device=device),
-    )
-    words = torch.stack(philox(counter, seed), dim=-1)  # (heads, 8 * row groups, 4 * column groups, 4)
+    row_patches = range(rows.start // PATCH, -(-rows.stop // PATCH))
+    column_patches = range(columns.start // PATCH, -(-columns.stop // PATCH))
+    none = torch.zeros_like(heads)
+    head_words = philox((heads, torch.full_like(heads, batch), none, none), seed)
+    r0, r1, _, _ = _keys(head_words, range(row_patches.start * 8, row_patches.stop * 8))
+    _, _, c0, c1 = _keys(head_words, range(column_patches.start * 4, column_patches.stop * 4))
+    words = torch.stack(mixture((r0[:, :, None], r1[:, :, None]), (c0[:, None, :], c1[:, None, :])), dim=-1)
     draws = torch.stack([words >> shift & 0xFF for shift in (0, 8, 16, 24)], dim=-1).to(torch.uint8)
     n = heads.shape[0]
-    draws = draws.view(n, len(row_groups), 8, len(column_groups), 4, 4, 2, 2)
-    # row = group, the byte's upper bit, i % 8; column = group, the word's number, j % 8 // 2, the byte's lower bit
-    draws = draws.permute(0, 1, 6, 2, 3, 5, 4, 7).reshape(n, len(row_groups) * ROWS, len(column_groups) * COLUMNS)
-    first_row, first_column = row_groups.start * ROWS, column_groups.start * COLUMNS
+    draws = draws.view(n, len(row_patches), 8, len(column_patches), 4, 2, 2, 2)
+    # row = patch, the byte's upper bit, i % 8; column = patch, the word's number, j % 8 // 2, the byte's lower bit
+    draws = draws.permute(0, 1, 6, 2, 3, 5, 4, 7).reshape(n, len(row_patches) * PATCH, len(column_patches) * PATCH)
+    first_row, first_column = row_patches.start * PATCH, column_patches.start * PATCH
     tile = draws[:, rows.start - first_row : rows.stop - first_row, columns.start - first_column : columns.stop - first_column]
     return tile >= threshold(dropout_p)
 

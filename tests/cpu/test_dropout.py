@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tessera import attention, dropout, dropout_mask
-from tessera.dropout import keep_scale, keep_tile, philox, threshold
+from tessera.dropout import keep_scale, keep_tile, mixture, philox, threshold
 
 ONES = 0xFFFFFFFF
 # pi's digits, Random123's third test vector: the counter, then the key
@@ -72,19 +72,27 @@ def test_philox(counter: Words, key: tuple[int, int]) -> None:
     assert run_philox(counter, key) == philox_by_integers(counter, key, 7)
 
 
-def mask_by_numpy(seed: int, batch: int, heads: int, seqlen_q: int, seqlen_k: int, dropout_p: float) -> np.ndarray:
-    """The whole mask by the module's documented layout, in numpy's uint64: nothing shared with the package."""
-    b, h, i, j = np.meshgrid(*(np.arange(n, dtype=np.uint64) for n in (batch, heads, seqlen_q, seqlen_k)), indexing="ij")
-    low = np.uint64(ONES)
-    column = j // np.uint64(32) * np.uint64(4) + j % np.uint64(8) // np.uint64(2)
-    c = [column, i // np.uint64(16) * np.uint64(8) + i % np.uint64(8), h, b]
-    k0, k1 = seed & ONES, seed >> 32
+def philox_by_numpy(c: list[np.ndarray], key: int) -> list[np.ndarray]:
+    low, k0, k1 = np.uint64(ONES), key & ONES, key >> 32
     for _ in range(7):
         p0, p1 = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
         high0, high1 = p0 >> np.uint64(32), p1 >> np.uint64(32)
         c = [high1 ^ c[1] ^ np.uint64(k0), p1 & low, high0 ^ c[3] ^ np.uint64(k1), p0 & low]
         k0, k1 = (k0 + 0x9E3779B9) & ONES, (k1 + 0xBB67AE85) & ONES
-    word = np.choose((j // np.uint64(8) % np.uint64(4)).astype(np.int64), c)
+    return c
+
+
+def mask_by_numpy(seed: int, batch: int, heads: int, seqlen_q: int, seqlen_k: int, dropout_p: float) -> np.ndarray:
+    """The whole mask by the module's documented layout, in numpy's uint64: nothing shared with the package."""
+    b, h, i, j = np.meshgrid(*(np.arange(n, dtype=np.uint64) for n in (batch, heads, seqlen_q, seqlen_k)), indexing="ij")
+    words = philox_by_numpy([h, b, 0 * h, 0 * h], seed)[:3]
+    row = philox_by_numpy([i // np.uint64(16) * np.uint64(8) + i % np.uint64(8), *words], 0)[:2]
+    column = philox_by_numpy([j // np.uint64(16) * np.uint64(4) + j % np.uint64(8) // np.uint64(2), *words], 0)[2:]
+    x, y = row[0] ^ column[0], row[1] ^ column[1]
+    for _ in range(2):
+        product = x * np.uint64(0xD256D193)
+        x, y = product >> np.uint64(32) ^ y, product & np.uint64(ONES)
+    word = np.where(j // np.uint64(8) % np.uint64(2) == 0, x, y)
     byte = i // np.uint64(8) % np.uint64(2) * np.uint64(2) + j % np.uint64(2)
     return (word >> (byte * np.uint64(8))) % np.uint64(256) >= np.uint64(round(dropout_p * 256))
 
@@ -153,6 +161,56 @@ def test_neighbours_draw_independently() -> None:
     for rows, columns in [(0, 1), (0, 2), (0, 8), (0, 9), (0, 16), (0, 32), (1, 0), (8, 0), (16, 0), (8, 8)]:
         a, b = keep[rows:, columns:], keep[: 512 - rows, : 512 - columns]
         assert abs((4 * a * b).mean().item()) < 6 / 480, (rows, columns)
+
+
+def scores_of_pairs(lines: torch.Tensor) -> torch.Tensor:
+    """How far each two lines' correlation is from 0, in standard deviations of independent ones."""
+    correlations = torch.corrcoef(lines.double())
+    n = len(lines)
+    return correlations[*torch.triu_indices(n, n, 1)] * lines.shape[1] ** 0.5
+
+
+def worst_score(dropout_p: float) -> tuple[float, float]:
+    """(variance, which would be 1; largest score) over all pairs of columns of a head, of rows, and of lines of two heads: four
+    corners of a rectangle are what may depend on one another."""
+    keep = dropout_mask(5, 1, 2, 4096, 256, dropout_p)[0]
+    wide = dropout_mask(6, 1, 1, 256, 4096, dropout_p)[0, 0]
+    of_two_heads = torch.cat([keep[0, :, :64].T, keep[1, :, :64].T])
+    scores = [scores_of_pairs(lines) for lines in (keep[0].T, wide, of_two_heads)]
+    return max(x.var().item() for x in scores), max(x.abs().max().item() for x in scores)
+
+
+@pytest.mark.parametrize("dropout_p", [0.1, 0.5])
+def test_lines_draw_independently(dropout_p: float) -> None:
+    variance, largest = worst_score(dropout_p)
+    assert variance < 1.05
+    assert largest < 6
+
+
+def test_one_round_of_mixing_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dropout, "MIXING_ROUNDS", 1)
+    variance, largest = worst_score(0.1)
+    assert variance > 1.5
+    assert largest > 20
+
+
+def test_every_byte_takes_every_value_alike() -> None:
+    keys = torch.randint(0, 1 << 32, (4, 1 << 18))
+    for word in mixture((keys[0], keys[1]), (keys[2], keys[3])):
+        for byte in range(4):
+            counts = torch.bincount(word >> 8 * byte & 0xFF, minlength=256).double()
+            expected = keys.shape[1] / 256
+            chi_squared = ((counts - expected) ** 2 / expected).sum().item()
+            assert abs(chi_squared - 255) < 6 * (2 * 255) ** 0.5
+
+
+def test_draws_are_independent_along_a_line_in_triples() -> None:
+    """Of neighbours in a row, and of a row and the next ones: no parity of three prefers one side."""
+    keep = dropout_mask(11, 1, 1, 1024, 1024, 0.5)[0, 0].double() * 2 - 1
+    for other, third in [((0, 1), (0, 2)), ((0, 8), (8, 0)), ((0, 1), (1, 0)), ((0, 16), (16, 0)), ((8, 0), (16, 0))]:
+        a = keep[:1000, :1000]
+        b, c = (keep[rows : rows + 1000, columns : columns + 1000] for rows, columns in (other, third))
+        assert abs((a * b * c).mean().item()) < 6 / 1000
 
 
 @pytest.mark.parametrize("backend", ["cpu", "torch"])

@@ -100,13 +100,13 @@ def _compile_together(specs: tuple[jit.KernelSpec, ...]) -> None:
 
 
 def _without_bias_gradient(problem: Problem, bias: Bias) -> list[Reason]:
-    """Which biases' gradients the backward has not."""
+    """Which biases' gradients the backward has not: of what all keys share, tiles of keys add up their sums as they come."""
     shape = problem.shape
     own = bias.shape == (shape.batch, shape.heads_q, shape.seqlen_q, shape.seqlen_k)
-    if own or problem.reproducibility is not Reproducibility.BITWISE:
+    if own or bias.shape[3] > 1 or problem.reproducibility is not Reproducibility.BITWISE:
         return []
-    why = "what several scores share is summed in any order"
-    return [Reason("bias.requires_grad", f"True of shape {bias.shape}", why, "expand it to (batch, heads, rows, keys) first")]
+    why = "what all keys share is summed in any order"
+    return [Reason("bias.requires_grad", f"True of shape {bias.shape}", why, "expand its last dimension to the keys first")]
 
 
 @dataclass(frozen=True)

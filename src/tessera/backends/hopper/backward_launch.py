@@ -21,6 +21,7 @@ from tessera.backends.hopper.backward_plan import (
     Division,
     PartLayout,
     RowsConfig,
+    bias_sums_shape,
     work_lines,
 )
 from tessera.backends.hopper.config import Feature
@@ -191,15 +192,14 @@ class BackwardLaunch:
         if self.config.adding is not Adding.ROUNDED:
             self._finish(sums, marks, dq, kept)
         if operands.bias is not None and dbias is not None:
-            dbias = dbias.to(operands.bias.dtype)
+            dbias = dbias.sum_to_size(operands.bias.shape).to(operands.bias.dtype)
         return InputGradients(dq, dk, dv, dbias, dsinks)
 
     def _bias_sums(self, operands: Operands) -> Tensor | None:
-        """Zeros of the bias's shape for its gradient to be added to, if that is wanted."""
-        bias = operands.bias
-        if bias is None or Feature.BIAS_GRADIENT not in self.config.features:
+        """Zeros for the bias's gradient to be added to, if that is wanted."""
+        if Feature.BIAS_GRADIENT not in self.config.features:
             return None
-        return torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
+        return torch.zeros(bias_sums_shape(self.problem), dtype=torch.float32, device=operands.q.device)
 
     def _prepare(
         self, operands: Operands, upstream: Upstream, dout: Rows, work: tuple[Tensor, Tensor, Tensor], kept: Kept

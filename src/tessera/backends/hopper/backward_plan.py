@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, replace
 from enum import Enum
 
+import torch
+
 from tessera.backends.hopper.config import ROWS, Feature
 from tessera.backends.hopper.plan import MODIFIERS, features_of
 from tessera.problem import Gradients, Layout, Problem, Reproducibility
@@ -106,9 +108,9 @@ class BackwardConfig:
 
     @property
     def keeps_v(self) -> bool:
-        """Whether each consumer keeps its keys' V in registers (the others have no room): shared memory's bandwidth is the limit.
+        """Whether each consumer keeps its keys' V in registers (others, and dropout, have no room): shared memory is the limit.
         Ours / FA3 at head dim 64 went from 0.931 to 0.974 (causal 16k) and from 0.958 to 0.992 (full 4k; H200, 2026-11-21)."""
-        return self.division is Division.TURNS and self.dim_v == 64
+        return self.division is Division.TURNS and self.dim_v == 64 and Feature.DROPOUT not in self.features
 
     @property
     def parts(self) -> int:
@@ -165,7 +167,7 @@ def backward_family(problem: Problem) -> tuple[BackwardConfig, ...]:
     plain = ordered if is_bitwise else _divided(problem, Adding.ANY_ORDER)
     pays = is_bitwise or (mask.right is not None and problem.shape.group == 1 and Feature.SOFTCAP not in plain.features)
     has_last_tile = problem.layout is Layout.DENSE and not mask.bounds and mask.left is None and (mask.right or 0) >= 0
-    if pays and has_last_tile and ordered.division is Division.TURNS:
+    if pays and has_last_tile and ordered.division is Division.TURNS and Feature.DROPOUT not in ordered.features:
         return plain, replace(ordered, adding=Adding.ROUNDED)
     return (plain,)
 
@@ -185,12 +187,14 @@ def _divided(problem: Problem, adding: Adding) -> BackwardConfig:
     if max(dim, dim_v) == 128 and (Feature.BIAS in kinds or len(kinds) > 1):
         # The places of a bias, or two modifiers, do not fit beside dK and dV in one consumer (the compile gate).
         return replace(config, division=Division.PRODUCTS, keys=64)
-    if kinds:
-        return config  # three consumers have no registers for them
-    if max(dim, dim_v) == 64 and Feature.SOFTCAP not in features:
+    # of the modifiers, three consumers have registers for dropout alone, in bfloat16, where key tiles begin at a patch of draws
+    fits = not kinds or (kinds == {Feature.DROPOUT} and problem.dtype == torch.bfloat16 and Feature.KEY_START not in features)
+    if max(dim, dim_v) == 64 and fits and Feature.SOFTCAP not in features:
         # Over two consumers and 128 keys: 1.05 to 1.13 (H200, 1k and 16k, 2026-11-21). With a softcap's slope 160 registers spill
         # in the loop.
         return replace(config, division=Division.TURNS, keys=192, q_stages=3, do_stages=3)
+    if kinds:
+        return config
     if max(dim, dim_v) == 128 and adding is Adding.ORDER:
         # A tile that waits for another's dQ then holds up one consumer and not both: 1.02 to 1.06 over in step (H200, 1k and 16k,
         # 2026-11-21). In any order in step is better: 0.99 to 1.04.
@@ -214,8 +218,17 @@ def work_lines(problem: Problem) -> int:
     return shape.batch * -(-shape.seqlen_q // WORK_ROWS) * WORK_ROWS
 
 
+def bias_sums_shape(problem: Problem) -> tuple[int, ...]:
+    """Of the float32 sums of a bias's gradient, () without: the bias's own. In a fixed order every sequence and head has a plane
+    of its own, whose elements one thread adds to; planes are added up at the end."""
+    bias, shape = problem.score.bias, problem.shape
+    if bias is None or bias.gradients is Gradients.NONE:
+        return ()
+    planes = (shape.batch, shape.heads_q) if problem.reproducibility is Reproducibility.BITWISE else bias.shape[:2]
+    return (*planes, *bias.shape[2:])
+
+
 def workspace_bytes(problem: Problem) -> int:
     """dQ in float32, lse and D of each row, a mark for every 64 rows and a counter; the bias's gradient in float32."""
-    rows, bias = problem.shape.heads_q * work_lines(problem), problem.score.bias
-    sums = 0 if bias is None or bias.gradients is Gradients.NONE else math.prod(bias.shape)
-    return 4 * (rows * (problem.shape.head_dim + 2) + rows // 64 + 1 + sums)
+    rows, sums = problem.shape.heads_q * work_lines(problem), bias_sums_shape(problem)
+    return 4 * (rows * (problem.shape.head_dim + 2) + rows // 64 + 1 + (math.prod(sums) if sums else 0))

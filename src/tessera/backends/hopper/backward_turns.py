@@ -12,18 +12,25 @@ from tessera.backends.hopper.pieces.chain import chain_of
 from tessera.backends.hopper.pieces.channel import Ring
 from tessera.backends.hopper.pieces.gradients import (
     BARRIER_K,
+    derivatives,
+    drawn,
     issue_transposed,
+    kept_dp,
+    kept_p,
+    masks_of,
     meet,
     probabilities,
     row_values,
+    scaled_dv,
+    score_of_keys,
     store_gradient,
 )
 from tessera.backends.hopper.pieces.key_tiles import locate_keys
 from tessera.backends.hopper.pieces.masking import has_lower_bound
 from tessera.backends.hopper.pieces.row_ranges import cut_and_full, end_row, first_row, key_bounds, row_blocks
-from tessera.backends.hopper.pieces.softmax import to_16_bit, to_32_bit
+from tessera.backends.hopper.pieces.softmax import to_16_bit
 from tessera.backends.hopper.pieces.sums import Sums, add_part, adds_in_order, make_sums, row_block
-from tessera.backends.hopper.pieces.tiles import M, accumulator_layout, empty_accumulator, fresh_zero, matrix, operand_layout
+from tessera.backends.hopper.pieces.tiles import M, accumulator_layout, empty_accumulator, fresh_zero, has, matrix, operand_layout
 from tessera.jit.compat import (
     aggregate,
     fence_async_shared,
@@ -126,6 +133,12 @@ def _issue_dp(config: gl.constexpr, consumer: gl.constexpr, shared, v, n):
         return issue_transposed(matrix(shared.v.index(consumer + fresh_zero())), do)
 
 
+@gluon.constexpr_function
+def _products_apart(config):
+    """Whether dP begins when S has ended: both would not fit beside V, or beside what dropout draws."""
+    return config.keeps_v or has(config, "dropout")
+
+
 @gluon.jit
 def _block(
     config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, parts, score, own, n, row, block, state,
@@ -141,7 +154,7 @@ def _block(
     do = matrix(shared.do.index(do_slot))
     shared.q_stream.wait(n)
     s = issue_transposed(matrix(shared.k.index(consumer + fresh_zero())), q)
-    if config.keeps_v:
+    if _products_apart(config):
         s = warpgroup_mma_wait(0, deps=(s,))
     else:
         dp = _issue_dp(config, consumer, shared, v, n)
@@ -149,11 +162,14 @@ def _block(
     lse = row_values(shared.lse, q_slot, config.rows)
     p, weight = probabilities(config, score, s, lse, bounds, row, MASKED)
     p, weight = to_16_bit(p, dtype), to_16_bit(weight, dtype)  # in 32 bits it would spill beside dP
-    if config.keeps_v:
+    if _products_apart(config):
         dp = _issue_dp(config, consumer, shared, v, n)
+    kept = drawn(config, score, row)
     dp = warpgroup_mma_wait(0, deps=(dp,))
     d = row_values(shared.d, do_slot, config.rows)
-    ds = to_16_bit(to_32_bit(weight) * (dp - d[None, :]), dtype)
+    kept = masks_of(config, kept, dtype)
+    ds = to_16_bit(derivatives(weight, kept_dp(config, dp, kept), d), dtype)
+    p = kept_p(config, p, kept)
     dv = warpgroup_mma(gl.convert_layout(p, operand_layout(config.dim_v)), do, dv, is_async=True)
     _hand_over(config, consumer, parts, ds, n)
 
@@ -210,18 +226,19 @@ def _main_loop(config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, par
         for member in range(call.group):
             n = member * count
             block = row_block(call, tile, member, begin)
+            scored = score_of_keys(config, score, tile.seq, tile.head * call.group + member, first)
             for i in range(unseen):
                 _pass_over(config, consumer, dq_map, shared, parts, chain, n + i, row + i * rows, block + i)
             for i in range(unseen, unseen + cut):
                 at = row + i * rows
-                state = _block(config, consumer, dq_map, shared, parts, score, own, n + i, at, block + i, state, True)
+                state = _block(config, consumer, dq_map, shared, parts, scored, own, n + i, at, block + i, state, True)
             for i in range(unseen + cut, unseen + cut + full):
                 at = row + i * rows
-                state = _block(config, consumer, dq_map, shared, parts, score, own, n + i, at, block + i, state, False)
+                state = _block(config, consumer, dq_map, shared, parts, scored, own, n + i, at, block + i, state, False)
             if has_lower_bound(config):
                 for i in range(unseen + cut + full, seen_end):
                     at = row + i * rows
-                    state = _block(config, consumer, dq_map, shared, parts, score, own, n + i, at, block + i, state, True)
+                    state = _block(config, consumer, dq_map, shared, parts, scored, own, n + i, at, block + i, state, True)
                 for i in range(gl.maximum(seen_end, unseen), count):
                     _pass_over(config, consumer, dq_map, shared, parts, chain, n + i, row + i * rows, block + i)
     return state
@@ -232,7 +249,7 @@ def consumer_in_turn(config: gl.constexpr, consumer: gl.constexpr, dq_map, dk_ma
     tile = locate_keys(config, call, call.order.number)
     dk, dv = _main_loop(config, consumer, dq_map, shared, parts, score, call, tile)
     row = tile.first + consumer * M
-    store_gradient(dv_map, shared.v, consumer, dv, tile, row)  # nobody else reads these rows of V
+    store_gradient(dv_map, shared.v, consumer, scaled_dv(config, score, dv), tile, row)  # nobody else reads these rows of V
     meet("sync", BARRIER_K, 2 * config.keys)
     store_gradient(dk_map, shared.k, consumer, dk * score.factor, tile, row)
     tma_store_wait(0)

@@ -244,7 +244,6 @@ def _main_loop(me, tile, n, q_slot):
     row = tile.first + me.index * M
     share = share_of(me.config, me.call.band, tile, me.index)
     bounds = row_bounds(me.config, me.call.band, tile.seq, row)
-    me = _at_rows(me, tile, row)
     if has_unseen(me.config, me.index):
         n = _pass_over(me, n, share.unseen)
     q = query_tiles(me.shared.q, q_slot, me.config.keys, me.config.held)
@@ -341,12 +340,13 @@ def _attend(me, tile, n, turn, o_maps, lse_ptr):
     q_use = turn * me.config.consumers + me.index
     row = tile.first + me.index * M
     shared.q_ring.wait(q_use)
-    state, n = _main_loop(me, tile, n, _q_slot(me, q_use))
+    mine = _at_rows(me, tile, row)
+    state, n = _main_loop(mine, tile, n, _q_slot(me, q_use))
     shared.q_ring.release(q_use)  # every product with this Q is done
     if overlaps(me.config):
         o, p, m, l = state
         shared.v_stream.wait(n - 1)
-        o = issue_values(me, n - 1, as_operand(me.config, p), o)
+        o = issue_values(me, n - 1, as_operand(me.config, mine.score, p), o)
     else:
         o, m, l = state
 

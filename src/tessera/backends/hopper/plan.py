@@ -167,8 +167,11 @@ def _with_modifiers(pairs: ForwardConfig) -> ForwardConfig:
         return replace(pairs, keys=32 if narrow else 64, overlap=Overlap.NONE)
     if len(kinds) > 1:
         return replace(pairs, keys=64)
+    triples = replace(pairs, consumers=3, consumer_registers=160, producer_registers=32, overlap=Overlap.NONE)
+    if kinds == {Feature.DROPOUT} and even and widest == 64:
+        return triples
     if kinds == {Feature.BIAS} and even:
-        return replace(pairs, consumers=3, consumer_registers=160, producer_registers=32, overlap=Overlap.NONE, keys=64)
+        return replace(triples, keys=64)
     # P dies before the exponentials are taken: at d128 ALiBi 1.11 of none for 1.14, a bias of keys 1.23 for 1.28;
     # at d64 a bias of keys 1.59 for 1.46
     dies = widest == 128 and kinds & {Feature.ALIBI, Feature.BIAS_OF_KEYS}

@@ -98,7 +98,7 @@ def _overlapped_block(me, n, q, bounds, first_key, state, CUT: gl.constexpr):
     me.shared.k_stream.wait(n)
     take_turn(me.index)
     s = _issue_scores(me, n, q)
-    p = as_operand(me.config, p)
+    p = as_operand(me.config, me.score, p)
     me.shared.v_stream.wait(n - 1)
     products = issue_values(me, n - 1, p, o)
     pass_turn(me.index, me.config.consumers)
@@ -139,7 +139,7 @@ def _lone_block(me, n, q, bounds, first_key, state, CUT: gl.constexpr):
     o = _rescale_output(o, alpha)
     me.shared.v_stream.wait(n)
     p = rounded(me.config, p, kept, me.shared.v[0].dtype)
-    o = wait_for_values(issue_values(me, n, as_operand(me.config, p), o))
+    o = wait_for_values(issue_values(me, n, as_operand(me.config, me.score, p), o))
     me.shared.v_stream.release(n)
     return o, m, l
 

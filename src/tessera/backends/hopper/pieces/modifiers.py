@@ -7,7 +7,7 @@ The row maximum is taken of finished scores here; without modifiers it is taken 
 the exponentials (softmax.py).
 """
 
-from tessera.backends.hopper.pieces.dropout import Dropout, Plane
+from tessera.backends.hopper.pieces.dropout import Dropout, plane_of_keys, plane_of_rows
 from tessera.backends.hopper.pieces.epilogue import LOG2_E
 from tessera.backends.hopper.pieces.softmax import GROWTH, exp2
 from tessera.backends.hopper.pieces.tiles import M, accumulator_layout, has, has_bias, row_layout
@@ -189,7 +189,8 @@ def of_rows(config: gl.constexpr, modifiers, seq, head, row):
         inside = gl.minimum(rows, seq.q_rows - 1)
         bias = (RowBias(plane.of_head(seq, head) + inside * plane.row, seq.k_rows),)
     if has(config, "dropout"):
-        dropout = (Plane(modifiers.dropout[0], seq.number.to(gl.uint32), head.to(gl.uint32), row, _first_key(config, seq)),)
+        key = _first_key(config, seq)
+        dropout = (plane_of_rows(config, modifiers.dropout[0], seq.number.to(gl.uint32), head.to(gl.uint32), row, key),)
     return Modifiers(alibi, bias, dropout, ())
 
 
@@ -211,8 +212,8 @@ def of_keys(config: gl.constexpr, modifiers, seq, head, first):
     if has(config, "bias gradient"):
         dbias = (KeyBias(modifiers.dbias[0].of_head(seq, head), inside, modifiers.dbias[0].row, seq.q_rows),)
     if has(config, "dropout"):
-        number = seq.number.to(gl.uint32)
-        dropout = (Plane(modifiers.dropout[0], number, head.to(gl.uint32), first * 0, _first_key(config, seq) + first),)
+        key = _first_key(config, seq) + first
+        dropout = (plane_of_keys(config, modifiers.dropout[0], seq.number.to(gl.uint32), head.to(gl.uint32), key),)
     return Modifiers(alibi, bias, dropout, dbias)
 
 
