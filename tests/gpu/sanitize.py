@@ -70,6 +70,8 @@ FORWARD = (
     Case("three consumers, window", window=(1024, 0), seqlen_q=4000, seqlen_k=4000, **ALONE),
     *(Case(f"d{d}, window", head_dim=d, window=(100, 0), seqlen_q=300, seqlen_k=300, **ALONE) for d in (128, 192, 256)),
     Case("d192, full", head_dim=192, seqlen_q=300, seqlen_k=300, **ALONE),
+    Case("in pairs, by rows", head_dim=192, seqlen_q=1200, seqlen_k=1100, **ALONE),
+    Case("in pairs, by heads", head_dim=128, seqlen_q=4100, seqlen_k=6200, batch=1, heads_q=2, heads_kv=1, causal=True),
 )  # fmt: skip
 BACKWARD = (
     *(CASES[name] for name in ("gqa", "more queries, causal", "softcap", "sinks, window", "varlen, empty sequences")),
