@@ -40,6 +40,10 @@ def _outside(table: Tensor) -> Tensor:
     return table
 
 
+def _fp8(rows: Tensor) -> Tensor:
+    return rows.to(torch.float8_e4m3fn)
+
+
 # name: (the call, the error, the argument that the message begins with, what else it holds)
 BAD: dict[str, tuple[Callable[[], Any], type[Exception], str, tuple[str, ...]]] = {
     "q of 3 dims": (lambda: call(q=torch.zeros(2, 4, 16)), ValueError, "q=", ("(batch, seqlen_q, heads_q, head_dim)",)),
@@ -77,6 +81,11 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str, tuple[str, ...]]] 
     "v without k": (lambda: call(APPEND, k=None), ValueError, "v=", ("new keys",)),
     "k of another batch": (lambda: call(APPEND, k=torch.zeros(3, 2, 2, 16)), ValueError, "k=", ("(2, seqlen_new, 2, 16)",)),
     "k of another dtype": (lambda: call(APPEND, k=torch.Tensor.half), TypeError, "k=", ("float16",)),
+    "k in FP8 for a wide cache": (lambda: call(APPEND, k=_fp8, v=_fp8), TypeError, "k=torch.float8_e4m3fn", ("the cache",)),
+    "k in FP8, v not": (lambda: call(CacheCase("", new=2, scales="none"), k=_fp8), TypeError, "v=torch.float32", ("both",)),
+    "k in FP8, rotated": (
+        lambda: call(CacheCase("", new=2, scales="none", rotary_dim=16), k=_fp8, v=_fp8),
+        TypeError, "k=torch.float8_e4m3fn", ("rotated",)),
     "append to an expanded cache": (
         lambda: call(APPEND, k_cache=lambda x: x[:1].expand(2, -1, -1, -1)), ValueError, "k_cache.stride()=", ("share memory",)),
     "rotary without k": (

@@ -92,7 +92,7 @@ def attention_with_kvcache(
         cache_seqlens: int32 (batch,) on q's device: how many rows each sequence has in the cache before this call. Rows past
             them (and past the appended ones) may hold anything, NaN too.
         k, v: new rows (batch, seqlen_new, heads_kv, dim), packed like q if that is, written behind the cached ones before
-            anything is read. The caller advances cache_seqlens.
+            anything is read, in q's dtype or both as an FP8 cache keeps them. The caller advances cache_seqlens.
         page_table: int32 (batch, max_pages): page n of a sequence holds its rows from n * page_size on. Entries past a
             sequence's end may be anything.
         cache_batch_idx: int32 (batch,): each sequence's entry of a contiguous cache; None for its own number.
@@ -105,7 +105,7 @@ def attention_with_kvcache(
         window: (left, right), keys at most so far before and after that diagonal; None or -1 for no limit.
         softmax_scale, softcap, sinks: as in `attention`.
         k_descale, v_descale: float32 factors of FP8 values: (heads_kv,), (batch, heads_kv), or one a block of rows, (pages or
-            entries, blocks, heads_kv). None for 1. New rows are divided by them, saturated and rounded.
+            entries, blocks, heads_kv). None for 1. New rows in q's dtype are divided by them, saturated and rounded.
         num_splits: in how many parts each sequence's keys are read, None (or 0) for the planner's choice, as is `schedule`,
             "split" or "stream_k". The answer is the same to rounding.
         batch_invariant: a sequence's result has the same bits whatever the batch around it.

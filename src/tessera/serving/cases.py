@@ -26,6 +26,7 @@ class CacheCase:
     `lengths_q` packs the queries, and with `new` the new rows with them. `page_size` None is a contiguous cache. `memory`: how
     K and V lie, "apart", "beside" (one buffer, row by row; singleton dimensions with odd strides), "head_major", or "vllm" (both:
     a page's heads, rows, K and V). `scales`: of an FP8 cache, "head", "sequence", "block" or "none"; "" is a cache in q's dtype.
+    `rounded`: the new rows come as an FP8 cache keeps them.
     """
 
     name: str
@@ -52,6 +53,7 @@ class CacheCase:
     softcap: float = 0.0
     sinks: bool = False
     scales: str = ""
+    rounded: bool = False
     num_splits: int | None = None
     schedule: str | None = None
     batch_invariant: bool = False
@@ -148,9 +150,10 @@ class CacheCase:
 
     def _appending(self, request: CacheRequest, draw: _Draw, dim_v: int) -> CacheRequest:
         rows: tuple[int, ...] = (self.batch, self.new) if self.lengths_q is None else (sum(self.lengths_q),)
+        dtype = FP8 if self.rounded else draw.dtype
         request = request._replace(
-            k=draw.normal(*rows, self.heads_kv, self.head_dim),
-            v=None if self.latent else draw.normal(*rows, self.heads_kv, dim_v),
+            k=draw.normal(*rows, self.heads_kv, self.head_dim, dtype=dtype),
+            v=None if self.latent else draw.normal(*rows, self.heads_kv, dim_v, dtype=dtype),
         )
         if not self.rotary_dim:
             return request
@@ -287,6 +290,8 @@ _FP8 = (
     CacheCase("fp8, scales of blocks, contiguous", scales="block", capacity=128, cached=(100, 37)),
     CacheCase("fp8, append", scales="head", new=3, seqlen_q=3, page_size=16),
     CacheCase("fp8, append, blocks, packed", scales="block", new=1, lengths_q=(2, 1, 5), page_size=32),
+    CacheCase("fp8, append in fp8", scales="head", new=3, seqlen_q=3, page_size=16, rounded=True),
+    CacheCase("fp8, append in fp8, packed, beside", scales="block", new=1, lengths_q=(2, 1, 5), memory="beside", rounded=True),
     CacheCase("fp8, d128, window, sinks", scales="sequence", head_dim=128, window=(60, 0), sinks=True, seqlen_q=4, num_splits=3),
     CacheCase("fp8, rotary", scales="head", new=2, seqlen_q=2, rotary_dim=64, page_size=16),
     CacheCase("fp8, latent", scales="head", latent=True, head_dim=576, head_dim_v=512, heads_q=8, heads_kv=1, cached=(70, 33)),

@@ -276,13 +276,17 @@ def _check_append(request: CacheRequest, shape: Shape, layout: Layout, cache: Ca
             asked = f"({shape.batch}, seqlen_new" if layout is Layout.DENSE else f"({q.shape[0]}"
             why = "new rows come packed as q's do" if layout is Layout.VARLEN else "new rows are a batch like q's"
             raise bad_value(name, f"shape {tuple(new.shape)}", why, f"give {asked}, {shape.heads_kv}, {dim})")
-        if new.dtype != q.dtype:
-            raise bad_type(name, new.dtype, f"q is {q.dtype}", f"use {name}.to(q.dtype)")
+        if new.dtype not in (q.dtype, cache.dtype) or new.dtype != k.dtype:
+            why = f"q is {q.dtype}, the cache {cache.dtype}, k {k.dtype}"
+            raise bad_type(name, new.dtype, why, "give k and v in q's dtype, or both as the cache keeps them")
         _check_rows(name, new, q)
         if any(size > 1 and stride == 0 for size, stride in zip(stored.shape, stored.stride(), strict=True)):
             why = "its rows share memory, and new ones are written into it"
             raise bad_value(f"{name}_cache.stride()", stored.stride(), why, f"use {name}_cache.contiguous()")
-    return Append(k.shape[-3], _check_rotary(request, shape, cache))
+    rotary = _check_rotary(request, shape, cache)
+    if rotary is not None and k.dtype != q.dtype:
+        raise bad_type("k", k.dtype, "it is rotated before it is rounded for the cache", f"give it in {q.dtype}, and v with it")
+    return Append(k.shape[-3], k.dtype, rotary)
 
 
 def _check_rotary(request: CacheRequest, shape: Shape, cache: Cache) -> Rotary | None:

@@ -110,13 +110,16 @@ class Rotary:
 
 @dataclass(frozen=True)
 class Append:
-    """New rows for the cache, written in place before anything is read: `seqlen` a sequence, in packed form the total."""
+    """New rows for the cache, written in place before anything is read: `seqlen` a sequence, in packed form the total; of q's
+    dtype, or as the cache keeps them."""
 
     seqlen: int
+    dtype: torch.dtype
     rotary: Rotary | None = None
 
     def __str__(self) -> str:
-        return f"append {self.seqlen}" + (f" with {self.rotary}" if self.rotary else "")
+        stored = f" in {str(self.dtype).removeprefix('torch.')}" if self.dtype.itemsize == 1 else ""
+        return f"append {self.seqlen}{stored}" + (f" with {self.rotary}" if self.rotary else "")
 
 
 class Schedule(Enum):

@@ -85,6 +85,7 @@ FEATURES: tuple[CacheFeature, ...] = (
     _vary("Appending", "rotary, interleaved", new=1, rotary_dim=64),
     _vary("Appending", "rotary, halves, in part", new=1, rotary_dim=32, interleaved=False),
     _vary("Appending", "to an FP8 cache", new=1, scales="head"),
+    _vary("Appending", "to an FP8 cache, in FP8", new=1, scales="head", rounded=True),
     _vary("Appending", "to MLA's cache", new=1, **_LATENT),
     _vary("Masks and scores", "not causal", causal=False, seqlen_q=4),
     _vary("Masks and scores", "window", window=(16, 0)),

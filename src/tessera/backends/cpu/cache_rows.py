@@ -108,8 +108,8 @@ class CacheRows:
         return _bytes(cache)[self._places(span, positions)].view(cache.dtype).float()
 
     def _write(self, cache: Tensor, rows: Tensor, scales: Tensor | None, span: Span) -> None:
-        stored = rows.to(cache.dtype)
-        if self.problem.cache.is_quantised:
+        stored = rows
+        if rows.dtype != cache.dtype:
             limit = torch.finfo(cache.dtype).max
             unscaled = rows.float() if scales is None else rows.float() / scales
             stored = unscaled.clamp(-limit, limit).to(cache.dtype)

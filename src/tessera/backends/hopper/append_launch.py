@@ -36,15 +36,16 @@ def append_config(problem: CacheProblem) -> AppendConfig:
     """The configuration for a problem that appends."""
     shape, cache = problem.shape, problem.cache
     rotary = None if problem.append is None else problem.append.rotary
+    rounds = problem.append is not None and problem.append.dtype != cache.dtype
     wanted = {
         AppendFeature.INTERLEAVED: rotary is not None and rotary.style is RotaryStyle.INTERLEAVED,
         AppendFeature.HALVES: rotary is not None and rotary.style is RotaryStyle.HALVES,
         AppendFeature.PACKED: problem.layout is Layout.VARLEN,
         AppendFeature.PAGED: cache.pages is not None,
         AppendFeature.BATCH_INDEX: "cache_batch_idx" in problem.lengths,
-        AppendFeature.E4M3: cache.is_quantised,
-        AppendFeature.K_SCALES: cache.k_descale is not None,
-        AppendFeature.V_SCALES: cache.v_descale is not None,
+        AppendFeature.E4M3: rounds,
+        AppendFeature.K_SCALES: rounds and cache.k_descale is not None,
+        AppendFeature.V_SCALES: rounds and cache.v_descale is not None,
     }
     columns = max(32, 1 << (max(shape.head_dim, shape.head_dim_v) - 1).bit_length())
     return AppendConfig(columns, tuple(feature for feature, needed in wanted.items() if needed))
@@ -52,12 +53,14 @@ def append_config(problem: CacheProblem) -> AppendConfig:
 
 def append_spec(problem: CacheProblem) -> jit.KernelSpec:
     """The kernel for a problem: a function of its configuration and of its dtypes, and of nothing else."""
-    element, rotary = ELEMENTS[problem.dtype], None if problem.append is None else problem.append.rotary
+    element, append = ELEMENTS[problem.dtype], problem.append
     stored = "fp8e4nv" if problem.cache.is_quantised else element
+    new = element if append is None or append.dtype == problem.dtype else stored
+    rotary = None if append is None else append.rotary
     tables = "fp32" if rotary is None else _TABLES[rotary.dtype]
     arguments: dict[str, jit.Tiles | jit.Pointer | jit.Scalar] = {}
-    for name in ("q_ptr", "turned_ptr", "k_ptr", "v_ptr"):
-        arguments[name] = jit.Pointer(element, align=2)
+    arguments["q_ptr"] = arguments["turned_ptr"] = jit.Pointer(element, align=2)
+    arguments["k_ptr"] = arguments["v_ptr"] = jit.Pointer(new, align=1 if new == "fp8e4nv" else 2)
     arguments["k_cache"] = arguments["v_cache"] = jit.Pointer(stored, align=1)
     arguments["cos"] = arguments["sin"] = jit.Pointer(tables, align=2)
     arguments["k_scales"] = arguments["v_scales"] = jit.Pointer("fp32", align=4)

@@ -63,5 +63,5 @@ def _problem(
     pages = Pages(page_size, 16384 // page_size, 4096) if page_size else None
     cache = Cache(dtype, 0 if pages else 2, pages, Values.IN_KEYS if latent else Values.OWN)
     packed = ("cu_seqlens_q",) if layout is Layout.VARLEN else ()
-    append = Append(64) if lengths else None
+    append = Append(64, dtype) if lengths else None
     return CacheProblem(Shape(2, 64, 16384, *heads, *dims), dtype, score, cache, layout, mask, (*packed, *lengths), append)

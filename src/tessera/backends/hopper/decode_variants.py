@@ -36,7 +36,9 @@ def _of(problem: CacheProblem) -> Iterator[jit.Variant]:
     name = f"decode {element} {config.rows}x{config.keys} d{dims} {config.stages} stages {features}"
     yield jit.Variant(name, kernel_spec(config, problem.dtype), wgmma=False)
     if problem.append is not None:
-        yield jit.Variant(f"append {element} {append_config(problem)}", append_spec(problem), wgmma=False, setmaxnreg=False)
+        spec = append_spec(problem)
+        rows = dict(spec.arguments)["k_ptr"].element
+        yield jit.Variant(f"append {element} {rows} rows {append_config(problem)}", spec, wgmma=False, setmaxnreg=False)
 
 
 def _problems() -> Iterator[CacheProblem]:
