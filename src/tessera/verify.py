@@ -90,7 +90,7 @@ class Oracle:
         names, inputs = trainable(self.request)
         exact_inputs = trainable(self.exact)[1]
         refs, eagers = _gradients(*self.refs, dout, dlse, exact_inputs), _gradients(*self.eagers, dout, dlse, inputs)
-        stored = _gradients_of_stored_out(out, *self.refs, dout, exact_inputs)
+        stored = gradients_of_stored_out(out, *self.refs, dout, exact_inputs)
         rows, comparisons = self.refs[1].numel(), []
         terms = {"bias": rows * self.problem.shape.seqlen_k, "sinks": rows}
         for name, ref, eager, share in zip(names, refs, eagers, stored, strict=True):
@@ -140,7 +140,7 @@ def _noise_of_sums(terms: float, compute: torch.dtype) -> float:
     return 8 * torch.finfo(compute).eps * math.sqrt(terms)
 
 
-def _gradients_of_stored_out(stored: Tensor, out: Tensor, lse: Tensor, dout: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+def gradients_of_stored_out(stored: Tensor, out: Tensor, lse: Tensor, dout: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
     """What the rounding of the stored out does to the gradients through D = rowsum(dO * O): the same as a gradient -dD of lse.
 
     Every backward that recomputes P pays it. In a sum of few terms, as a sink's gradient is, eager's own error may by luck be

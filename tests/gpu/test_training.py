@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tessera import attention, attention_varlen
 from tessera.bench.gpt import GptShape, Recompute, Trainer
-from tessera.bench.learning import LearningOrder, exact_attention
+from tessera.bench.learning import LearningOrder, Lesson, exact_attention
 from tessera.integrations.checkpoint import contexts
 
 if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
@@ -160,8 +161,18 @@ def test_second_derivatives_are_refused_in_words() -> None:
         dq.float().sum().backward()
 
 
+class Beginning(Lesson):
+    """The first steps of a lesson of 300: the rate rises as slowly. (A lesson of 20 steps is at its full rate after two, and
+    there any rounding grows a hundredfold: 7e-4 nats between bfloat16 and float32 become 0.05 to 0.11, by luck.)"""
+
+    def rate_at(self, step: int) -> float:
+        return Lesson(self.shape, self.dtype, self.batch, 300, self.rate).rate_at(step)
+
+
 def test_a_model_learns_what_exact_attention_learns() -> None:
-    report = LearningOrder("cuda", "hopper", steps=20).course().run()
+    course = LearningOrder("cuda", "hopper").course()
+    lesson = course.lesson
+    report = replace(course, lesson=Beginning(lesson.shape, lesson.dtype, lesson.batch, 30, lesson.rate)).run()
     assert report.kernel.startswith("hopper ")
     assert report.curves[0].losses[-1] < report.curves[0].losses[0] - 1.5
     assert report.ok, (report.distance, report.allowed)

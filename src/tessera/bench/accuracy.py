@@ -21,6 +21,7 @@ from tessera.bench.peers import Sdpa, features, missing, through_autograd
 from tessera.mask import BOUNDS
 from tessera.operands import Request, bind
 from tessera.problem import Gradients, Layout, Problem
+from tessera.verify import gradients_of_stored_out
 
 MOST_QUERIES = 64
 """Up to so many queries beside a large cache its first and last entries are checked alone."""
@@ -44,7 +45,8 @@ class Standard:
     of a batch's `entries` alone where they are given, and of so many `heads`, the first query and key/value ones.
 
     `dout` is what the backward is to start from, None for a forward problem; `how` says in words how this was computed.
-    `eager`: the error of the same formula in the problem's dtype, for gradients.
+    `eager`: the error of the same formula in the problem's dtype, for gradients; and where the oracle sees the first rows under a
+    causal mask, what the rounding of the stored out does there, if it is more.
     """
 
     how: str
@@ -160,8 +162,10 @@ def _of_first_heads(request: Request, problem: Problem, groups: int) -> Standard
         torch.autograd.grad(reference.attention(part, operands, dtype)[0], leaves, dout[:1, :, :heads_q].to(dtype))
         for dtype in (torch.float64, problem.dtype)
     )
-    standard = replace(standard, results=exact, dout=dout)
-    return replace(standard, eager=max(worst_row(x, ref) for x, ref in zip(eager, exact, strict=True)))
+    out, lse = reference.attention(part, operands)
+    stored = gradients_of_stored_out(out.to(problem.dtype), out, lse, dout[:1, :, :heads_q], list(leaves))
+    off = (*zip(eager, exact, strict=True), *((ref + share, ref) for ref, share in zip(exact, stored, strict=True)))
+    return replace(standard, results=exact, dout=dout, eager=max(worst_row(x, ref) for x, ref in off))
 
 
 def _by_sdpa(request: Request, problem: Problem) -> Standard:

@@ -69,18 +69,16 @@ def _prepare(
     """Everybody's entry as far as it is known before the clock starts, and the calls of those who were right."""
     entries: dict[str, Entry] = {}
     calls: dict[str, Call] = {}
-    device, allowed = Device.of(request.q.device), allowed_error(problem, standard)
+    device = Device.of(request.q.device)
     for peer in contenders:
         why = peer.why_not(problem, device)
         if why is not None:
             entries[peer.name] = Entry(Outcome.REFUSED, note=why)
             continue
         try:
-            if isinstance(peer, Plain):
-                call, error = _first_run_of_plain(peer, request)
-            else:
-                call, results = _first_run(peer, request, problem, standard)
-                error = standard.error(results)
+            asked = _question(peer, request, problem, standard)
+            call, results = _first_run(peer, *asked)
+            error, allowed = asked[2].error(results), allowed_error(*asked[1:])
         except Exception as failure:  # a peer may raise anything; it costs the peer this cell
             entries[peer.name] = Entry(Outcome.FAILED, note=in_words(failure))
             continue
@@ -92,6 +90,15 @@ def _prepare(
     return entries, calls
 
 
+def _question(peer: Peer, request: Request, problem: Problem, standard: Standard) -> tuple[Request, Problem, Standard]:
+    """What a contender is asked, and judged by: the cell's question, or its own."""
+    if not isinstance(peer, Plain):
+        return request, problem, standard
+    asked = peer.asked(request)
+    own, _ = bind(asked)
+    return asked, own, standard_for(asked, own)
+
+
 def _first_run(peer: Peer, request: Request, problem: Problem, standard: Standard) -> tuple[Call, Sequence[Tensor]]:
     if standard.dout is None:
         forward = peer.forward(request, problem)
@@ -101,15 +108,6 @@ def _first_run(peer: Peer, request: Request, problem: Problem, standard: Standar
     if standard.rows < problem.shape.seqlen_q:  # checked with gradients for the last rows alone; timed with all of them
         backward = peer.backward(request, problem, incoming(request, problem))
     return backward, results
-
-
-def _first_run_of_plain(peer: Plain, request: Request) -> tuple[Call, float]:
-    """Its call, and its error by the standard of its own problem."""
-    asked = peer.asked(request)
-    problem, _ = bind(asked)
-    standard = standard_for(asked, problem)
-    call, results = _first_run(peer, asked, problem, standard)
-    return call, standard.error(results)
 
 
 def _result(cell: Cell, problem: Problem, how: str, entries: dict[str, Entry]) -> CellResult:
