@@ -259,6 +259,9 @@ def test_bench_shows_and_draws_what_was_measured_elsewhere(tmp_path: Path, capsy
     assert result.exit_code == 0, result.output
     assert "geometric mean: sdpa" in result.output
     assert picture.read_bytes().startswith(b"\x89PNG")
+    narrowed = invoke("bench", "--report", str(figures), "--grid", "cpu-quick", "-k", "d64")
+    assert "d64 causal, 256" in narrowed.output
+    assert "d64 causal, 256" not in invoke("bench", "--report", str(figures), "-k", "full").output
 
 
 @pytest.mark.parametrize("flags", [("paper", "--device", "cuda:99"), ("cpu", "--peers", "magic"), ("cpu", "-k", "no such cell")])

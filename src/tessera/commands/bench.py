@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tessera.bench import plots
 from tessera.bench.cells import Direction
-from tessera.bench.grids import Metric
+from tessera.bench.grids import Metric, grid_named
 from tessera.bench.report import Entry, Outcome, Report
 from tessera.bench.runner import CELL_LIMIT_S, Limits
 from tessera.bench.session import Order, quick_grid
@@ -33,7 +34,7 @@ def bench(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything that was measured here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the rates here, as PNG.")] = None,
     fa3_dir: Annotated[Path | None, typer.Option(help="A folder with FlashAttention-3's fa3.so.")] = None,
-    saved: Annotated[Path | None, typer.Option("--report", help="Measure nothing: show (and draw) what --json wrote.")] = None,
+    saved: Annotated[Path | None, typer.Option("--report", help="Measure nothing: show (and draw) what --json wrote, or a --grid of it.")] = None,
     rounds: Annotated[int | None, typer.Option(min=2, help="Turns that each contender takes; 5 on a GPU.")] = None,
     deadline: Annotated[float | None, typer.Option(help="Seconds after which no cell is begun.")] = None,
     cell_limit: Annotated[float, typer.Option(help="Seconds after which a cell is given up.")] = CELL_LIMIT_S,
@@ -71,7 +72,7 @@ def bench(
         )  # fmt: skip
         report = _measure(console, order, json_file)
     else:
-        report = screen.saved(Report.read, saved)
+        report = _narrowed(screen.saved(Report.read, saved), grid, only)
         console.print(f"[bold]{report.grid}[/]: {report.direction.value}, measured {report.date} on {report.device}")
     _show(console, report)
     if plot is not None and report.contenders:
@@ -98,6 +99,12 @@ def _measure(console: Console, order: Order, json_file: Path | None) -> Report:
             if json_file is not None:
                 report.write(json_file)
     return report
+
+
+def _narrowed(report: Report, grid: str | None, only: str) -> Report:
+    """The report's cells of that grid, with that in their names."""
+    wanted = {cell.name for cell in (grid_named(grid).cells() if grid else report.cells) if only in cell.name}
+    return replace(report, grid=grid or report.grid, cells=tuple(cell for cell in report.cells if cell.name in wanted))
 
 
 def _show(console: Console, report: Report) -> None:
