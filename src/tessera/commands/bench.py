@@ -34,7 +34,9 @@ def bench(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything that was measured here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the rates here, as PNG.")] = None,
     fa3_dir: Annotated[Path | None, typer.Option(help="A folder with FlashAttention-3's fa3.so.")] = None,
-    saved: Annotated[Path | None, typer.Option("--report", help="Measure nothing: show (and draw) what --json wrote, or a --grid of it.")] = None,
+    saved: Annotated[
+        Path | None, typer.Option("--report", help="Measure nothing: show (and draw) what --json wrote, or a --grid of it.")
+    ] = None,
     rounds: Annotated[int | None, typer.Option(min=2, help="Turns that each contender takes; 5 on a GPU.")] = None,
     deadline: Annotated[float | None, typer.Option(help="Seconds after which no cell is begun.")] = None,
     cell_limit: Annotated[float, typer.Option(help="Seconds after which a cell is given up.")] = CELL_LIMIT_S,
