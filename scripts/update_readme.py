@@ -138,15 +138,16 @@ def _beside_fa4(record: dict[str, Any], name: str) -> str:
 
 
 def _modifiers(*paths: Path) -> str:
-    """What each modifier of scores costs, forward and backward together, times of the same without; full and causal averaged."""
+    """What each modifier of scores costs, forward and backward together, times of the same without; full and causal averaged, or
+    the one that was timed both ways."""
     forward, backward = ({cell.name: cell for cell in Report.read(path).cells} for path in paths)
-    costs: dict[tuple[str, str], list[float]] = {}
+    costs: dict[tuple[str, str], dict[str, float]] = {}
     for name in forward.keys() & backward.keys():
-        dim, _, kind = family_of(name)[0].split(" ", 2) if family_of(name)[0].count(" ") > 1 else ("", "", "")
+        dim, mask, kind = family_of(name)[0].split(" ", 2) if family_of(name)[0].count(" ") > 1 else ("", "", "")
         times = [_medians(cell, ("tessera", "tessera-plain")) for cell in (forward[name], backward[name])]
         if kind and all(times):
             ours, plain = (sum(both) for both in zip(*times, strict=True))
-            costs.setdefault((kind, dim), []).append(ours / plain)
+            costs.setdefault((kind, dim), {})[mask] = ours / plain
     kinds, dims = sorted({kind for kind, _ in costs}), sorted({dim for _, dim in costs}, key=lambda dim: int(dim[1:]))
     files = " and ".join(f"`benchmarks/results/{path.name}`" for path in paths)
     head = (
@@ -155,7 +156,8 @@ def _modifiers(*paths: Path) -> str:
     )
     lines = [head, "", "| | " + " | ".join(dims) + " |", "|---" * (len(dims) + 1) + "|"]
     for kind in kinds:
-        shown = (f"{geomean(costs[kind, dim]):.2f}" if (kind, dim) in costs else "" for dim in dims)
+        found = [costs.get((kind, dim), {}) for dim in dims]
+        shown = (f"{geomean(x.values()):.2f}" + ("" if len(x) > 1 else f" ({next(iter(x))})") if x else "" for x in found)
         lines.append(f"| {kind} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
