@@ -33,6 +33,7 @@ check: test lint types rules gate
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check src tests scripts
+	$(BIN)/ruff format --check --quiet src tests scripts
 
 types: $(VENV)/.dev
 	$(BIN)/mypy
