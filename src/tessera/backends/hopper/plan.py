@@ -85,7 +85,7 @@ def _config_for(problem: Problem, keys: float, rows: int) -> ForwardConfig:
     """The configuration for `rows` rows that attend to `keys` keys on average."""
     alone = _config_alone(problem, keys)
     pairing = _pairing(alone)
-    if pairing is Pairing.ROWS and problem.shape.group % 2 == 0 and Feature.RIGHT in alone.features:
+    if pairing is Pairing.ROWS and problem.shape.group % 2 == 0 and _kind(alone) in HEADS_OF:
         pairing = Pairing.HEADS
     blocks = -(-rows // alone.rows)
     if pairing is None or (pairing is Pairing.ROWS and blocks % 2 == 1 and blocks < 100):  # half a pair is work for nothing
@@ -105,8 +105,10 @@ PAIRED_FROM = {
 """Keys a row from which pairs of programs pay, by head dims and whether rows end at a diagonal. Over single ones, in two runs:
 d192 full 1.01 from 1k to 16k, causal 1.00 at 4k, 1.01 at 8k, 1.01 to 1.02 at 16k; 192/128 full 1.01 at 4k and 8k, causal 1.00
 and 1.01; d128 causal 0.99 at 4k, 1.00 to 1.01 at 8k, 1.00 to 1.02 at 16k; d256 full 1.00 from 4k on, causal 0.99, 1.00, 1.02."""
+HEADS_OF = ((128, 128, True), (192, 192, True))
+"""Kinds of problems whose programs pair by heads: those that were run so."""
 HEADS_FROM = 4096
-"""The same by heads: d128 causal 0.98 at 1k, 0.99 at 2k, 1.00 at 4k, 1.01 to 1.02 at 8k, 1.02 at 16k."""
+"""Keys from which they do: d128 causal 0.98 at 1k, 0.99 at 2k, 1.00 at 4k, 1.01 to 1.02 at 8k, 1.02 at 16k."""
 
 
 def _kind(config: ForwardConfig) -> tuple[int, int, bool]:
