@@ -1,7 +1,7 @@
-"""Which tile of keys next: persistent programs draw numbers from a counter in the workspace, and their producer posts them.
+"""Which tile of keys next: a persistent program begins with the tile of its own number; the later ones it draws from a counter
+in the workspace, and its producer posts them.
 
-Every number is drawn, the first too: so whoever waits for a lower one (backward_writer.py) waits for a tile that is at work, or
-next after one with a lower number still.
+Nobody who adds in a fixed order draws (backward_writer.py): he may wait only for tiles that are certain to be at work.
 """
 
 from tessera.backends.hopper.pieces.channel import Ring, make_ring
