@@ -42,7 +42,7 @@ rules: $(VENV)/.dev
 	$(BIN)/python scripts/check_imports.py
 	$(BIN)/python scripts/size_report.py
 
-# Every variant under the Triton of the GPU figures; under the others that torch 2.11 to 2.15 bring, the plain forward at d128 on two
+# Every variant under the Triton of the GPU figures; under the others that torch 2.11 to 2.15 bring, the forward at d128 on two
 # consumers (on three it spills 24 instructions in its main loop under 3.7.1: LOG.md).
 # (`make gate-all`: everything everywhere. The backward spills 1 to 18 instructions in some main loops under 3.9: LOG.md.)
 gate: $(VENV)/.dev

@@ -46,6 +46,14 @@ def test_an_address_is_what_is_initialised():
     assert "add.u32 %r9, %r5, 0;" in found
 
 
+def test_a_place_in_the_source_may_stand_between_the_lines_of_a_mark():
+    """As from Triton 3.8 on."""
+    start = "@%p7 mbarrier.init.shared::cta.b64 [%r5], 2;\n"
+    text = marked("address", start).replace("\tmov.u32", "\t.loc\t4 94 12, inlined_at 3 101 13 // compat.py:94:12\n\tmov.u32")
+    assert text != marked("address", start)
+    assert "add.u32 %r9, %r5, 0;" in ptx.rewritten(text + "$L__BB0_7:\n", 128)
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

@@ -28,9 +28,8 @@ MEETING = "// tessera meets its cluster"
 POLICIES = {"evict_first": 0x12F0000000000000, "evict_last": 0x14F0000000000000}
 """What createpolicy.fractional gives for all of the bytes: ptxas folds it to these."""
 
-_STRETCH = re.compile(
-    rf"{BEGIN} (?P<words>[^\n]*)\n(?P<code>.*?)(?:{END}(?P<number>\s*mov\.u32 (?P<result>%r\d+), 0;)|(?={BEGIN})|\Z)", re.DOTALL
-)
+_NUMBER = r"(?P<number>\s*(?:\.loc[^\n]*\s*)?mov\.u32 (?P<result>%r\d+), 0;)"  # 3.8 on: each line of an asm has its .loc
+_STRETCH = re.compile(rf"{BEGIN} (?P<words>[^\n]*)\n(?P<code>.*?)(?:{END}{_NUMBER}|(?={BEGIN})|\Z)", re.DOTALL)
 _LABEL = re.compile(r"^\$L__BB\w+:", re.MULTILINE)
 _LOAD = re.compile(
     r"(?P<when>@!?%p\d+\s+)?cp\.async\.bulk\.tensor\.(?P<rank>\dd)\.shared::(?P<space>cta|cluster)\.global"
