@@ -5,6 +5,7 @@ Nobody who adds in a fixed order draws (backward_writer.py): he may wait only fo
 """
 
 from tessera.backends.hopper.pieces.channel import Ring, make_ring
+from tessera.backends.hopper.pieces.numbers import make_numbers, of_first_lane, read_number, write_number
 from tessera.backends.hopper.pieces.scheduler import take
 from tessera.jit.compat import aggregate, gl, gluon
 
@@ -30,34 +31,24 @@ class Draws:
     @gluon.jit
     def draw(self):
         """Producer: the next number (>= tiles: none is left)."""
-        drawn = gl.inline_asm_elementwise(
-            "shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;", "=r,r", [take(self.counter)], dtype=gl.int32, is_pure=False, pack=1
-        )
-        return drawn + gl.num_programs(0)
+        return of_first_lane(take(self.counter)) + gl.num_programs(0)
 
     @gluon.jit
     def post(self, turn, number):
         """Producer: this tile comes after the `turn`-th."""
         self.ring.acquire(turn)
-        zero = gl.full([1], 0, gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
-        self.numbers.index(self.ring.slot(turn)).store(zero + number)
+        write_number(self.numbers, self.ring.slot(turn), number)
         self.ring.publish(turn)
 
     @gluon.jit
     def read(self, turn):
-        """Consumer: the number of the tile after the `turn`-th, in every thread (shuffled: the compiler then knows it for a
-        scalar)."""
+        """Consumer: the number of the tile after the `turn`-th, in every thread."""
         self.ring.wait(turn)
-        posted = self.numbers.index(self.ring.slot(turn)).load(gl.BlockedLayout([1], [32], [4], [0]))
-        number = gl.inline_asm_elementwise(
-            "shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;", "=r,r", [gl.max(posted, axis=0)], dtype=gl.int32,
-            is_pure=False, pack=1,
-        )  # fmt: skip
+        number = read_number(self.numbers, self.ring.slot(turn))
         self.ring.release(turn)
         return number
 
 
 @gluon.jit
 def make_draws(counter, tiles, readers: gl.constexpr):
-    numbers = gl.allocate_shared_memory(gl.int32, [_SLOTS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    return Draws(counter, tiles, numbers, make_ring(_SLOTS, readers))
+    return Draws(counter, tiles, make_numbers(_SLOTS), make_ring(_SLOTS, readers))

@@ -25,6 +25,7 @@ from tessera.backends.hopper.pieces.cluster import (
     size_of,
 )
 from tessera.backends.hopper.pieces.kv_source import Sequence, dense_sequence, packed_sequence
+from tessera.backends.hopper.pieces.numbers import of_first_lane
 from tessera.backends.hopper.pieces.tiles import has, has_low_blocks
 from tessera.jit.compat import aggregate, gl, gluon
 
@@ -83,9 +84,7 @@ def take(counter):
 @gluon.jit
 def taken(config: gl.constexpr, schedule, answer):
     """The tile that `take` drew (>= tiles: none is left); the last draw of the launch resets the counter."""
-    number = gl.inline_asm_elementwise(
-        "shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;", "=r,r", [answer], dtype=gl.int32, is_pure=False, pack=1
-    )
+    number = of_first_lane(answer)
     if number == schedule.tiles - 1:
         gl.store(schedule.counter, 0)
     return number + gl.num_programs(0) // size_of(config)
