@@ -158,12 +158,11 @@ def _of_first_heads(request: Request, problem: Problem, groups: int) -> Standard
     if problem.gradients is Gradients.NONE:
         return replace(standard, results=(reference.attention(part, operands)[0],))
     dout = incoming(request, problem)
-    exact, eager = (
-        torch.autograd.grad(reference.attention(part, operands, dtype)[0], leaves, dout[:1, :, :heads_q].to(dtype))
-        for dtype in (torch.float64, problem.dtype)
-    )
+    seen = dout[:1, :, :heads_q]
     out, lse = reference.attention(part, operands)
-    stored = gradients_of_stored_out(out.to(problem.dtype), out, lse, dout[:1, :, :heads_q], list(leaves))
+    exact = torch.autograd.grad(out, leaves, seen.to(out.dtype), retain_graph=True)
+    stored = gradients_of_stored_out(out.to(problem.dtype), out, lse, seen, list(leaves))
+    eager = torch.autograd.grad(reference.attention(part, operands, problem.dtype)[0], leaves, seen)
     off = (*zip(eager, exact, strict=True), *((ref + share, ref) for ref, share in zip(exact, stored, strict=True)))
     return replace(standard, results=exact, dout=dout, eager=max(worst_row(x, ref) for x, ref in off))
 

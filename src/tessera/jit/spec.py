@@ -112,7 +112,7 @@ class KernelSpec:
     may not have waited (CUDA's programmatic dependent launch).
     `num_warps` is the default partition's, as in Gluon; a warp-specialised kernel's total comes with the binary.
     `cluster`: programs, neighbours along the grid's x, that run at the same time on SMs near each other and reach each other's
-    shared memory (compat.meet_cluster, arrive_at, tma_load_as); each is compiled like a program by itself.
+    shared memory (compat.meet_cluster, place_in, tma_load_as); each is compiled like a program by itself.
 
     Two specs are equal when `text` is: 1, 1.0 and True are different constants to a compiler, though not to Python.
     """
