@@ -3,11 +3,31 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+
+
+def run_together(jobs: Sequence[Callable[[], None]]) -> None:
+    """Every job in a thread of its own, at once; when all have ended, the first error of any of them is raised."""
+    errors: list[BaseException] = []
+
+    def one(job: Callable[[], None]) -> None:
+        try:
+            job()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=one, args=(job,)) for job in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
 
 
 class Cluster:
@@ -39,22 +59,8 @@ class Cluster:
         raise AssertionError("not in shared memory")
 
     def run(self, program: Callable[[int], None]) -> None:
-        """program(rank) of all ranks at once; the first error of any of them is raised."""
-        errors: list[BaseException] = []
-
-        def one(rank: int) -> None:
-            try:
-                program(rank)
-            except BaseException as error:
-                errors.append(error)
-
-        threads = [threading.Thread(target=one, args=(rank,)) for rank in range(self.size)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if errors:
-            raise errors[0]
+        """program(rank) of all ranks at once."""
+        run_together([partial(program, rank) for rank in range(self.size)])
 
 
 class Place:

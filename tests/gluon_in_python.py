@@ -18,11 +18,12 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
-from gluon_clusters import Cluster, Place, Words
+from gluon_clusters import Cluster, Place, Words, run_together
 from gluon_tensors import associative_scan, div_rn, mma_v2, unpack_e4m3
 from torch import Tensor
 
@@ -509,25 +510,16 @@ def _wait_for_products(left: int, deps: tuple[Product, ...]) -> Any:
 
 
 def _warp_specialize(partitions: list[tuple[Any, tuple[Any, ...]]], warps: list[int], registers: list[int]) -> None:
-    shared, errors = dict(vars(_here)), []
+    shared = dict(vars(_here))
 
     def run(function: Any, arguments: tuple[Any, ...], count: int) -> None:
         vars(_here).update(shared, threads=32 * count, products=[], stores=[])
-        try:
-            function(*arguments)
-            assert not _here.products, "a warpgroup ends with products under way"
-            assert not _here.stores, "a warpgroup ends with stores under way"
-        except BaseException as error:
-            errors.append(error)
+        function(*arguments)
+        assert not _here.products, "a warpgroup ends with products under way"
+        assert not _here.stores, "a warpgroup ends with stores under way"
 
     counts = [_here.threads // 32, *warps]
-    threads = [threading.Thread(target=run, args=(*part, n)) for part, n in zip(partitions, counts, strict=True)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
+    run_together([partial(run, *part, n) for part, n in zip(partitions, counts, strict=True)])
 
 
 def _language() -> ModuleType:
