@@ -11,10 +11,12 @@ import json
 import linecache
 import os
 import re
+import signal
 import subprocess
 import sys
+import tempfile
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -41,6 +43,7 @@ EXPLAINED = {
     ),
     "the posted tile, between the arrives and the waits of an mbarrier pair": (
         "board.entries.index(place).store(", "posted = board.entries.index(place).load(",
+        "self.numbers.index(self.ring.slot(turn)).store(", "posted = self.numbers.index(self.ring.slot(turn)).load(",
         "out = o * gl.convert_layout(factor, layout)",  # such a load too, but for the compiler's table of lines
     ),
     "MLA's factors, between the arrivals at a barrier and the wait for it": (
@@ -54,7 +57,6 @@ the source lines; both accesses of a hazard must be of one reason. (Gluon puts a
 _REPORT = re.compile(r"Race reported between (.*?)(?:\n=+ *\n|\Z)", re.DOTALL)
 _PLACE = re.compile(r"(?:Write|Read) access at \w+\+0x[0-9a-f]+ in (\S+\.py):(\d+)")
 ROOT = Path(__file__).resolve().parents[2]
-_SECONDS = 300
 GQA = {"heads_q": 16, "heads_kv": 4, "head_dim": 128}
 LATENT = {"latent": True, "head_dim": 576, "head_dim_v": 512, "heads_kv": 1}
 ALONE = {"batch": 1, "heads_q": 1, "heads_kv": 1}
@@ -77,12 +79,12 @@ BACKWARD = (
     *(CASES[name] for name in ("gqa", "more queries, causal", "softcap", "sinks, window", "varlen, empty sequences")),
     *(Case(f"d{d}, causal", head_dim=d, seqlen_q=330, seqlen_k=330, heads_kv=2, causal=True) for d in (128, 256)),
     *(Case(f"d{d}, varlen", head_dim=d, lengths_q=(100, 1, 230, 0), lengths_k=(100, 1, 230, 0), causal=True) for d in (128, 256)),
-    Case("more tiles than programs", batch=4, seqlen_q=300, seqlen_k=300, heads_q=24, heads_kv=8, head_dim=128, causal=True),
+    Case("more tiles than programs", batch=4, seqlen_q=300, seqlen_k=300, heads_q=24, heads_kv=12, head_dim=128, causal=True),
     Case("d128, window, gqa", head_dim=128, window=(100, 0), seqlen_q=330, seqlen_k=330, heads_q=4, heads_kv=2),
 )
 MODIFIERS = (
     *(CASES[name] for name in ("alibi", "dropout, causal, gqa", "bias", "varlen, softcap, alibi, dropout")),
-    *(Case(f"d{d}, dropout", head_dim=d, dropout_p=0.2, **PLANE) for d in (128, 256)),
+    *(Case(f"d{d}, dropout", head_dim=d, dropout_p=0.2, **PLANE) for d in (64, 128, 256)),
     Case("d128, bias", head_dim=128, bias=(1, 4, 200, 200), causal=True, **PLANE),
     Case("padding left, dropout", key_start=(30, 17), dropout_p=0.2, causal=True, **PLANE),
 )
@@ -117,6 +119,10 @@ MLA = (
     *(CACHE_CASES[name] for name in ("latent", "latent, pages, 3 queries", "latent, small")),
     CacheCase("latent, splits", cached=(530, 400), heads_q=128, seqlen_q=2, num_splits=3, **LATENT),
     CacheCase("latent, pages, splits", cached=(530, 400, 3), heads_q=128, page_size=64, num_splits=5, sinks=True, **LATENT),
+    *(
+        CacheCase(f"latent, tiles in pairs, {name}", cached=(900, 4150), heads_q=128, page_size=size, num_splits=1, **LATENT)
+        for name, size in (("contiguous", None), ("pages", 64))
+    ),
 )
 
 
@@ -201,25 +207,30 @@ def _source(path: str, number: str) -> str:
     return linecache.getline(str(here), int(number)).strip()
 
 
-def judge(tool: str, name: str, reports: Path | None) -> Verdict:
-    """Runs a family under a tool. Memory comes from the driver, tensor by tensor: what lies beside one is nobody's."""
+def judge(tool: str, name: str, seconds: float) -> tuple[Verdict, str]:
+    """Runs a family under a tool: the verdict, and what the tool said. Memory comes from the driver, tensor by tensor: what lies
+    beside one is nobody's."""
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "2000"]
     command += [sys.executable, __file__, "--child", name]
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": "1"}
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=_SECONDS)
-        report, status = done.stdout + done.stderr, done.returncode
-    except subprocess.TimeoutExpired as late:
-        report, status = f"{late.stdout}\nno end after {_SECONDS} s", 1
+    with tempfile.TemporaryFile("w+") as said:
+        run = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+        try:
+            status = run.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(run.pid, signal.SIGKILL)  # the tool's own child too
+            status = run.wait()
+            said.seek(0, os.SEEK_END)
+            said.write(f"\nno end after {seconds:g} s\n")
+        said.seek(0)
+        report = said.read()
     for folder in (ROOT, sys.prefix):  # a record names no machine's folders
         report = report.replace(f"{folder}/", "")
-    if reports is not None:
-        (reports / f"{tool} {name}.txt").write_text(report)
     ran = len(re.findall(r"^ran ", report, re.MULTILINE))
     explained, found = hazards(report)
-    if not found and (ran < len(FAMILIES[name].cases) or (status and not explained)):
-        found = tuple(report.splitlines()[-12:])
-    return Verdict(tool, name, ran, not found, dict(explained), found)
+    if ran < len(FAMILIES[name].cases) or (status and not explained and not found):
+        found = (*found, *report.splitlines()[-12:])
+    return Verdict(tool, name, ran, not found, dict(explained), found), report
 
 
 def main() -> int:
@@ -228,6 +239,7 @@ def main() -> int:
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES), metavar="NAME")
     parser.add_argument("--json", type=Path, help="write the verdicts")
     parser.add_argument("--reports", type=Path, help="a folder for what the tools said, in full")
+    parser.add_argument("--seconds", type=float, default=300, help="a family's time under one tool; then it is ended, and found")
     parser.add_argument("--compile", action="store_true", help="compile what is needed and end; needs no GPU")
     parser.add_argument("--child", choices=list(FAMILIES), help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -240,15 +252,18 @@ def main() -> int:
                 for spec in kernels(FAMILIES[name].request(case, "meta"), device))  # fmt: skip
     if asked.compile:
         return 0
-    if asked.reports is not None:
-        asked.reports.mkdir(parents=True, exist_ok=True)
+    verdicts = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        futures = [pool.submit(judge, tool, name, asked.reports) for tool, name in product(asked.tools, names)]
-        verdicts = []
-        for future in futures:
-            verdicts.append(future.result())
-            print(verdicts[-1], flush=True)
+        futures = [pool.submit(judge, tool, name, asked.seconds) for tool, name in product(asked.tools, names)]
+        for future in as_completed(futures):
+            verdict, report = future.result()
+            verdicts.append(verdict)
+            print(verdict, flush=True)
+            if asked.reports is not None:
+                asked.reports.mkdir(parents=True, exist_ok=True)
+                (asked.reports / f"{verdict.tool} {verdict.family}.txt").write_text(report)
     if asked.json is not None:
+        verdicts.sort(key=lambda verdict: (asked.tools.index(verdict.tool), names.index(verdict.family)))
         data = {"schema": 1, "kind": "sanitizer", "machine": asdict(machine.describe()), "verdicts": list(map(asdict, verdicts))}
         asked.json.write_text(json.dumps(data, indent=1) + "\n")
     return int(not all(verdict.clean for verdict in verdicts))
