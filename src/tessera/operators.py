@@ -6,7 +6,7 @@ come through here; the walk Request -> Problem, Operands -> Plan -> backend stan
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -54,6 +54,8 @@ def forward(request: Request, options: tuple[Hashable, ...] | None = None) -> tu
         return prepared.runner.forward(operands)
     _refuse_forward_mode(request)
     check_scalars(request)
+    if torch._C._are_functorch_transforms_active():
+        return _TransformedAttention.apply(request[TENSORS:], *request[:TENSORS])
     return torch.ops.tessera.forward(*request)
 
 
@@ -88,10 +90,13 @@ def _refuse_forward_mode(request: Request) -> None:
     for name in ("q", "k", "v", "bias", "sinks"):
         value = getattr(request, name)
         if value is not None and forward_ad.unpack_dual(value).tangent is not None:
-            raise NotImplementedError(
-                f"{name} carries a tangent: forward-mode differentiation (torch.func.jvp, make_dual) of tessera.attention is "
-                "not supported; use reverse mode, or torch's math SDPA"
-            )
+            raise NotImplementedError(_NO_FORWARD_MODE.format(name))
+
+
+_NO_FORWARD_MODE = (
+    "{} carries a tangent: forward-mode differentiation (torch.func.jvp, make_dual) of tessera.attention is not supported; use "
+    "reverse mode, or torch's math SDPA"
+)
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -155,7 +160,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.options = request[TENSORS:]
 
 
-def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(
+    ctx: Any, dout: Tensor | None, dlse: Tensor | None, backward: Callable[..., Any] | None = None
+) -> tuple[Tensor | None, ...]:
+    """The arguments' gradients. `backward`: what computes them, None for the operator, or it itself where nobody watches."""
     if dout is None and dlse is None:
         return (None,) * len(_NAMES)
     out, lse, *present = ctx.saved_tensors
@@ -163,8 +171,9 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[
     tensors: list[Any] = [next(saved) if is_present else None for is_present in ctx.is_present]
     request = Request._make((*tensors, *ctx.options))
     dout = torch.zeros_like(out) if dout is None else dout
-    watched = torch.is_grad_enabled() or torch.compiler.is_compiling() or not is_unwatched(dout, out, request.q)
-    backward = torch.ops.tessera.backward if watched else _backward
+    if backward is None:
+        watched = torch.is_grad_enabled() or torch.compiler.is_compiling() or not is_unwatched(dout, out, request.q)
+        backward = torch.ops.tessera.backward if watched else _backward
     dq, dk, dv, dbias, dsinks = backward(dout, dlse, out, lse, *request)
     gradients: dict[str, Tensor] = {"q": dq, "k": dk, "v": dv}
     if request.bias_requires_grad:
@@ -201,6 +210,49 @@ def _refuse_vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
         "torch.vmap over tessera.attention is not supported: attention has batch and head dimensions of its own; "
         "fold the mapped dimension into the batch"
     )
+
+
+def _refuse_jvp(ctx: Any, *tangents: Any) -> Any:
+    raise NotImplementedError(_NO_FORWARD_MODE.format("an input"))
+
+
+class _TransformedAttention(torch.autograd.Function):
+    """The operator's autograd under torch.func.grad and vjp, which take no other form than this, its context made afterwards."""
+
+    vmap, jvp = staticmethod(_refuse_vmap), staticmethod(_refuse_jvp)
+
+    @staticmethod
+    def forward(options: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        return _forward(*tensors, *options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        options, *tensors = inputs
+        _setup_context(ctx, (*tensors, *options), output)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        return (None, *_differentiate(ctx, dout, dlse, _transformed_backward)[:TENSORS])
+
+
+class _TransformedBackward(torch.autograd.Function):
+    """The backward under the same: a function of its own, so that a second derivative finds a refusal."""
+
+    vmap, jvp, backward = staticmethod(_refuse_vmap), staticmethod(_refuse_jvp), staticmethod(_refuse_double_backward)
+
+    @staticmethod
+    def forward(options: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        return _backward(*tensors, *options)  # type: ignore[arg-type]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Nothing is kept: there is no derivative of it."""
+
+
+def _transformed_backward(*arguments: Any) -> Any:
+    """`_backward`'s arguments, whose last are a Request's: its tensors, then its options."""
+    options = len(_NAMES) - TENSORS
+    return _TransformedBackward.apply(arguments[-options:], *arguments[:-options])
 
 
 for _name, _real, _fake in (("forward", _forward, _fake_forward), ("backward", _backward, _fake_backward)):

@@ -91,10 +91,30 @@ def test_forward_mode_is_refused() -> None:
             attention(q, k, dual)
 
 
-def test_functional_grad_is_refused() -> None:
-    q, k, v = small(requires_grad=False)
-    with pytest.raises((RuntimeError, NotImplementedError)):
-        torch.func.grad(lambda x: attention(x, k, v).sum())(q)
+@pytest.mark.parametrize("options", [{"causal": True}, {"softcap": 3.0, "window": (2, 1)}], ids=["causal", "window, softcap"])
+def test_functional_gradients(options: dict[str, Any]) -> None:
+    """torch.func.grad and vjp give what autograd gives; what they would compose to is refused in words."""
+    inputs = (*small(), leaf(5, 7), leaf(4))  # q, k, v, bias, sinks
+
+    def loss(*inputs: Tensor) -> Tensor:
+        q, k, v, bias, sinks = inputs
+        out, lse = attention(q, k, v, bias=bias, sinks=sinks, return_lse=True, **options)
+        return out.pow(2).sum() + lse.sin().sum()
+
+    plain = tuple(x.detach() for x in inputs)
+    wanted = torch.autograd.grad(loss(*inputs), inputs)
+    for found, expected in zip(torch.func.grad(loss, argnums=(0, 1, 2, 3, 4))(*plain), wanted, strict=True):
+        torch.testing.assert_close(found, expected)
+    found, pullback = torch.func.vjp(loss, *plain)
+    assert found == loss(*plain)
+    torch.testing.assert_close(pullback(torch.ones_like(found))[2], wanted[2])
+    for composed, words in (
+        (torch.func.hessian(loss), "carries a tangent"),
+        (torch.func.grad(lambda *x: torch.func.grad(loss)(*x).sum()), "second derivatives"),
+        (torch.func.jacrev(lambda *x: attention(*x[:3], **options)), "torch.vmap"),
+    ):
+        with pytest.raises(NotImplementedError, match=words):
+            composed(*plain)
 
 
 # Living in torch
