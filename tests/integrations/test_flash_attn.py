@@ -36,6 +36,11 @@ TAIL_2 = ("softmax_scale", "causal", "window_size", "softcap", "alibi_slopes", "
 SIGNATURES_2 = {
     "flash_attn_func": ("q", "k", "v", "dropout_p", *TAIL_2),
     "flash_attn_qkvpacked_func": ("qkv", "dropout_p", *TAIL_2),
+    "flash_attn_kvpacked_func": ("q", "kv", "dropout_p", *TAIL_2),
+    "flash_attn_varlen_qkvpacked_func": ("qkv", "cu_seqlens", "max_seqlen", "dropout_p", *TAIL_2),
+    "flash_attn_varlen_kvpacked_func": (
+        "q", "kv", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "dropout_p", *TAIL_2,
+    ),
     "flash_attn_varlen_func": (
         "q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "dropout_p", *TAIL_2, "block_table",
     ),
@@ -104,8 +109,20 @@ def test_the_second_one_has_alibi_and_dropout():
     seed = int(torch.randint(2**62, ()))
     assert torch.equal(dropped, tessera.attention(q, k, v, dropout_p=0.25, seed=seed))
     assert not torch.equal(dropped, flash2.flash_attn_func(q, k, v, 0.25))
+
+
+def test_the_second_ones_packed_forms():
     packed = torch.randn(2, 30, 3, 4, 16)
-    assert torch.equal(flash2.flash_attn_qkvpacked_func(packed, causal=True), tessera.attention(*packed.unbind(2), causal=True))
+    q, kv = packed[:, :, 0], packed[:, :, 1:]
+    options = {"softmax_scale": 0.3, "causal": True, "window_size": (9, 0), "softcap": 8.0, "alibi_slopes": torch.rand(4)}
+    expected = flash2.flash_attn_func(*packed.unbind(2), **options)
+    assert torch.equal(flash2.flash_attn_qkvpacked_func(packed, **options), expected)
+    assert torch.equal(flash2.flash_attn_kvpacked_func(q, kv, **options), expected)
+    offsets = int32(0, 25, 60)
+    total, q, kv = (x.flatten(0, 1) for x in (packed, q, kv))
+    expected = flash2.flash_attn_varlen_func(*total.unbind(1), offsets, offsets, **options)
+    assert torch.equal(flash2.flash_attn_varlen_qkvpacked_func(total, offsets, 35, **options), expected)
+    assert torch.equal(flash2.flash_attn_varlen_kvpacked_func(q, kv, offsets, offsets, 35, 35, **options), expected)
 
 
 def test_the_second_one_over_packed_sequences_and_pages():
