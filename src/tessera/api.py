@@ -70,6 +70,10 @@ def attention(
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **options: Unpack[DenseOptions]
 ) -> tuple[Tensor, Tensor]: ...
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool, **options: Unpack[DenseOptions]
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def attention(
@@ -156,6 +160,17 @@ def attention_varlen(
     return_lse: Literal[True],
     **options: Unpack[PackedOptions],
 ) -> tuple[Tensor, Tensor]: ...
+@overload
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    return_lse: bool,
+    **options: Unpack[PackedOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def attention_varlen(
@@ -366,7 +381,7 @@ def mask_of(causal: bool, window: Window | None, mask: Mask | None) -> Mask:
         whole = whole & Mask.causal()
     if window is not None:
         if not isinstance(window, tuple) or len(window) != 2:
-            raise bad_value("window", window, "a window has two sides", "give (left, right), None for no limit")
+            raise bad_value("window", window, "a window is a tuple of two sides", "give (left, right), None for no limit")
         left, right = (check_window_side(f"window[{side}]", value) for side, value in enumerate(window))
         whole = whole & Mask(left=left, right=right)
     return whole

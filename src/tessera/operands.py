@@ -216,11 +216,13 @@ def _check_agreement(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> None:
 def check_heads(shape: Shape, device_kind: str, limits: tuple[int, int] = (MAX_HEAD_DIM, MAX_HEAD_DIM)) -> None:
     """The numbers of heads go into each other; head_dim and head_dim_v keep to `limits`."""
     if shape.heads_kv == 0 or shape.heads_q % shape.heads_kv:
+        fits_as_heads = shape.seqlen_k > 0 and shape.seqlen_q % shape.seqlen_k == 0
         raise bad_value(
             "heads",
             f"{shape.heads_q} query, {shape.heads_kv} key/value",
             "each key/value head serves an equal number of query heads",
-            f"use {_nearest_divisor(shape.heads_q, shape.heads_kv)} key/value heads",
+            f"use {_nearest_divisor(shape.heads_q, shape.heads_kv)} key/value heads"
+            + (", or transpose(1, 2) what is (batch, heads, seqlen, head_dim)" if fits_as_heads else ""),
         )
     for name, dim, limit in zip(("head_dim", "head_dim_v"), (shape.head_dim, shape.head_dim_v), limits, strict=True):
         if not 1 <= dim <= limit:

@@ -95,6 +95,8 @@ TENSORS = (
     Bad("head_dim of k", lambda: dense(k=tensor(2, 6, 4, 16)), ValueError, "k=head_dim 16", ("8", "share one head_dim")),
     Bad("heads don't divide", heads(6, 4), ValueError, "heads=6 query, 4 key/value", ("equal number", "key/value heads")),
     Bad("more heads for k than q", heads(2, 4), ValueError, "heads=2 query, 4 key/value", ("use 2 key/value heads",)),
+    Bad("heads before rows", lambda: attention(tensor(2, 8, 100, 4), tensor(2, 2, 120, 4), tensor(2, 2, 120, 4)), ValueError,
+        "heads=100 query, 120 key/value", ("transpose(1, 2) what is (batch, heads, seqlen, head_dim)",)),
     Bad("no heads for k", heads(4, 0), ValueError, "heads=4 query, 0 key/value", ("use 1 key/value heads",)),
     Bad("head_dim 0", dims(0, 8), ValueError, "head_dim=0", ("1 to 256",)),
     Bad("head_dim 257", dims(257, 8), ValueError, "head_dim=257", ("256", "split the heads")),
@@ -130,6 +132,7 @@ MASKS = (
     Bad("window of bools", lambda: dense(window=(True, 0)), TypeError, "window[0]=True", ("int or None",)),
     Bad("window is an int", lambda: dense(window=128), ValueError, "window=128", ("(left, right)",)),
     Bad("window of three", lambda: dense(window=(1, 2, 3)), ValueError, "window=(1, 2, 3)", ("two sides",)),
+    Bad("window a list", lambda: dense(window=[4, 0]), ValueError, "window=[4, 0]", ("a tuple",)),
     Bad("Mask.window negative", lambda: Mask.window(0, -5), ValueError, "window[1]=-5", (">= 0",)),
 )  # fmt: skip
 SCORES = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -97,7 +98,10 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str, tuple[str, ...]]] 
     "rotary dtype": (lambda: call(APPEND, rotary_cos=torch.Tensor.half), TypeError, "rotary_cos=", ("float32",)),
     "rotary too short": (
         lambda: call(APPEND, rotary_cos=lambda x: x[:21], rotary_sin=lambda x: x[:21]),
-        ValueError, "cache_seqlens + new rows=22", ("21",)),
+        ValueError, "cache_seqlens + rows=22", ("21 positions",)),
+    "rotary too short for queries": (  # one row of the tables would turn all of them
+        lambda: call(replace(APPEND, seqlen_q=5, new=1), rotary_cos=lambda x: x[:21], rotary_sin=lambda x: x[:21]),
+        ValueError, "cache_seqlens + rows=25", ("21 positions",)),
     "scales of a wide cache": (lambda: call(k_descale=torch.ones(2)), ValueError, "k_descale=", ("float8_e4m3fn",)),
     "scales of 3 heads": (
         lambda: call(CacheCase("", scales="none"), k_descale=torch.ones(3)), ValueError, "k_descale=", ("(2,)", "blocks")),

@@ -67,6 +67,16 @@ def attention_with_kvcache(
     return_lse: Literal[True],
     **options: Unpack[CacheOptions],
 ) -> tuple[Tensor, Tensor]: ...
+@overload
+def attention_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor | None = None,
+    *,
+    cache_seqlens: Tensor,
+    return_lse: bool,
+    **options: Unpack[CacheOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def attention_with_kvcache(

@@ -6,7 +6,7 @@ to what is its own, and the two are merged by lse (Hydragen, arXiv 2402.05099; t
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -23,6 +23,32 @@ _REFUSED = {
     "rotary_cos": "the rows must be turned before both parts",
     "rotary_sin": "the rows must be turned before both parts",
 }
+
+
+@overload
+def attention_cascade(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor | None = None,
+    *,
+    shared_pages: int,
+    cache_seqlens: Tensor,
+    page_table: Tensor,
+    return_lse: Literal[False] = False,
+    **options: Any,
+) -> Tensor: ...
+@overload
+def attention_cascade(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor | None = None,
+    *,
+    shared_pages: int,
+    cache_seqlens: Tensor,
+    page_table: Tensor,
+    return_lse: Literal[True],
+    **options: Any,
+) -> tuple[Tensor, Tensor]: ...
 
 
 def attention_cascade(
@@ -59,7 +85,7 @@ def attention_cascade(
     if shared_pages == 0:
         return attention_with_kvcache(
             q, k_cache, v_cache, cache_seqlens=cache_seqlens, page_table=page_table, return_lse=return_lse, **options
-        )  # type: ignore[call-overload]
+        )
     prefix = shared_pages * k_cache.shape[1]
     first_own = min(shared_pages, page_table.shape[1] - 1)  # a table has a column, though nobody may have rows in it
     own = attention_with_kvcache(

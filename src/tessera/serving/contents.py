@@ -19,13 +19,13 @@ def check_contents(request: CacheRequest) -> None:
     """Raises ValueError that names the argument, the first offending sequence, its value and the limit."""
     if not reads_contents(request.q):
         return
-    lengths, new = request.cache_seqlens, _new_rows(request)
+    lengths, new, asked = request.cache_seqlens, *_row_counts(request)
     totals = lengths.long() + new
     table = request.page_table
     rows = request.k_cache.shape[1]
     capacity = rows if table is None else rows * table.shape[1]
-    _first_outside("cache_seqlens", lengths, 0, capacity, "rows that its cache holds")
-    _first_outside("cache_seqlens + new rows", totals, 0, capacity, "rows that its cache holds")
+    _check_range("cache_seqlens", lengths, capacity, f"has {capacity} rows in the cache")
+    _check_range("cache_seqlens + new rows", totals, capacity, f"has {capacity} rows in the cache")
     if request.cache_leftpad is not None:
         outside = (request.cache_leftpad < 0) | (request.cache_leftpad > lengths)
         if outside.any():
@@ -34,32 +34,37 @@ def check_contents(request: CacheRequest) -> None:
             why = f"sequence {b} has {limit} cached rows"
             raise bad_value("cache_leftpad", value, why, "it counts unused rows at the front: 0 to cache_seqlens")
     if request.rotary_cos is not None:
-        _first_outside("cache_seqlens + new rows", totals, 0, request.rotary_cos.shape[0], "positions in the tables")
+        turned = lengths.long() + torch.maximum(new, asked)
+        positions = request.rotary_cos.shape[0]
+        _check_range("cache_seqlens + rows", turned, positions, f"has {positions} positions in the rotary tables")
     if request.cache_batch_idx is not None:
         _check_entries(request.cache_batch_idx, new, request)
     if table is not None:
         _check_pages(table, totals, request)
 
 
-def _new_rows(request: CacheRequest) -> Tensor:
-    """How many rows each sequence appends, (batch,)."""
+def _row_counts(request: CacheRequest) -> tuple[Tensor, Tensor]:
+    """How many rows each sequence appends, and how many of q are its, (batch,) each."""
     starts = request.cu_seqlens_q
     if starts is not None:
         check_offsets("cu_seqlens_q", starts, request.q.shape[0])
+    asked = torch.full_like(request.cache_seqlens, request.q.shape[1]) if starts is None else starts.diff()
     if request.k is None:
-        return torch.zeros_like(request.cache_seqlens)
-    return torch.full_like(request.cache_seqlens, request.k.shape[1]) if starts is None else starts.diff()
+        return torch.zeros_like(request.cache_seqlens), asked
+    return torch.full_like(request.cache_seqlens, request.k.shape[1]) if starts is None else asked, asked
 
 
-def _first_outside(name: str, values: Tensor, least: int, most: int, why: str) -> None:
-    outside = (values < least) | (values > most)
+def _check_range(name: str, values: Tensor, most: int, why: str) -> None:
+    """Every sequence's value is 0 to `most`."""
+    outside = (values < 0) | (values > most)
     if outside.any():
         b = int(outside.nonzero()[0])
-        raise bad_value(name, int(values[b]), f"sequence {b} has {most} {why}", f"use {least} to {most}")
+        raise bad_value(name, int(values[b]), f"sequence {b} {why}", f"use 0 to {most}")
 
 
 def _check_entries(entries: Tensor, new: Tensor, request: CacheRequest) -> None:
-    _first_outside("cache_batch_idx", entries, 0, request.k_cache.shape[0] - 1, "as the cache's last entry")
+    count = request.k_cache.shape[0]
+    _check_range("cache_batch_idx", entries, count - 1, f"names no entry of the cache, which has {count}")
     written = entries[new > 0]
     if written.unique().numel() != written.numel():
         why = "two sequences would write into one entry"
