@@ -62,8 +62,10 @@ class Case:
         draw_on: torch.device | str = "cpu",
     ) -> Request:
         """The case's tensors and options. Inputs are N(0, 1), drawn on the CPU: the same on every device; benchmarks,
-        which need many, draw them elsewhere."""
-        generator = torch.Generator(draw_on).manual_seed(seed)
+        which need many, draw them elsewhere. On the meta device nothing is drawn."""
+        on_meta = torch.device(device).type == "meta"
+        draw_on = device if on_meta else draw_on
+        generator = None if on_meta else torch.Generator(draw_on).manual_seed(seed)
 
         def draw(shape: tuple[int, ...], like: torch.dtype = dtype) -> Tensor:
             drawn = torch.randn(shape, generator=generator, device=draw_on, dtype=torch.float32)
