@@ -1,7 +1,7 @@
 """compute-sanitizer over small cases of every family of kernels: python tests/gpu/sanitize.py (-h for its options)
 
-Each tool sees each family in a process of its own, side by side; ends with 1 if something was found. Not a pytest: it takes a
-minute, and most of a machine.
+Each tool sees each family in a process of its own, side by side, the GPUs in turns; ends with 1 if something was found. Not a
+pytest: it takes a minute, and most of a machine.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
-from itertools import product
+from itertools import cycle, product
 from pathlib import Path
 
 import torch
@@ -207,12 +207,12 @@ def _source(path: str, number: str) -> str:
     return linecache.getline(str(here), int(number)).strip()
 
 
-def judge(tool: str, name: str, seconds: float) -> tuple[Verdict, str]:
+def judge(tool: str, name: str, gpu: str, seconds: float) -> tuple[Verdict, str]:
     """Runs a family under a tool: the verdict, and what the tool said. Memory comes from the driver, tensor by tensor: what lies
     beside one is nobody's."""
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "2000"]
     command += [sys.executable, __file__, "--child", name]
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": gpu}
     with tempfile.TemporaryFile("w+") as said:
         run = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
         try:
@@ -231,6 +231,12 @@ def judge(tool: str, name: str, seconds: float) -> tuple[Verdict, str]:
     if ran < len(FAMILIES[name].cases) or (status and not explained and not found):
         found = (*found, *report.splitlines()[-12:])
     return Verdict(tool, name, ran, not found, dict(explained), found), report
+
+
+def _visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES may be, one at a time."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(i) for i in range(max(1, torch.cuda.device_count()))]
 
 
 def main() -> int:
@@ -252,9 +258,9 @@ def main() -> int:
                 for spec in kernels(FAMILIES[name].request(case, "meta"), device))  # fmt: skip
     if asked.compile:
         return 0
-    verdicts = []
+    verdicts, gpus = [], cycle(_visible_gpus())
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        futures = [pool.submit(judge, tool, name, asked.seconds) for tool, name in product(asked.tools, names)]
+        futures = [pool.submit(judge, tool, name, next(gpus), asked.seconds) for tool, name in product(asked.tools, names)]
         for future in as_completed(futures):
             verdict, report = future.result()
             verdicts.append(verdict)
