@@ -408,6 +408,8 @@ def _assembly(text: str, constraints: str, arguments: list[Any], dtype: Any, is_
         number, rows = re.search(r"and.b32 own, own, (\d+); mad.lo.u32 \$0, own, (\d+)", text).groups()
         lanes, (first,) = torch.arange(int(number) + 1) * int(rows), arguments
         return first + (lanes[:, None] if isinstance(first, Tensor) and first.dim() else lanes)
+    if text.startswith("mul.wide"):
+        return arguments[0].long() * int(arguments[1])
     if text.startswith("ld.global"):
         return _load(arguments[0])
     if "prefetch." in text:  # of what comes next, to L2

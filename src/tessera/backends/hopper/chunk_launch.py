@@ -218,6 +218,8 @@ class CacheRows(NamedTuple):
             head_stride = 8
         if (entry_stride | row_stride | head_stride) % 8 or cache.data_ptr() % 16:
             why, instead = "TMA reads rows and heads that lie 16 bytes apart", "pad the last dimension to a multiple of 8"
+        elif row_stride > 8 * FAR:
+            why, instead = "rows lie 2^33 elements apart at most", "allocate the pool as one tensor"
         elif row_stride <= 0 or entry_stride % row_stride or entry_stride // row_stride * entries > FAR:
             why, instead = "pages must lie a whole number of rows apart, 2^30 rows in all", "allocate the pool as one tensor"
         else:
