@@ -27,7 +27,7 @@ _INTEGERS = (
     "batch", "heads", "group", "seqlen_q", "splits", "lines", "left_reach", "right_reach", "capacity", "appended",
     "table_stride", "pages_per_sequence", "page_count", "page_size",
 )  # fmt: skip
-COMBINE_ROWS, COMBINE_COLUMNS, COMBINE_PARTS = 4, 128, 16
+COMBINE_ROWS, COMBINE_COLUMNS, COMBINE_PARTS = 4, 128, 32
 """Rows and columns of a program of combine.py, and parts that it reads at once at most."""
 
 
@@ -69,7 +69,7 @@ def combine_spec(splits: int, dtype: torch.dtype, sinks: str) -> jit.KernelSpec:
         "out": jit.Pointer(ELEMENTS[dtype]), "lse": jit.Pointer("fp32", align=4),
         **{name: jit.Scalar("i32") for name in ("lines", "splits", "heads", "seqlen_q", "width")},
     }  # fmt: skip
-    constants = {"ROWS": COMBINE_ROWS, "PARTS": parts, "AT_ONCE": min(parts, COMBINE_PARTS), "SINKS": sinks}
+    constants = {"ROWS": COMBINE_ROWS, "AT_ONCE": min(parts, COMBINE_PARTS), "SINKS": sinks}
     kernel = "tessera.backends.hopper.combine:combine"
     return jit.KernelSpec(kernel, tuple(arguments.items()), tuple(constants.items()), early=True)
 

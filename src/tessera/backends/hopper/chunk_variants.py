@@ -32,7 +32,7 @@ def variants() -> tuple[jit.Variant, ...]:
                 result.name.lower(), *(feature.value for feature in config.features),
             )  # fmt: skip
             found.setdefault(spec.text, jit.Variant(" ".join(words), spec))
-    for splits in (2, 8, 64, 256):
+    for splits in (2, 8, 64):
         spec = combine_spec(splits, torch.bfloat16, "packed rows" if splits == 8 else "none")
         found.setdefault(spec.text, jit.Variant(f"combine bf16 {splits} parts", spec, wgmma=False, setmaxnreg=False))
     return tuple(found.values())
