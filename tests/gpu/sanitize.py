@@ -42,8 +42,7 @@ EXPLAINED = {
         "elif divided_by(config, ",
     ),
     "the posted tile, between the arrives and the waits of an mbarrier pair": (
-        "board.entries.index(place).store(", "posted = board.entries.index(place).load(",
-        "self.numbers.index(self.ring.slot(turn)).store(", "posted = self.numbers.index(self.ring.slot(turn)).load(",
+        "numbers.index(place).store(", "posted = numbers.index(place).load(",
         "out = o * gl.convert_layout(factor, layout)",  # such a load too, but for the compiler's table of lines
     ),
     "MLA's factors, between the arrivals at a barrier and the wait for it": (
@@ -72,9 +71,11 @@ FORWARD = (
     Case("three consumers, window", window=(1024, 0), seqlen_q=4000, seqlen_k=4000, **ALONE),
     *(Case(f"d{d}, window", head_dim=d, window=(100, 0), seqlen_q=300, seqlen_k=300, **ALONE) for d in (128, 192, 256)),
     Case("d192, full", head_dim=192, seqlen_q=300, seqlen_k=300, **ALONE),
-    Case("in pairs, by rows", head_dim=192, seqlen_q=1200, seqlen_k=1100, **ALONE),
-    Case("in pairs, by heads", head_dim=128, seqlen_q=4100, seqlen_k=6200, batch=1, heads_q=2, heads_kv=1, causal=True),
 )  # fmt: skip
+PAIRS = (
+    Case("by rows", head_dim=192, seqlen_q=1200, seqlen_k=1100, **ALONE),
+    Case("by heads", head_dim=128, seqlen_q=4100, seqlen_k=6200, batch=1, heads_q=2, heads_kv=1, causal=True),
+)
 BACKWARD = (
     *(CASES[name] for name in ("gqa", "more queries, causal", "softcap", "sinks, window", "varlen, empty sequences")),
     *(Case(f"d{d}, causal", head_dim=d, seqlen_q=330, seqlen_k=330, heads_kv=2, causal=True) for d in (128, 256)),
@@ -156,6 +157,7 @@ class Family:
 
 FAMILIES = {
     "forward": Family(FORWARD),
+    "forward, in pairs": Family(PAIRS),
     "backward": Family(BACKWARD, with_gradients=True),
     "backward, deterministic": Family(BACKWARD, with_gradients=True, deterministic=True),
     "modifiers": Family(MODIFIERS),
@@ -228,8 +230,10 @@ def judge(tool: str, name: str, gpu: str, seconds: float) -> tuple[Verdict, str]
         report = report.replace(f"{folder}/", "")
     ran = len(re.findall(r"^ran ", report, re.MULTILINE))
     explained, found = hazards(report)
-    if ran < len(FAMILIES[name].cases) or (status and not explained and not found):
-        found = (*found, *report.splitlines()[-12:])
+    cases = FAMILIES[name].cases
+    if ran < len(cases) or (status and not explained and not found):
+        rest = _REPORT.sub("", report).splitlines()[-12:]
+        found = (*found, *([f"no end of {cases[ran].name}"] if ran < len(cases) else []), *rest)
     return Verdict(tool, name, ran, not found, dict(explained), found), report
 
 
