@@ -2,8 +2,9 @@
 
 Grids: decode (one query, GB/s of K and V), chunk (chunks of a prompt, TFLOP/s), latent (MLA's absorbed form).
 
-Every contender's calls are captured into a CUDA graph that goes through enough buffers to leave nothing in L2, and the graphs are
-replayed in turns (timing.py says why). The yardstick is a copy of 2 GB in the same turns: what the memory can move.
+Every contender's first result is compared with the plain formula's (cache_accuracy.py). Then its calls are captured into a CUDA
+graph that goes through enough buffers to leave nothing in L2, and the graphs are replayed in turns (timing.py says why). The
+yardstick is a copy of 2 GB in the same turns: what the memory can move.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tessera.api import warmup
+from tessera.bench import cache_accuracy
 from tessera.bench.flash_peers import load_fa3
 from tessera.bench.replay import replayable
 from tessera.bench.report import write_json
@@ -36,8 +38,8 @@ from tessera.serving.plan import CachePlan
 ROTATED_BYTES = 300 << 20
 """What a graph reads at least before it comes back to a buffer: several times L2."""
 COPIED_BYTES = 2 << 30
-Step = Callable[[int], object]
-"""A step reads buffer number i."""
+Step = Callable[[int], Tensor]
+"""A step reads buffer number i; out (batch, seqlen_q, heads_q, head_dim_v)."""
 
 
 @dataclass(frozen=True)
@@ -127,13 +129,14 @@ GRIDS = {"decode": cells, "chunk": chunk_cells, "latent": latent_cells}
 @dataclass
 class Caches:
     """A cell's tensors: `q`, and as many (k, v, page_table) as leave nothing in L2, cut from one large random tensor; v is None
-    where the values are columns of k."""
+    where the values are columns of k. `new`: the rows that a step appends, k and v, and the rotary tables, cosines and sines."""
 
     cell: Cell
     storage: Tensor
     q: Tensor = field(init=False)
     lengths: Tensor = field(init=False)
     buffers: list[tuple[Tensor, Tensor | None, Tensor | None]] = field(init=False)
+    new: tuple[Tensor, Tensor, Tensor] | None = field(init=False)
 
     def __post_init__(self) -> None:
         cell, device = self.cell, self.storage.device
@@ -153,18 +156,22 @@ class Caches:
         count = min(wanted, storage.numel() // (each * size))
         parts = storage[: each * size * count].view(count, each, *shape)
         self.buffers = [(part[0], part[1] if each == 2 else None, table) for part in parts]
+        rows, draw = (
+            (batch, cell.appended, cell.heads_kv, cell.head_dim),
+            partial(torch.randn, dtype=torch.bfloat16, device=device),
+        )
+        self.new = (draw(rows), draw(rows), draw(cell.capacity, cell.head_dim // 2)) if cell.appended else None
 
 
 def contenders(caches: Caches, fa3: Any | None) -> dict[str, Step]:
     """Everyone that serves the cell, by name."""
     cell, q, lengths = caches.cell, caches.q, caches.lengths
     options: CacheOptions = {"causal": True, "head_dim_v": cell.head_dim_v}
-    if cell.appended:
-        new = torch.randn(len(cell.lengths), cell.appended, cell.heads_kv, cell.head_dim, dtype=q.dtype, device=q.device)
-        angles = torch.randn(cell.capacity, cell.head_dim // 2, dtype=q.dtype, device=q.device)
-        options |= {"k": new, "v": new.clone(), "rotary_cos": angles, "rotary_sin": angles, "rotary_interleaved": False}
+    if caches.new is not None:
+        new_k, new_v, angles = caches.new
+        options |= {"k": new_k, "v": new_v, "rotary_cos": angles, "rotary_sin": angles, "rotary_interleaved": False}
 
-    def ours(i: int) -> object:
+    def ours(i: int) -> Tensor:
         k, v, table = caches.buffers[i]
         asked: CacheOptions = {**options, "page_table": table}
         return attention_with_kvcache(q, k, v, cache_seqlens=lengths, **asked)
@@ -194,23 +201,26 @@ def _fa3_step(caches: Caches, fa3: Any) -> Step:
     options = {"seqused_k": lengths, "scheduler_metadata": metadata, "num_splits": 0, "is_causal": causal}
     options["softmax_scale"] = cell.head_dim**-0.5
 
-    def step(i: int) -> object:
+    def step(i: int) -> Tensor:
         k, v, table = caches.buffers[i]
         paged = {} if table is None else {"page_table": table}
         if v is None:
-            return fa3.fwd(q[..., latent:], k[..., latent:], k[..., :latent], q_v=q[..., :latent], **options, **paged)
-        return fa3.fwd(q, k, v, **options, **paged)
+            results = fa3.fwd(q[..., latent:], k[..., latent:], k[..., :latent], q_v=q[..., :latent], **options, **paged)
+        else:
+            results = fa3.fwd(q, k, v, **options, **paged)
+        out: Tensor = results[0]
+        return out
 
     return step
 
 
-def _sdpa_step(caches: Caches, backend: SDPBackend, i: int) -> object:
+def _sdpa_step(caches: Caches, backend: SDPBackend, i: int) -> Tensor:
     k, v, _ = caches.buffers[i]
     values = k if v is None else v
     with sdpa_kernel(backend):
         return torch.nn.functional.scaled_dot_product_attention(
             caches.q.transpose(1, 2), k.transpose(1, 2), values.transpose(1, 2), enable_gqa=True
-        )
+        ).transpose(1, 2)
 
 
 @dataclass(frozen=True)
@@ -245,7 +255,7 @@ class Graph:
 
 @dataclass(frozen=True)
 class Timed:
-    """A cell's outcome by contender: microseconds a call, GB/s of K and V, TFLOP/s; why some could not run."""
+    """A cell's outcome by contender: microseconds a call, GB/s of K and V, TFLOP/s; why some could not run, or were wrong."""
 
     cell: str
     microseconds: dict[str, float]
@@ -265,8 +275,14 @@ def time_cell(cell: Cell, storage: Tensor, fa3: Any | None, rounds: int) -> Time
     steps = max(len(caches.buffers), min(60, math.ceil(2e-3 * 4e12 / cell.bytes)))
     graphs: dict[str, Graph] = {}
     absent: dict[str, str] = {}
+    standard = cache_accuracy.parts(caches)
     for name, step in contenders(caches, fa3).items():
         try:
+            out = step(0)
+            fault = next((fault for part in standard if (fault := part.fault(out)) is not None), None)
+            if fault is not None:
+                absent[name] = fault
+                continue
             graphs[name] = Graph.of(step, len(caches.buffers), steps)
         except Exception as error:
             absent[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
