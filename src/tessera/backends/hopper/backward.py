@@ -1,6 +1,6 @@
 """The backward pass on Hopper: FlashAttention-2's Algorithm 2 (arXiv 2307.08691), its warps specialised as FlashAttention-3's
-(arXiv 2407.08608, section 3.1). One program a tile of keys, a `producer` warp, two or three consumer warpgroups and a warp that
-writes dQ:
+(arXiv 2407.08608, section 3.1). One program a tile of keys, a `producer` warp, two or three consumer warpgroups and two warps
+that write dQ:
 
     producer    K, V, then for each block of rows that sees the tile: Q with lse, dO with D, by TMA into rings
     consumers   for each block of rows (of each query head that shares these keys):
@@ -13,7 +13,7 @@ writes dQ:
                     dQ   = dS K        to the writer
 
                 then dK and dV through shared memory and TMA to global memory
-    writer      dQ of each block, added in float32 to the workspace by TMA
+    writers     dQ of each block, added in float32 to the workspace by TMA
 
 Scores stand transposed so that P^T and dS^T are operands from registers, as wgmma leaves its results. How consumers share this
 work is backward_turns.py (head dim 64), backward_ahead.py (128; there a program takes tile after tile), backward_keys.py (both,
@@ -192,8 +192,9 @@ def attention_backward(
             (consumer_of_keys, (config, 0, dq_map, dk_map, dv_map, shared, halves, score, call)),
             (consumer_of_keys, (config, 1, dq_map, dk_map, dv_map, shared, halves, score, call)),
             (producer, (config, maps, stats_map, shared, call)),
-            (writer_of_dq, (config, dq_map, out, halves.sums, marks_ptr + 1, call)),
-        ], [4, 1, 1], [240, 24, 24])  # fmt: skip
+            (writer_of_dq, (config, 0, dq_map, out, halves.sums, marks_ptr + 1, call)),
+            (writer_of_dq, (config, 1, dq_map, out, halves.sums, marks_ptr + 1, call)),
+        ], [4, 1, 1, 1], [240, 24, 24, 24])  # fmt: skip
     elif divided_by(config, "keys, P ahead"):
         pair = make_pair(config, dq_map, dk_map)
         draws = make_draws(marks_ptr, tiles, config.consumers)
@@ -211,16 +212,18 @@ def attention_backward(
                 (consumer_in_turn, (config, 0, dq_map, dk_map, dv_map, shared, parts, score, call)),
                 (consumer_in_turn, (config, 1, dq_map, dk_map, dv_map, shared, parts, score, call)),
                 (producer, (config, maps, stats_map, shared, call)),
-                (writer_of_dq, (config, dq_map, out, parts.sums, marks_ptr + 1, call)),
-            ], [4, 1, 1], [240, 24, 24])  # fmt: skip
+                (writer_of_dq, (config, 0, dq_map, out, parts.sums, marks_ptr + 1, call)),
+                (writer_of_dq, (config, 1, dq_map, out, parts.sums, marks_ptr + 1, call)),
+            ], [4, 1, 1, 1], [240, 24, 24, 24])  # fmt: skip
         else:
             gl.warp_specialize([
                 (consumer_in_turn, (config, 0, dq_map, dk_map, dv_map, shared, parts, score, call)),
                 (consumer_in_turn, (config, 1, dq_map, dk_map, dv_map, shared, parts, score, call)),
                 (consumer_in_turn, (config, 2, dq_map, dk_map, dv_map, shared, parts, score, call)),
                 (producer, (config, maps, stats_map, shared, call)),
-                (writer_of_dq, (config, dq_map, out, parts.sums, marks_ptr + 1, call)),
-            ], [4, 4, 1, 1], [160, 160, 24, 24])  # fmt: skip
+                (writer_of_dq, (config, 0, dq_map, out, parts.sums, marks_ptr + 1, call)),
+                (writer_of_dq, (config, 1, dq_map, out, parts.sums, marks_ptr + 1, call)),
+            ], [4, 4, 1, 1, 1], [160, 160, 24, 24, 24])  # fmt: skip
     else:
         # Of the splits of the registers 208/208/72 is clean, 200/200/88 serialises the products (Triton 3.6, d256).
         exchange = make_exchange(config, dq_map, out_map)
@@ -230,5 +233,6 @@ def attention_backward(
             (consumer_of_dk, (config, dk_map, shared, exchange, score, call)),
             (consumer_of_dq, (config, dq_map, shared, exchange, score, call)),
             (producer, (config, maps, stats_map, shared, call)),
-            (writer_of_dq, (config, dq_map, out, exchange.sums, marks_ptr + 1, call)),
-        ], [4, 4, 1, 1], [208, 72, 24, 24])  # fmt: skip
+            (writer_of_dq, (config, 0, dq_map, out, exchange.sums, marks_ptr + 1, call)),
+            (writer_of_dq, (config, 1, dq_map, out, exchange.sums, marks_ptr + 1, call)),
+        ], [4, 4, 1, 1, 1], [208, 72, 24, 24, 24])  # fmt: skip
