@@ -43,6 +43,9 @@ class Overlap(Enum):
 
     WHOLE = "whole"
     """All of it: P of two blocks is alive at once."""
+    AT_ONCE = "whole, begun at once"
+    """The same, and P of blocks that no mask cuts is taken as S arrives, about the reference as it stands, with the row maxima
+    beside the exponentials; warps where a row has outgrown it take P anew. Wants registers for S and both P."""
     MAXIMA = "maxima"
     """The row maxima alone: P dies before the exponentials are taken, which fits 160 registers (three consumers)."""
     NONE = "no softmax of its own"

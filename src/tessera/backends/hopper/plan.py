@@ -149,6 +149,10 @@ def _config_alone(problem: Problem, keys: float) -> ForwardConfig:
     if widest <= 96 and keys > (2048 if ragged else 1536):
         # three over two: 1.06 at 2k, 1.07 at 4k and 16k full, 1.08 at 16k causal; 0.98 at 1k full, 0.97 at 2k causal
         return replace(triples, overlap=Overlap.NONE, stages=2)
+    if dims == dims_v == (128,):
+        # over P after the maxima: causal 1.02 at 1k and 2k, 1.03 to 1.04 at 4k and more, and full over three consumers 1.02; but
+        # d192 and d256 1.00, d64 0.97 to 0.99
+        return deepest(replace(pairs, overlap=Overlap.AT_ONCE))
     if widest <= 128 and keys > 1536 and not ragged:
         # three over two: 1.01 at 2k, 4k and 16k full; 0.94 at 1k full, 0.99 at 16k causal
         return deepest(replace(triples, overlap=Overlap.NONE))

@@ -115,6 +115,68 @@ def rescale(o, alpha):
 
 
 @gluon.constexpr_function
+def _anew_asm(n, pair):
+    """P and its sums of a warp's n scores a thread, unless every row of the warp has alpha 1.
+
+    Operands: n / 2 pairs of P and n sums out, all but the first four of them copies; the pairs and sums as they are in, the
+    first four tied; n each of S, the reference, alpha and the scale. Rows lie as in `_rescale_asm`.
+    """
+    sums, s = n // 2, 2 * (n // 2 + n)
+    shift, alpha, scale = s + n, s + 2 * n, s + 3 * n
+    lines = [
+        "{ .reg .pred same; .reg .f32 a, b, low, high;",
+        f"setp.eq.f32 same, ${alpha}, 0f3F800000;",
+        f"setp.eq.and.f32 same, ${alpha + 2}, 0f3F800000, same;",
+        "vote.sync.all.pred same, same, 0xffffffff;",
+        "@same bra DONE;",
+        f"neg.f32 low, ${shift};",
+        f"neg.f32 high, ${shift + 2};",
+    ]
+    for i in range(n // 2):
+        for j, x in enumerate("ab"):
+            total = f"${sums + 2 * (i % 2) + j}"
+            lines += [
+                f"fma.rn.f32 {x}, ${s + 2 * i + j}, ${scale}, {'high' if i % 2 else 'low'};",
+                f"ex2.approx.ftz.f32 {x}, {x};",
+                f"mov.f32 {total}, {x};" if i < 2 else f"add.f32 {total}, {total}, {x};",
+            ]
+        lines.append(f"cvt.rn.{pair}.f32 ${i}, b, a;")
+    return "\n".join([*lines, "DONE:", *(f"mov.f32 ${sums + i}, ${sums + i % 4};" for i in range(4, n)), "}"])
+
+
+@gluon.constexpr_function
+def _anew_constraints(n):
+    return ",".join(["=r"] * (n // 2) + ["=f"] * n + [str(i) for i in range(n // 2 + 4)] + ["f"] * (5 * n - 4))
+
+
+@gluon.jit
+def _any(a, b):
+    return a
+
+
+@gluon.jit
+def anew_where_moved(p, sums, s, m, alpha, scale):
+    """P (64, keys) in 16 bits and its partial sums, taken of S about an earlier reference: about m instead in warps where alpha
+    says that a row's has moved. What P held there does not matter; the others jump over it."""
+    keys: gl.constexpr = s.shape[1]
+    registers: gl.constexpr = keys // 2
+    grouped = gl.reshape(s, [M, keys // 8, 8])
+    layout: gl.constexpr = grouped.type.layout
+    rows: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, layout))
+    asm: gl.constexpr = _anew_asm(registers, "bf16x2" if p.dtype == gl.bfloat16 else "f16x2")
+    constraints: gl.constexpr = _anew_constraints(registers)
+    anew, copies = gl.inline_asm_elementwise(
+        asm, constraints,
+        [
+            gl.reshape(p, [M, keys // 8, 8]), gl.expand_dims(sums, 1), grouped,
+            gl.convert_layout(m, rows)[:, None, None], gl.convert_layout(alpha, rows)[:, None, None], scale,
+        ],
+        dtype=(p.dtype, gl.float32), is_pure=False, pack=registers,
+    )  # fmt: skip
+    return gl.convert_layout(gl.reshape(anew, [M, keys]), p.type.layout, assert_trivial=True), gl.reduce(copies, 1, _any)
+
+
+@gluon.constexpr_function
 def _boundary_asm(n):
     never = "0x7FC0DEAD"  # a NaN that no arithmetic makes
     lines = ["{ .reg .pred never;", f"WAIT: setp.eq.b32 never, ${n}, {never};"]

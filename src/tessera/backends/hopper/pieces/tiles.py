@@ -18,7 +18,12 @@ def has_bias(config):
 
 @gluon.constexpr_function
 def keeps_p_during_softmax(config):
-    return config.overlap is Overlap.WHOLE
+    return config.overlap in (Overlap.WHOLE, Overlap.AT_ONCE)
+
+
+@gluon.constexpr_function
+def takes_p_at_once(config, cut):
+    return config.overlap is Overlap.AT_ONCE and cut is None
 
 
 @gluon.constexpr_function
