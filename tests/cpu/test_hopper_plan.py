@@ -10,14 +10,15 @@ import pytest
 import torch
 
 import tessera
-from tessera import dispatch, jit
-from tessera.backends.hopper import HopperBackend, _compile_together
+from tessera import dispatch, jit, reference, verify
+from tessera.backends.hopper import HopperBackend, HopperRunner, _compile_together, without_scores
 from tessera.backends.hopper.backward_plan import backward_config, backward_family
 from tessera.backends.hopper.config import ForwardConfig, Pairing, Staging
 from tessera.backends.hopper.plan import LOW, SHARED_LIMIT, forward_config, forward_family, tall_blocks
-from tessera.cases import CASES
+from tessera.cases import CASES, Case
 from tessera.device import KNOWN_DEVICES
-from tessera.operands import describe
+from tessera.dispatch import Upstream
+from tessera.operands import bind, describe
 from tessera.problem import Problem
 
 H200 = KNOWN_DEVICES["h200"]
@@ -135,3 +136,41 @@ def test_low_tiles_end_the_grid_sooner(rows: int, heads: int) -> None:
     fewest = max(0, most - 2 * 132 // heads - 2)
     assert fewest <= tall <= most
     assert end(tall) == pytest.approx(min(map(end, range(fewest, most + 1))))
+
+
+NO_SCORES = (
+    CASES["no keys"],
+    Case("no keys, sinks", seqlen_k=0, sinks=True, query_end=(3, 90)),
+    Case("packed, no keys", lengths_q=(5, 0, 9), lengths_k=(0, 0, 0)),
+    Case("packed, no keys, sinks", lengths_q=(5, 0, 9), lengths_k=(0, 0, 0), sinks=True),
+)
+
+
+@pytest.mark.parametrize("spare", [0, 4], ids=["whole", "rows of no sequence"])
+@pytest.mark.parametrize("case", NO_SCORES, ids=lambda case: case.name)
+def test_without_keys_nothing_is_launched(case: Case, spare: int) -> None:
+    """out 0, lse the sink's logit, and the sink's gradient; packed rows of no sequence have none."""
+    request = case.request("cpu", torch.float32, requires_grad=True)
+    if spare and case.is_varlen:
+        request = request._replace(q=torch.cat((request.q, torch.randn(spare, *request.q.shape[1:]))).detach().requires_grad_())
+    problem, operands = bind(request)
+    runner = HopperRunner(problem, None, None)  # type: ignore[arg-type]
+    out, lse = runner.forward(operands)
+    ref_out, ref_lse = reference.attention(problem, operands)
+    assert torch.equal(out.double(), ref_out)
+    torch.testing.assert_close(lse.double(), ref_lse)
+    assert torch.equal(runner.output(operands), out)
+    dlse = torch.randn_like(lse)
+    found = runner.backward(operands, Upstream(out, lse, torch.randn_like(out), dlse))
+    if request.sinks is not None:
+        (wanted,) = verify._gradients(ref_out, ref_lse, torch.zeros_like(out), dlse, [request.sinks])
+        torch.testing.assert_close(found.dsinks, wanted)
+    assert not found.dq.any()
+
+
+def test_a_sequence_whose_rows_are_not_used_has_no_lse() -> None:
+    request = Case("", lengths_q=(5, 3), lengths_k=(0, 0), sinks=True).request("cpu", torch.float32)
+    problem, operands = bind(request)
+    used = torch.tensor([2, 3], dtype=torch.int32)
+    _, lse = without_scores(problem, operands.q, operands.sinks, (request.cu_seqlens_q, used))
+    assert lse.isfinite().all(dim=0).tolist() == [True, True, False, False, False, True, True, True]

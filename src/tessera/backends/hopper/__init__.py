@@ -119,12 +119,12 @@ class HopperRunner:
 
     def forward(self, operands: Operands) -> tuple[Tensor, Tensor]:
         if operands.q.numel() == 0 or operands.k.numel() == 0:
-            return without_scores(self.problem, operands.q, operands.sinks)
+            return self._without_scores(operands)
         return self.launch(operands)
 
     def output(self, operands: Operands) -> Tensor:
         if operands.q.numel() == 0 or operands.k.numel() == 0:
-            return without_scores(self.problem, operands.q, operands.sinks)[0]
+            return self._without_scores(operands)[0]
         return self.launch.output(operands)
 
     def backward(self, operands: Operands, upstream: Upstream) -> InputGradients:
@@ -134,14 +134,38 @@ class HopperRunner:
             raise ValueError("requires_grad=False: this plan has no backward; plan the problem with gradients")
         return self.gradients(operands, upstream)
 
+    def _without_scores(self, operands: Operands) -> tuple[Tensor, Tensor]:
+        lengths = operands.lengths
+        return without_scores(self.problem, operands.q, operands.sinks, (lengths.cu_seqlens_q, lengths.seqused_q))
 
-def without_scores(problem: Problem | CacheProblem, q: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(out, lse) of no queries, or no keys: zeros, and the sink's logit or -inf."""
+
+Sequences = tuple[Tensor | None, Tensor | None]
+"""Where packed sequences begin, and how many of their rows count: cu_seqlens_q and seqused_q."""
+
+
+def without_scores(
+    problem: Problem | CacheProblem, q: Tensor, sinks: Tensor | None, sequences: Sequences
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of no queries, or no keys: zeros, and the sink's logit or -inf, which packed rows of no sequence have too."""
     out = torch.zeros(problem.out_shape, dtype=problem.dtype, device=q.device)
     lse = torch.full(problem.lse_shape, float("-inf"), dtype=torch.float32, device=q.device)
-    if sinks is not None and problem.layout is Layout.DENSE:
-        lse = sinks.float()[:, None].expand(lse.shape).contiguous()
+    if sinks is not None:
+        lse = torch.where(_rows_held(problem, q, sequences), sinks.float()[:, None], lse)
     return out, lse
+
+
+def _rows_held(problem: Problem | CacheProblem, q: Tensor, sequences: Sequences) -> Tensor:
+    """bool, broadcastable to lse: the rows that some sequence holds. Looked up on the device."""
+    starts, used = sequences
+    if problem.layout is Layout.DENSE or starts is None:
+        return torch.ones((), dtype=torch.bool, device=q.device)
+    rows = torch.arange(q.shape[0], device=q.device)
+    number = torch.searchsorted(starts[1:].contiguous(), rows, right=True)
+    held = number < len(starts) - 1
+    if used is None or not len(used):
+        return held
+    number = number.clamp(max=len(used) - 1)
+    return held & (rows - starts[number] < used[number])
 
 
 def _without_derivatives(problem: Problem, operands: Operands, upstream: Upstream) -> InputGradients:
@@ -151,9 +175,12 @@ def _without_derivatives(problem: Problem, operands: Operands, upstream: Upstrea
     dbias = None if bias is None else torch.zeros(bias.shape, dtype=bias.dtype, device=bias.device)
     if sinks is None:
         return InputGradients(dq, dk, dv, dbias)
-    if upstream.dlse is None or problem.layout is Layout.VARLEN:
+    if upstream.dlse is None:
         return InputGradients(dq, dk, dv, dbias, torch.zeros_like(sinks))
-    return InputGradients(dq, dk, dv, dbias, upstream.dlse.sum(dim=(0, 2)).to(sinks.dtype))
+    lengths = operands.lengths
+    held = _rows_held(problem, operands.q, (lengths.cu_seqlens_q, lengths.seqused_q))
+    of_rows = torch.where(held, upstream.dlse, 0.0).movedim(-2, 0)  # heads first
+    return InputGradients(dq, dk, dv, dbias, of_rows.flatten(1).sum(dim=1).to(sinks.dtype))
 
 
 BACKEND = HopperBackend()

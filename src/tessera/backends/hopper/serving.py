@@ -106,7 +106,7 @@ class HopperServingRunner:
         if self.append is not None and operands.k_cache.numel() > 0:
             operands = self.append.run(operands)
         if operands.q.numel() == 0 or operands.k_cache.numel() == 0 or self.problem.shape.seqlen_k == 0:
-            return without_scores(self.problem, operands.q, operands.sinks)
+            return without_scores(self.problem, operands.q, operands.sinks, (operands.cu_seqlens_q, None))
         return self.launch.run(operands)
 
 
