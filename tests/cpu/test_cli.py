@@ -65,6 +65,18 @@ def test_doctor_for_programs():
     assert all(entry["works"] or entry["detail"] for entry in found.values())
 
 
+def test_doctor_empties_the_cache_of_kernels(monkeypatch, tmp_path):
+    monkeypatch.setenv("TESSERA_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("TESSERA_CACHE", raising=False)
+    (tmp_path / "v1").mkdir()
+    (tmp_path / "v1" / "a.bin").write_bytes(b"a kernel")
+    shown, emptied = (" ".join(invoke("doctor", *options).output.split()) for options in ((), ("--clear-cache",)))
+    assert "1 kernels" in shown
+    assert "--clear-cache" in shown
+    assert "1 removed" in emptied
+    assert not list((tmp_path / "v1").iterdir())
+
+
 def test_doctor_sees_a_wrong_backend(monkeypatch):
     right = operators.forward
     monkeypatch.setattr(operators, "forward", lambda request: (right(request)[0] * 1.001, right(request)[1]))

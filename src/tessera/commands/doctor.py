@@ -51,14 +51,19 @@ class Finding:
 
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+    clear: Annotated[bool, typer.Option("--clear-cache", help="Remove the compiled kernels on disk first.")] = False,
 ) -> None:
     """Say what is installed here, and which backends work, and why the others do not.
 
     Each backend that can run here computes two small problems, which are compared with the float64 oracle: attention, and a step
     over a KV cache. The exit code is 0 when at least one backend gave the right answers and none a wrong one.
 
+    GPU kernels are compiled at their first use and kept on disk: in the folder that TESSERA_CACHE_DIR names (by default
+    ~/.cache/tessera), or nowhere with TESSERA_CACHE=0. It may be shared by processes, and removed at any time.
+
     Example:  tessera doctor --json | jq .backends
     """
+    removed = jit.clear_cache() if clear else None
     here = machine.describe()
     findings = examine()
     cache = jit.cache_info()
@@ -68,7 +73,7 @@ def doctor(
         backends = [finding.to_json() for finding in findings]
         screen.print_json({"ok": ok, "machine": asdict(here), "cache": asdict(cache), "backends": backends})
     else:
-        _show(here, findings, str(cache))
+        _show(here, findings, f"{cache}; " + ("empty it with --clear-cache" if removed is None else f"{removed} removed"))
     raise typer.Exit(0 if ok else 1)
 
 

@@ -140,8 +140,16 @@ def clear() -> int:
 
 def info() -> Info:
     """Where the cache lies, and what it holds."""
-    sizes = [path.stat().st_size for path in (cache_root() / LAYOUT).glob("*.bin")]
+    sizes = [size for path in (cache_root() / LAYOUT).glob("*.bin") if (size := _size(path)) is not None]
     return Info(str(cache_root()), enabled(), len(sizes), sum(sizes))
+
+
+def _size(path: Path) -> int | None:
+    """None where another process has just removed it."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return None
 
 
 def _path(key: str, suffix: str) -> Path:
