@@ -216,7 +216,7 @@ def _check_agreement(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> None:
 def check_heads(shape: Shape, device_kind: str, limits: tuple[int, int] = (MAX_HEAD_DIM, MAX_HEAD_DIM)) -> None:
     """The numbers of heads go into each other; head_dim and head_dim_v keep to `limits`."""
     if shape.heads_kv == 0 or shape.heads_q % shape.heads_kv:
-        fits_as_heads = shape.seqlen_k > 0 and shape.seqlen_q % shape.seqlen_k == 0
+        fits_as_heads = shape.seqlen_q < shape.heads_q and shape.seqlen_k > 0 and shape.seqlen_q % shape.seqlen_k == 0
         raise bad_value(
             "heads",
             f"{shape.heads_q} query, {shape.heads_kv} key/value",
