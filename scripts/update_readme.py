@@ -120,8 +120,10 @@ def benchmarks() -> str:
     for direction in ("forward", "backward"):
         for path in sorted(RESULTS.glob(f"{direction}_*.json"))[-1:]:
             parts.append(_beside_peers(Report.read(path), path.name))
-    for path in sorted(RESULTS.glob("fa4-*.json")):
-        parts.append(_beside_fa4(json.loads(path.read_text()), path.name))
+    for peer, about in ALONE.items():
+        parts += [
+            _beside(peer, about, json.loads(path.read_text()), path.name) for path in sorted(RESULTS.glob(f"{peer}-*.json"))
+        ]
     for path in sorted(RESULTS.glob("modifiers-forward_*.json"))[-1:]:
         parts.append(_modifiers(path, path.with_name(path.name.replace("forward", "backward"))))
     for path in sorted(RESULTS.glob("host_*.json"))[-1:]:
@@ -129,12 +131,17 @@ def benchmarks() -> str:
     return "\n\n".join(parts) or "Nothing measured yet."
 
 
-def _beside_fa4(record: dict[str, Any], name: str) -> str:
-    """One sentence of a report of the bench: FlashAttention-4 brings its own compiler and is timed in a run of its own."""
-    ratios = {c["name"]: c["entries"]["fa4"]["speedup"]["median"] for c in record["cells"] if c["entries"]["fa4"]["speedup"]}
+ALONE = {"fa4": "FlashAttention-4 (CuTe DSL)", "flex": "FlexAttention (torch.compile)"}
+"""Peers that bring a compiler of their own and are timed in runs of their own."""
+
+
+def _beside(peer: str, about: str, record: dict[str, Any], name: str) -> str:
+    """One sentence of a report of the bench on such a peer."""
+    entries = {cell["name"]: cell["entries"].get(peer) for cell in record["cells"]}
+    ratios = {cell: entry["speedup"]["median"] for cell, entry in entries.items() if entry and entry["speedup"]}
     cells = ", ".join(f"{cell} {ratio:.2f}" for cell, ratio in ratios.items())
-    mean = record["summary"]["geomean_speedup"]["fa4"]
-    return f"Beside FlashAttention-4 (CuTe DSL), {record['direction']}, mean {mean:.3f}: {cells} (`benchmarks/results/{name}`)."
+    mean = record["summary"]["geomean_speedup"][peer]
+    return f"Beside {about}, {record['direction']}, mean {mean:.3f}: {cells} (`benchmarks/results/{name}`)."
 
 
 def _modifiers(*paths: Path) -> str:

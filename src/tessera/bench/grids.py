@@ -189,6 +189,24 @@ _GRIDS = (
         "cuda",
     ),
     Grid(
+        "variants",
+        "what FlexAttention is used for: a diagonal, windows, softcap, ALiBi, a bias, grouped queries; d 64 and 128, bf16",
+        tuple(
+            square(dim, seqlen, TOKENS // seqlen, 2048 // dim, **options)
+            for dim in (128, 64)
+            for seqlen, options in (
+                (4096, {"causal": True}),
+                (16384, {"window": (1024, 0)}),
+                (4096, {"causal": True, "softcap": 20.0}),
+                (4096, {"causal": True, "alibi": "head"}),
+                (4096, {"bias": (1, 2048 // dim, 4096, 4096)}),
+                (4096, {"causal": True, "heads_kv": 512 // dim}),
+            )
+        ),
+        torch.bfloat16,
+        "cuda",
+    ),
+    Grid(
         "varlen",
         "packed sequences of 64 to 4096 tokens, 16384 in all, d 128, 16 heads and 32 over 8, bf16",
         tuple(
