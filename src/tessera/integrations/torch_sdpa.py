@@ -1,6 +1,6 @@
 """torch's scaled_dot_product_attention, by its signature, on this package's attention: change the import and keep the calls.
 
-    from tessera.integrations.sdpa import scaled_dot_product_attention
+    from tessera.integrations.torch_sdpa import scaled_dot_product_attention
 
 A call means what it means there (heads before rows, a causal mask aligned to the first key), but that a row with nothing to
 attend to is 0 and never NaN. docs/replacing.md has the same calls in this package's own terms.

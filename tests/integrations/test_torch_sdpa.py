@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import tessera
-from tessera.integrations.sdpa import scaled_dot_product_attention
+from tessera.integrations.torch_sdpa import scaled_dot_product_attention
 
 
 def heads(*shape: int) -> Tensor:
