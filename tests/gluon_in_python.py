@@ -575,6 +575,8 @@ def _compat() -> ModuleType:
         **dict.fromkeys(("barrier", "fence_async_shared", "let_next_begin", "wait_for_previous"), lambda: None),
         init_for_cluster=_init_for_cluster, place_in=lambda rank, address: address.of(rank), send_in_cluster=Place.send,
         arrive_in_cluster=lambda place: place.bar().arrive(), meet_cluster=lambda: _here.cluster.meet(),
+        arrive_after_writes=lambda place: [place.bar().arrive() for _ in range(_here.threads // 32)],
+        await_writes=lambda bar: bar.wait(0),
         mma_v2=mma_v2, warpgroup_mma=_issue, warpgroup_mma_wait=_wait_for_products,
     )  # fmt: skip
     return compat

@@ -21,6 +21,11 @@ LATENT = {"latent": True, "head_dim": 576, "head_dim_v": 512, "heads_kv": 1}
 MORE = (
     CacheCase("chunk in splits", cached=(300, 1095, 10), seqlen_q=64, heads_q=8, head_dim=128, num_splits=3),
     CacheCase("chunk in splits of pages", cached=(500, 95), seqlen_q=40, heads_q=8, head_dim=128, num_splits=4, page_size=16),
+    CacheCase("chunk in halves", cached=(300, 1095, 10, 0), seqlen_q=64, heads_q=8, head_dim=128, num_splits=2),
+    CacheCase("chunk in halves, pages, window", cached=(500, 95), seqlen_q=40, heads_q=8, head_dim=96, num_splits=2, page_size=16,
+              window=(150, 0)),
+    CacheCase("packed chunks in halves, d256", lengths_q=(64, 1, 0, 100), cached=(300, 200, 33, 100), heads_q=8, head_dim=256,
+              num_splits=2),
     CacheCase("pages of 24", cached=(200, 95), seqlen_q=40, heads_q=8, page_size=24),
     CacheCase("group of 128", cached=(300,), seqlen_q=2, heads_q=128, heads_kv=1, head_dim=128),
     CacheCase("group of 71", cached=(300, 90), seqlen_q=2, heads_q=71, heads_kv=1),

@@ -23,6 +23,12 @@ LARGE = (
     CacheCase("chunk", cached=(1000, 4095, 130), seqlen_q=64, **GQA),
     CacheCase("chunk in splits", cached=(1000, 4095, 130), seqlen_q=64, num_splits=7, **GQA),
     CacheCase("chunk in splits of pages", cached=(1000, 2095, 130), seqlen_q=64, num_splits=4, page_size=16, **GQA),
+    CacheCase("chunk in halves", cached=(1000, 4095, 130, 1), seqlen_q=64, num_splits=2, **GQA),
+    CacheCase("chunk in halves of pages, window", cached=(1000, 2095, 130), seqlen_q=64, num_splits=2, page_size=16,
+              window=(300, 0), **GQA),
+    CacheCase("chunk in halves, row by row", cached=(1000, 95), seqlen_q=100, heads_q=8, head_dim=96, num_splits=2, page_size=1),
+    CacheCase("packed, halves, d256", lengths_q=(64, 1, 0, 200, 17), cached=(900, 1500, 33, 300, 4), heads_q=8, head_dim=256,
+              num_splits=2),
     CacheCase("pages of 8", cached=(500, 1095), seqlen_q=40, heads_q=8, page_size=8),
     CacheCase("pages of 24", cached=(500, 1095), seqlen_q=40, heads_q=8, head_dim=128, page_size=24),
     CacheCase("d256 in splits", cached=(500, 1095), seqlen_q=40, heads_q=8, head_dim=256, page_size=64, num_splits=3),
@@ -72,7 +78,7 @@ def test_cases(case: CacheCase, dtype: torch.dtype) -> None:
         assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("splits", [1, 2, 4])
 @pytest.mark.parametrize("dims", [GQA, {"heads_q": 128, **LATENT}], ids=["gqa", "latent"])
 def test_a_captured_graph_serves_sequences_as_they_grow(dims: dict[str, int], splits: int) -> None:
     case = CacheCase("growing", cached=(900, 700), seqlen_q=20, page_size=64, num_splits=splits, **dims)

@@ -42,10 +42,10 @@ from tessera.jit.binary import Descriptor
 from tessera.jit.spec import Arrangement, Dtype, KernelSpec, Pointer, Scalar, Tiles
 
 __all__ = [
-    "aggregate", "arrive_after_copies", "arrive_in_cluster", "barrier", "copy_to_shared", "fence_async_shared", "gl", "gluon",
-    "init_for_cluster", "let_next_begin", "mbarrier", "meet_cluster", "mma_v2", "place_in", "reinterpret", "send_in_cluster",
-    "tma_load", "tma_load_as", "tma_reduce_add", "tma_store", "tma_store_wait", "wait_for_previous", "warpgroup_mma",
-    "warpgroup_mma_wait",
+    "aggregate", "arrive_after_copies", "arrive_after_writes", "arrive_in_cluster", "await_writes", "barrier", "copy_to_shared",
+    "fence_async_shared", "gl", "gluon", "init_for_cluster", "let_next_begin", "mbarrier", "meet_cluster", "mma_v2", "place_in",
+    "reinterpret", "send_in_cluster", "tma_load", "tma_load_as", "tma_reduce_add", "tma_store", "tma_store_wait",
+    "wait_for_previous", "warpgroup_mma", "warpgroup_mma_wait",
 ]  # fmt: skip
 
 VERSION = tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:2])
@@ -112,6 +112,24 @@ def arrive_in_cluster(place):
         " @first mbarrier.arrive.shared::cluster.b64 _, [$1]; mov.u32 $0, 0; }",
         "=r,r", [place], dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
+
+
+@gluon.jit
+def arrive_after_writes(place):
+    """Each warp that calls arrives once at an mbarrier of the cluster (see `place_in`): who waits by `await_writes` sees what its
+    lanes have written to global memory."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred first; .reg .u32 lane; mov.u32 lane, %laneid; setp.eq.u32 first, lane, 0; fence.acq_rel.cluster;"
+        " bar.warp.sync 0xffffffff; @first mbarrier.arrive.release.cluster.shared::cluster.b64 _, [$1]; mov.u32 $0, 0; }",
+        "=r,r", [place], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def await_writes(bar):
+    """Wait for the first lap of an mbarrier that others of the cluster arrive at, and see what they have written."""
+    mbarrier.wait(bar, 0)
+    gl.inline_asm_elementwise("fence.acq_rel.cluster; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit

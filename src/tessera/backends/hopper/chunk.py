@@ -4,7 +4,7 @@ The loop is the forward's own (pieces/blocks.py): a producer warp, and consumer 
 one block under the products of another. What differs is what it runs over. Rows are packed, all query heads of a key/value head
 times a few positions (pieces/packed_rows.py), so that a tile of keys is loaded once for the whole group; keys come from the
 cache, box by box where it has pages (pieces/cache_rows.py); and a tile's keys may be split over several programs, whose float32
-parts combine.py puts together (Flash-Decoding).
+parts combine.py puts together (Flash-Decoding), or two programs by themselves (pieces/joining.py).
 
 One program does one tile: the grid is fixed by shapes, lengths are read on the device.
 """
@@ -34,6 +34,7 @@ from tessera.backends.hopper.pieces.channel import (
     pass_turn,
 )
 from tessera.backends.hopper.pieces.epilogue import LOG2_E, normaliser
+from tessera.backends.hopper.pieces.joining import join, make_meeting, store_rows
 from tessera.backends.hopper.pieces.masking import has_lower_bound, row_bounds
 from tessera.backends.hopper.pieces.modifiers import no_modifiers
 from tessera.backends.hopper.pieces.packed_rows import (
@@ -41,17 +42,17 @@ from tessera.backends.hopper.pieces.packed_rows import (
     Outcome,
     Reach,
     ask_for_places,
+    is_joined,
     is_part,
     kinds_of_blocks,
     locate_cache_tile,
     row_places,
     store_lse,
-    store_out,
     unit_of,
 )
 from tessera.backends.hopper.pieces.scores import Score
 from tessera.backends.hopper.pieces.tiles import M, has, overlaps, query_tiles, row_layout
-from tessera.jit.compat import aggregate, fence_async_shared, gl, gluon, let_next_begin, wait_for_previous
+from tessera.jit.compat import aggregate, fence_async_shared, gl, gluon, let_next_begin, meet_cluster, wait_for_previous
 
 
 @aggregate
@@ -168,8 +169,8 @@ def _main_loop(me, tile, position):
 
 
 @gluon.jit
-def finish_rows(me, tile, unit, m, l, outcome):
-    """Write the log-sum-exp; the factor that makes O out. A part leaves the sinks to combine.py."""
+def _normaliser(me, tile, unit, m, l):
+    """The factor that makes O out, and the log-sum-exp. A part leaves the sinks to combine.py."""
     config: gl.constexpr = me.config
     layout: gl.constexpr = row_layout(64)
     position, head, exists = row_places(config, me.call, tile, unit, layout)
@@ -178,13 +179,19 @@ def finish_rows(me, tile, unit, m, l, outcome):
     sink = m * 0.0
     if has(config, "sinks"):
         sink = gl.load(me.score.sinks + head, mask=exists, other=0.0) * LOG2_E
-    factor, lse = normaliser(config, m, l, sink, position < tile.seq.q_live)
-    store_lse(config, me.call, tile, unit, outcome, lse)
+    return normaliser(config, m, l, sink, position < tile.seq.q_live)
+
+
+@gluon.jit
+def finish_rows(me, tile, unit, m, l, outcome):
+    """Write the log-sum-exp; the factor that makes O out."""
+    factor, lse = _normaliser(me, tile, unit, m, l)
+    store_lse(me.config, me.call, tile, unit, outcome, lse)
     return factor
 
 
 @gluon.jit
-def consumer(me, outcome):
+def consumer(me, outcome, meeting):
     config: gl.constexpr = me.config
     shared = me.shared
     wait_for_previous()
@@ -201,12 +208,15 @@ def consumer(me, outcome):
             o = issue_values(me, n - 1, p[0], o)
         else:
             o, m, l = state
-        factor = finish_rows(me, tile, unit, m, l, outcome)
+        factor, lse = _normaliser(me, tile, unit, m, l)
+        if not is_joined(config):
+            store_lse(config, me.call, tile, unit, outcome, lse)
         if overlaps(config):
             o = wait_for_values(o)
-        for part in gl.static_range(len(o)):
-            out = o[part] * gl.convert_layout(factor, row_layout(o[part].shape[1]))[:, None]
-            store_out(config, me.call, tile, unit, outcome, out, config.parts_v.columns[part])
+        if is_joined(config):
+            join(me, tile, unit, o, factor, lse, meeting[0], outcome)
+        else:
+            store_rows(me, tile, unit, o, factor, outcome)
     elif is_part(config):
         store_lse(config, me.call, tile, unit, outcome, gl.full([M], float("-inf"), gl.float32, row_layout(64)))
 
@@ -215,7 +225,7 @@ def consumer(me, outcome):
 
 
 @gluon.jit
-def _allocate(config: gl.constexpr, maps):
+def _allocate(config: gl.constexpr, maps, given):
     parts: gl.constexpr = config.parts
     parts_v: gl.constexpr = config.parts_v
     dtype: gl.constexpr = maps[0].dtype
@@ -226,14 +236,17 @@ def _allocate(config: gl.constexpr, maps):
     q_ring = make_ring(config.consumers, 1)
     k_stream = make_stream(config.stages, config.consumers, NAMED_BARRIER_K, producer_warps(config))
     v_stream = make_stream(config.stages, config.consumers, NAMED_BARRIER_V, producer_warps(config))
+    meeting = make_meeting(config, given)
     fence_async_shared()
-    return Shared(q, k, v, (q_boxes, k_boxes, v_boxes), q_ring, k_stream, v_stream)
+    if is_joined(config):
+        meet_cluster()
+    return Shared(q, k, v, (q_boxes, k_boxes, v_boxes), q_ring, k_stream, v_stream), meeting
 
 
 @gluon.jit
 def attention_chunk(
     q_map, k_map, v_map,
-    k_ptr, v_ptr, out_ptr, lse_ptr, sinks_ptr, cu_q, cache_seqlens, cache_leftpad, cache_batch_idx, page_table,
+    k_ptr, v_ptr, out_ptr, lse_ptr, given_out_ptr, given_lse_ptr, sinks_ptr, cu_q, cache_seqlens, cache_leftpad, cache_batch_idx, page_table,
     batch, heads, group, seqlen_q, splits, lines, left_reach, right_reach, capacity, appended,
     table_stride, pages_per_sequence, page_count, page_size,
     k_page, k_row, k_head, k_pitch, v_page, v_row, v_head, v_pitch, scale, inner,
@@ -249,9 +262,9 @@ def attention_chunk(
     outcome = Outcome(out_ptr, lse_ptr, lines)
     k_rows = Rows(k_ptr, k_page, k_row, k_head, k_pitch)
     v_rows = Rows(v_ptr, v_page, v_row, v_head, v_pitch)
-    shared = _allocate(config, (q_map, k_map, v_map))
+    shared, meeting = _allocate(config, (q_map, k_map, v_map), Outcome(given_out_ptr, given_lse_ptr, lines))
     gl.warp_specialize([
-        (consumer, (Consumer(config, 0, shared, score, call), outcome)),
-        (consumer, (Consumer(config, 1, shared, score, call), outcome)),
+        (consumer, (Consumer(config, 0, shared, score, call), outcome, meeting)),
+        (consumer, (Consumer(config, 1, shared, score, call), outcome, meeting)),
         (producer, (config, (q_map, k_map, v_map), shared, call, pages, k_rows, v_rows)),
     ], [4, producer_warps(config)], [config.consumer_registers, config.producer_registers])  # fmt: skip

@@ -35,6 +35,8 @@ class Result(Enum):
 
     WHOLE = "out and lse"
     PART = "a part of the keys, for combine.py"
+    JOINED = "out and lse, two programs a half of the keys each"
+    """The two are a cluster (pieces/joining.py)."""
 
 
 class Turns(Enum):
@@ -122,6 +124,11 @@ class ChunkConfig:
         return 1 if self.packing.blocks > 1 else self.packing.positions * self.consumers
 
     @property
+    def cluster(self) -> int:
+        """Programs that share a tile's keys and put their sums together."""
+        return 2 if self.result is Result.JOINED else 1
+
+    @property
     def width_v(self) -> int:
         """Columns of out."""
         return self.widths[1]
@@ -159,7 +166,7 @@ class LatentConfig:
     features: Features = ()
 
     rows = ROWS
-    consumers = 1
+    consumers = cluster = 1
 
     @property
     def outer(self) -> Parts:

@@ -45,8 +45,10 @@ def kernel_spec(config: ChunkConfig | LatentConfig, dtype: torch.dtype) -> jit.K
             constants[f"{name}_map"] = None
     for name in tensors:
         arguments[f"{name}_ptr"] = jit.Pointer(element)
-    arguments["out_ptr"] = jit.Pointer(element if config.result is Result.WHOLE else "fp32")
+    arguments["out_ptr"] = jit.Pointer("fp32" if config.result is Result.PART else element)
     arguments["lse_ptr"] = jit.Pointer("fp32", align=4)
+    if isinstance(config, ChunkConfig):
+        arguments["given_out_ptr"], arguments["given_lse_ptr"] = jit.Pointer("fp32"), jit.Pointer("fp32", align=4)
     arguments["sinks_ptr"] = jit.Pointer("fp32", align=4)
     for name in _POINTERS:
         arguments[name] = jit.Pointer("i32", align=4)
@@ -57,7 +59,9 @@ def kernel_spec(config: ChunkConfig | LatentConfig, dtype: torch.dtype) -> jit.K
         arguments[f"{name}_pitch"] = jit.Scalar("i32")
     arguments["scale"] = arguments["inner"] = jit.Scalar("fp32")
     kernel = "chunk:attention_chunk" if isinstance(config, ChunkConfig) else "latent:attention_latent"
-    return jit.KernelSpec(f"tessera.backends.hopper.{kernel}", tuple(arguments.items()), tuple(constants.items()), early=True)
+    return jit.KernelSpec(
+        f"tessera.backends.hopper.{kernel}", tuple(arguments.items()), tuple(constants.items()), cluster=config.cluster, early=True
+    )
 
 
 def combine_spec(splits: int, dtype: torch.dtype, sinks: str) -> jit.KernelSpec:
@@ -102,7 +106,7 @@ class ChunkLaunch:
     def specs(self) -> tuple[jit.KernelSpec, ...]:
         """The kernels that a call launches, in order."""
         first = kernel_spec(self.config, self.problem.dtype)
-        if self.plan.splits == 1:
+        if self.config.result is not Result.PART:
             return (first,)
         sinks = "none" if self.problem.score.sinks is None else "rows"
         if sinks == "rows" and self.problem.layout is Layout.VARLEN:
@@ -112,7 +116,8 @@ class ChunkLaunch:
     @cached_property
     def grid(self) -> tuple[int, int, int]:
         x, y, z = programs_of(self.problem, self.config)
-        return x, y * self.plan.splits, z
+        cluster = self.config.cluster
+        return x * cluster, y * (self.plan.splits // cluster), z
 
     @cached_property
     def lines(self) -> int:
@@ -126,10 +131,10 @@ class ChunkLaunch:
         problem, device = self.problem, operands.q.device
         out = torch.empty(problem.out_shape, dtype=problem.dtype, device=device)
         lse = torch.empty(problem.lse_shape, dtype=torch.float32, device=device)
-        parts, lses = out, lse
+        parts, lses, stored = out, lse, 1 if self.config.result is Result.JOINED else self.plan.splits
         if self.plan.splits > 1:
-            parts = torch.empty((self.plan.splits, self.lines, problem.shape.head_dim_v), dtype=torch.float32, device=device)
-            lses = torch.empty((self.plan.splits, self.lines), dtype=torch.float32, device=device)
+            parts = torch.empty((stored, self.lines, problem.shape.head_dim_v), dtype=torch.float32, device=device)
+            lses = torch.empty((stored, self.lines), dtype=torch.float32, device=device)
         addresses = [tensor.data_ptr() for _, tensor in self._caches(operands)]
         if not self.bound or any(address % 16 for address in addresses):
             self.bound[:] = [self._bind(operands)]
@@ -141,7 +146,7 @@ class ChunkLaunch:
         stream = jit.current_stream(bound.kernel.device)
         bound.kernel(
             stream, *self.grid, place[q.data_ptr()], *[place[at] for place, at in zip(bound.places, addresses, strict=False)],
-            *addresses, parts.data_ptr(), lses.data_ptr(), address(sinks), *self._pointers(operands), *bound.numbers,
+            *addresses, *self._results(out, lse, parts, lses), address(sinks), *self._pointers(operands), *bound.numbers,
         )  # fmt: skip
         if bound.combine is not None:
             shape, starts = problem.shape, operands.cu_seqlens_q
@@ -152,6 +157,13 @@ class ChunkLaunch:
                 self.lines, self.plan.splits, shape.heads_q, shape.seqlen_q, shape.head_dim_v,
             )  # fmt: skip
         return out, lse
+
+    def _results(self, out: Tensor, lse: Tensor, parts: Tensor, lses: Tensor) -> tuple[int, ...]:
+        """Where the first kernel writes: all, or its parts; and what it gives a neighbour."""
+        whole, given = (out.data_ptr(), lse.data_ptr()), (parts.data_ptr(), lses.data_ptr())
+        if isinstance(self.config, LatentConfig):
+            return given
+        return (given if self.config.result is Result.PART else whole) + given
 
     def _caches(self, operands: CacheOperands) -> tuple[tuple[str, Tensor], ...]:
         """The tensors that the kernel reads keys and values from, by name: latent.py takes both from one."""

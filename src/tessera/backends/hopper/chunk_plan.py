@@ -39,11 +39,11 @@ class ChunkPlan:
 
     def workspace_bytes(self, problem: CacheProblem) -> int:
         """The parts and their log-sum-exps, float32."""
-        rows = math.prod(problem.out_shape[:-1])
-        return 4 * self.splits * rows * (problem.shape.head_dim_v + 1) if self.splits > 1 else 0
+        rows, stored = math.prod(problem.out_shape[:-1]), {Result.WHOLE: 0, Result.JOINED: 1, Result.PART: self.splits}
+        return 4 * stored[self.config.result] * rows * (problem.shape.head_dim_v + 1)
 
     def __str__(self) -> str:
-        return f"{self.config}" + (f", {self.splits} splits and a combine" if self.splits > 1 else "")
+        return f"{self.config}" + (f", {self.splits} splits and a combine" if self.config.result is Result.PART else "")
 
 
 def why_not(problem: CacheProblem) -> tuple[Reason, ...]:
@@ -73,7 +73,12 @@ def chunk_plan(problem: CacheProblem, multiprocessors: int) -> ChunkPlan:
     """The configuration and the splits for a problem on a GPU with that many multiprocessors."""
     config = config_for(problem, Result.WHOLE)
     splits = splits_for(problem, config, multiprocessors)
-    return ChunkPlan(config if splits == 1 else config_for(problem, Result.PART), splits)
+    return ChunkPlan(config if splits == 1 else config_for(problem, Result.JOINED if joins(problem, splits) else Result.PART), splits)
+
+
+def joins(problem: CacheProblem, splits: int) -> bool:
+    """Whether the programs put their sums together themselves: two do, where no sink, which combine.py adds, is a third."""
+    return splits == 2 and problem.score.sinks is None and not is_latent(problem)
 
 
 def features_of(problem: CacheProblem, result: Result) -> Features:
@@ -111,7 +116,7 @@ def reading_of(problem: CacheProblem, keys: int) -> tuple[Reading, int]:
     return Reading.BOXES, box
 
 
-BOX_LEAST = 8
+BOX_LEAST = 16
 """Rows of the smallest TMA box: the swizzle's period."""
 
 
@@ -190,13 +195,17 @@ def splits_for(problem: CacheProblem, config: ChunkConfig | LatentConfig, multip
     def turns(splits: int) -> float:
         waves = -(-x * y * z * splits // multiprocessors)
         each = -(-blocks // splits) + _FIXED_BLOCKS
-        return waves * each + (0.0 if splits == 1 else _COMBINE_BLOCKS + splits * _PART_BLOCKS)
+        if splits == 1 or joins(problem, splits):
+            return waves * each + (splits - 1) * _JOIN_BLOCKS
+        return waves * each + _COMBINE_BLOCKS + splits * _PART_BLOCKS
 
     return min(range(1, min(blocks, MAX_PARTS) + 1), key=turns)
 
 
 _FIXED_BLOCKS = 2.5
 """What a program costs before its first block and after its last, in blocks."""
+_JOIN_BLOCKS = 1.0
+"""What two programs need to put their sums together, in blocks."""
 _COMBINE_BLOCKS = 2.5
 """What a second launch costs, in blocks."""
 _PART_BLOCKS = 0.06

@@ -7,7 +7,7 @@ import torch
 from tessera import jit
 from tessera.backends.hopper.chunk_config import ChunkConfig, Result
 from tessera.backends.hopper.chunk_launch import combine_spec, kernel_spec
-from tessera.backends.hopper.chunk_plan import config_for
+from tessera.backends.hopper.chunk_plan import config_for, joins
 from tessera.backends.hopper.launch import ELEMENTS
 from tessera.mask import MaskSpec
 from tessera.problem import Layout, Score, Shape, Sinks
@@ -22,7 +22,7 @@ def variants() -> tuple[jit.Variant, ...]:
     """The variants, each once, by names such as "chunk bf16 d128 128x128 boxes 16 part right pages"."""
     found: dict[str, jit.Variant] = {}
     for problem in _problems():
-        for result in Result:
+        for result in _results(problem):
             config = config_for(problem, result)
             spec = kernel_spec(config, problem.dtype)
             kind = "chunk" if isinstance(config, ChunkConfig) else "latent"
@@ -36,6 +36,12 @@ def variants() -> tuple[jit.Variant, ...]:
         spec = combine_spec(splits, torch.bfloat16, "packed rows" if splits == 8 else "none")
         found.setdefault(spec.text, jit.Variant(f"combine bf16 {splits} parts", spec, wgmma=False, setmaxnreg=False))
     return tuple(found.values())
+
+
+def _results(problem: CacheProblem) -> tuple[Result, ...]:
+    """Joined halves stand for the parts of some: they differ in how a program ends."""
+    joined = joins(problem, 2) and problem.cache.pages is None and problem.mask.right is not None
+    return (Result.WHOLE, Result.JOINED if joined else Result.PART)
 
 
 def _problems() -> list[CacheProblem]:

@@ -1,7 +1,8 @@
 """Tiles over a KV cache: which query rows and which of their keys one program does, and where its results go.
 
-The grid is fixed by shapes alone: (tiles of positions, key/value heads x tiles of heads x splits, batch). Lengths are read on
-the device, so a captured graph serves them as they grow; a program whose rows or keys are none ends at once.
+The grid is fixed by shapes alone: (tiles of positions, key/value heads x tiles of heads x splits, batch), or, where two programs
+join, (tiles of positions x 2, key/value heads x tiles of heads, batch). Lengths are read on the device, so a captured graph serves
+them as they grow; a program whose rows or keys are none ends at once.
 """
 
 from tessera.backends.hopper.chunk_config import Result
@@ -52,23 +53,26 @@ class CacheCall:
 
 @aggregate
 class CacheTile:
-    """Positions from `position` on, heads from `first_head` of the group of key/value head `head`, blocks begin .. end."""
+    """Positions from `position` on, heads from `first_head` of the group of key/value head `head`, blocks begin .. end, the
+    `split`-th of as many shares as `parts` have any."""
 
     seq: Sequence
     position: gl.tensor
     head: gl.tensor
     first_head: gl.tensor
     split: gl.tensor
+    parts: gl.tensor
     begin: gl.tensor
     end: gl.tensor
 
     @gluon.constexpr_function
-    def __init__(self, seq, position, head, first_head, split, begin, end):
+    def __init__(self, seq, position, head, first_head, split, parts, begin, end):
         self.seq = seq
         self.position = position
         self.head = head
         self.first_head = first_head
         self.split = split
+        self.parts = parts
         self.begin = begin
         self.end = end
 
@@ -92,6 +96,20 @@ class Outcome:
 @gluon.constexpr_function
 def is_part(config):
     return config.result is Result.PART
+
+
+@gluon.constexpr_function
+def is_joined(config):
+    return config.result is Result.JOINED
+
+
+@gluon.jit
+def _program(config: gl.constexpr, call):
+    """This program's (tile of positions, of how many; tile of heads over all heads of keys; split)."""
+    if is_joined(config):
+        return gl.program_id(0) // 2, gl.num_programs(0) // 2, gl.program_id(1), gl.program_id(0) % 2
+    else:
+        return gl.program_id(0), gl.num_programs(0), gl.program_id(1) // call.splits, gl.program_id(1) % call.splits
 
 
 @gluon.jit
@@ -144,7 +162,7 @@ def ask_for_places(config: gl.constexpr, pages, call):
         batch = gl.program_id(2)
         _ask_for_lines(call.cache.seqlens + batch, 0)
         if has(config, "pages"):
-            split = gl.program_id(1) % call.splits
+            _, _, _, split = _program(config, call)
             table = pages.table + batch.to(gl.int64) * pages.stride
             _ask_for_lines(table, (split + 1) * pages.per_sequence // call.splits - 1)
 
@@ -152,27 +170,27 @@ def ask_for_places(config: gl.constexpr, pages, call):
 @gluon.jit
 def locate_cache_tile(config: gl.constexpr, call):
     """This program's tile; begin == end where it has no rows or, as a part, no keys."""
-    number = gl.program_id(0)
+    number, numbers, place, split = _program(config, call)
     if has(config, "right"):
-        number = gl.num_programs(0) - 1 - number  # the longest first
+        number = numbers - 1 - number  # the longest first
     if has(config, "varlen"):
         seq, position = _packed(config, call, number)
     else:
         seq = cache_sequence(config, call.cache, call.cu_q, gl.program_id(2), call.seqlen_q)
         position = number * config.positions
-    split = gl.program_id(1) % call.splits
-    place = gl.program_id(1) // call.splits
     head = place // config.head_tiles
     first_head = (place - head * config.head_tiles) * config.rows
     first = gl.minimum(position, gl.maximum(seq.q_rows - 1, 0))
     last = gl.maximum(gl.minimum(position + config.positions, seq.q_rows) - 1, first)
     begin, end = block_range(config, call.reach, seq, first, last)
-    if is_part(config):
+    parts = split * 0 + 1
+    if is_part(config) or is_joined(config):
         share = (end - begin + call.splits - 1) // call.splits
+        parts = (end - begin + share - 1) // share
         end = gl.minimum(begin + (split + 1) * share, end)
         begin = gl.minimum(begin + split * share, end)
     end = gl.where(position < seq.q_rows, end, begin)
-    return CacheTile(seq, position, head, first_head, split, begin, end)
+    return CacheTile(seq, position, head, first_head, split, parts, begin, end)
 
 
 @gluon.jit
@@ -217,8 +235,7 @@ def _line(config: gl.constexpr, call, tile, position, head):
 
 
 @gluon.jit
-def store_lse(config: gl.constexpr, call, tile, unit, outcome, lse):
-    layout: gl.constexpr = lse.type.layout
+def _lse_places(config: gl.constexpr, call, tile, unit, outcome, layout: gl.constexpr):
     position, head, exists = row_places(config, call, tile, unit, layout)
     if is_part(config):
         place = _line(config, call, tile, position, head) + tile.split.to(gl.int64) * outcome.lines
@@ -226,7 +243,36 @@ def store_lse(config: gl.constexpr, call, tile, unit, outcome, lse):
         place = head.to(gl.int64) * call.seqlen_q + tile.seq.q_begin + position
     else:
         place = (tile.seq.batch * call.heads + head).to(gl.int64) * call.seqlen_q + position
-    gl.store(outcome.lse + place, lse, mask=exists)
+    return outcome.lse + place, exists
+
+
+@gluon.jit
+def _out_places(config: gl.constexpr, call, tile, unit, outcome, column: gl.constexpr, width: gl.constexpr, layout: gl.constexpr):
+    """Of the `width` columns from `column` on."""
+    by_row: gl.constexpr = gl.SliceLayout(1, layout)
+    position, head, exists = row_places(config, call, tile, unit, by_row)
+    line = _line(config, call, tile, position, head)
+    if is_part(config):
+        line += tile.split.to(gl.int64) * outcome.lines
+    columns = column + gl.arange(0, width, gl.SliceLayout(0, layout))
+    mask = exists[:, None]
+    if column + width > config.width_v:
+        mask = mask & (columns < config.width_v)[None, :]
+    return outcome.out + (line * config.width_v)[:, None] + columns[None, :], mask
+
+
+@gluon.jit
+def store_lse(config: gl.constexpr, call, tile, unit, outcome, lse):
+    layout: gl.constexpr = lse.type.layout
+    places, exists = _lse_places(config, call, tile, unit, outcome, layout)
+    gl.store(places, lse, mask=exists)
+
+
+@gluon.jit
+def load_lse(config: gl.constexpr, call, tile, unit, outcome, there, layout: gl.constexpr):
+    """What `store_lse` of another program stored; -inf where it did not, or is not `there`."""
+    places, exists = _lse_places(config, call, tile, unit, outcome, layout)
+    return gl.load(places, mask=exists & there, other=float("-inf"), cache_modifier=".cg")
 
 
 @gluon.jit
@@ -234,13 +280,13 @@ def store_out(config: gl.constexpr, call, tile, unit, outcome, out, column: gl.c
     """out (64, columns) float32, the columns from `column` on, straight from the accumulators: four threads write 32 bytes of a
     row side by side (16 where out is 16-bit)."""
     layout: gl.constexpr = out.type.layout
-    by_row: gl.constexpr = gl.SliceLayout(1, layout)
-    position, head, exists = row_places(config, call, tile, unit, by_row)
-    line = _line(config, call, tile, position, head)
-    if is_part(config):
-        line += tile.split.to(gl.int64) * outcome.lines
-    columns = column + gl.arange(0, out.shape[1], gl.SliceLayout(0, layout))
-    mask = exists[:, None]
-    if column + out.shape[1] > config.width_v:
-        mask = mask & (columns < config.width_v)[None, :]
-    gl.store(outcome.out + (line * config.width_v)[:, None] + columns[None, :], out.to(outcome.out.dtype.element_ty), mask=mask)
+    places, mask = _out_places(config, call, tile, unit, outcome, column, out.shape[1], layout)
+    gl.store(places, out.to(outcome.out.dtype.element_ty), mask=mask)
+
+
+@gluon.jit
+def load_out(config: gl.constexpr, call, tile, unit, outcome, there, column: gl.constexpr, like):
+    """What `store_out` of another program stored, as `like` lies; zeros where it did not, or is not `there`."""
+    layout: gl.constexpr = like.type.layout
+    places, mask = _out_places(config, call, tile, unit, outcome, column, like.shape[1], layout)
+    return gl.load(places, mask=mask & there, other=0.0, cache_modifier=".cg")
