@@ -112,6 +112,7 @@ CHUNK = (
                                      "pages of 1", "pages of 4", "window both ways")),
     CacheCase("in splits", cached=(1000, 295, 130), seqlen_q=64, num_splits=4, **GQA),
     CacheCase("in splits of pages", cached=(1000, 295, 130), seqlen_q=64, num_splits=4, page_size=16, **GQA),
+    CacheCase("in halves", cached=(1000, 295, 30), seqlen_q=64, num_splits=2, **GQA),
     CacheCase("pages of 24", cached=(500, 95), seqlen_q=40, heads_q=8, head_dim=128, page_size=24),
     CacheCase("d256", cached=(500, 95), seqlen_q=40, heads_q=8, head_dim=256, page_size=64, num_splits=3),
     CacheCase("packed, pages", lengths_q=(64, 1, 0, 200, 17), cached=(300, 150, 33, 30, 4), sinks=True, page_size=64, **GQA),

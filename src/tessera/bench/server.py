@@ -99,10 +99,10 @@ class Server:
         device = model.device
         self._table = torch.full((seats, most_pages), _SPARE_PAGE, dtype=torch.int32, device=device)
         self._lengths = torch.zeros(seats, dtype=torch.int32, device=device)
+        self._taken = torch.zeros(seats, dtype=torch.int32, device=device)  # 1 where somebody sits, whose length grows
         self._tokens = torch.zeros(seats, 1, dtype=torch.int64, device=device)
         with torch.no_grad():
             self._decode = replayable(self._decode_step, device)
-        self._lengths.zero_()
 
     @torch.no_grad()
     def run(self, requests: Sequence[Request]) -> Served:
@@ -180,6 +180,7 @@ class Server:
         best = self.model.logits(self.model(tokens, cached.attend)[ends[1:] - 1]).argmax(-1)
         self._tokens[seats, 0] = best
         self._lengths[seats] = ends.diff().int()
+        self._taken[seats] = 1
         for seat, prompt, token in zip(joining, prompts, best.tolist(), strict=True):
             seated = self._at(seat)
             seated.rows = len(prompt)
@@ -202,19 +203,17 @@ class Server:
         cached = Cached(self.model, self.cache, self.appending, self._lengths, self._table)
         x = self.model(self._tokens, cached.attend)  # (seats, 1, hidden)
         self._tokens.copy_(self.model.logits(x).argmax(-1))
-        self._lengths += 1
+        self._lengths += self._taken
 
     def _dismiss(self, answers: dict[int, tuple[int, ...]]) -> None:
         """Whoever has the whole answer leaves; the pages are free for others, and hold what they held."""
         for seat, seated in enumerate(self._seats):
-            if seated is None:
-                self._lengths[seat] = 0
-            elif len(seated.answer) == seated.request.new_tokens:
+            if seated is not None and len(seated.answer) == seated.request.new_tokens:
                 answers[seated.number] = tuple(seated.answer)
                 self._promised -= self._pages_for(seated.request.rows) - len(seated.pages)
                 self._free += reversed(seated.pages)
                 self._table[seat] = _SPARE_PAGE
-                self._lengths[seat] = 0
+                self._lengths[seat] = self._taken[seat] = 0
                 self._seats[seat] = None
 
     def _timed(self, work: Callable[[], None]) -> float:

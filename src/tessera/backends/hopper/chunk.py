@@ -246,7 +246,8 @@ def _allocate(config: gl.constexpr, maps, given):
 @gluon.jit
 def attention_chunk(
     q_map, k_map, v_map,
-    k_ptr, v_ptr, out_ptr, lse_ptr, given_out_ptr, given_lse_ptr, sinks_ptr, cu_q, cache_seqlens, cache_leftpad, cache_batch_idx, page_table,
+    k_ptr, v_ptr, out_ptr, lse_ptr, given_out_ptr, given_lse_ptr, sinks_ptr,
+    cu_q, cache_seqlens, cache_leftpad, cache_batch_idx, page_table,
     batch, heads, group, seqlen_q, splits, lines, left_reach, right_reach, capacity, appended,
     table_stride, pages_per_sequence, page_count, page_size,
     k_page, k_row, k_head, k_pitch, v_page, v_row, v_head, v_pitch, scale, inner,

@@ -59,9 +59,8 @@ def kernel_spec(config: ChunkConfig | LatentConfig, dtype: torch.dtype) -> jit.K
         arguments[f"{name}_pitch"] = jit.Scalar("i32")
     arguments["scale"] = arguments["inner"] = jit.Scalar("fp32")
     kernel = "chunk:attention_chunk" if isinstance(config, ChunkConfig) else "latent:attention_latent"
-    return jit.KernelSpec(
-        f"tessera.backends.hopper.{kernel}", tuple(arguments.items()), tuple(constants.items()), cluster=config.cluster, early=True
-    )
+    name, described = f"tessera.backends.hopper.{kernel}", (tuple(arguments.items()), tuple(constants.items()))
+    return jit.KernelSpec(name, *described, cluster=config.cluster, early=True)
 
 
 def combine_spec(splits: int, dtype: torch.dtype, sinks: str) -> jit.KernelSpec:

@@ -73,7 +73,9 @@ def chunk_plan(problem: CacheProblem, multiprocessors: int) -> ChunkPlan:
     """The configuration and the splits for a problem on a GPU with that many multiprocessors."""
     config = config_for(problem, Result.WHOLE)
     splits = splits_for(problem, config, multiprocessors)
-    return ChunkPlan(config if splits == 1 else config_for(problem, Result.JOINED if joins(problem, splits) else Result.PART), splits)
+    if splits > 1:
+        config = config_for(problem, Result.JOINED if joins(problem, splits) else Result.PART)
+    return ChunkPlan(config, splits)
 
 
 def joins(problem: CacheProblem, splits: int) -> bool:
@@ -192,21 +194,27 @@ def splits_for(problem: CacheProblem, config: ChunkConfig | LatentConfig, multip
     if problem.layout is Layout.VARLEN:
         x = max(1, x - 1 - problem.shape.batch // 2)  # half of the sequences' last tiles, on average, are not there
 
+    if x * y * z >= _FULL_WAVES * multiprocessors:
+        return 1
+
     def turns(splits: int) -> float:
         waves = -(-x * y * z * splits // multiprocessors)
         each = -(-blocks // splits) + _FIXED_BLOCKS
         if splits == 1 or joins(problem, splits):
-            return waves * each + (splits - 1) * _JOIN_BLOCKS
-        return waves * each + _COMBINE_BLOCKS + splits * _PART_BLOCKS
+            return waves * (each + (splits - 1) * _JOIN_BLOCKS)
+        return waves * (each + _COMBINE_BLOCKS) + splits * _PART_BLOCKS
 
     return min(range(1, min(blocks, MAX_PARTS) + 1), key=turns)
 
 
+_FULL_WAVES = 4
+"""Tiles a multiprocessor that are left whole: parts would level the last wave's end alone, for hundreds of megabytes, and cost
+the chunks of a prompt that has not grown to the cache's length yet."""
 _FIXED_BLOCKS = 2.5
 """What a program costs before its first block and after its last, in blocks."""
 _JOIN_BLOCKS = 1.0
 """What two programs need to put their sums together, in blocks."""
 _COMBINE_BLOCKS = 2.5
-"""What a second launch costs, in blocks."""
+"""What a second launch costs, in blocks; and as much for each further part that a multiprocessor leaves, which L2 can't hold."""
 _PART_BLOCKS = 0.06
 """What reading one more part of every row costs, in blocks."""

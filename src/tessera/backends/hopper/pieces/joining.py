@@ -92,7 +92,7 @@ def _keep(me, tile, unit, o, factor, lse, meeting, outcome):
 
 @gluon.jit
 def join(me, tile, unit, o, factor, lse, meeting, outcome):
-    """A consumer's 64 rows, summed over this program's keys, which are some: O, the factor that normalises it, the log-sum-exp."""
+    """A consumer's 64 rows, summed over this program's keys, of which there are some: O, its normaliser, the log-sum-exp."""
     if (tile.parts > 1) & (tile.split != me.index):
         _give(me, tile, unit, o, factor, lse, meeting)
     else:

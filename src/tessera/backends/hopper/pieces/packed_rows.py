@@ -1,8 +1,8 @@
 """Tiles over a KV cache: which query rows and which of their keys one program does, and where its results go.
 
 The grid is fixed by shapes alone: (tiles of positions, key/value heads x tiles of heads x splits, batch), or, where two programs
-join, (tiles of positions x 2, key/value heads x tiles of heads, batch). Lengths are read on the device, so a captured graph serves
-them as they grow; a program whose rows or keys are none ends at once.
+join, (tiles of positions x 2, key/value heads x tiles of heads, batch). Lengths are read on the device, so a captured graph
+serves them as they grow; a program whose rows or keys are none ends at once.
 """
 
 from tessera.backends.hopper.chunk_config import Result
