@@ -60,6 +60,7 @@ from tessera.backends.hopper.pieces.tiles import (
     has,
     has_bias,
     head_bytes,
+    holds_query,
     matrix,
     may_stand_by,
     overlaps,
@@ -239,14 +240,24 @@ def _at_rows(me, tile, row):
 
 
 @gluon.jit
-def _main_loop(me, tile, n, q_slot):
+def _q_slot(me, use):
+    if me.config.queries == 1:
+        return me.index
+    else:
+        return me.shared.q_ring.slot(use)
+
+
+@gluon.jit
+def _main_loop(me, tile, n, q_use):
     """All blocks of this consumer's rows, but for the last P V where that overlaps; the state and the streams' position."""
     row = tile.first + me.index * M
     share = share_of(me.config, me.call.band, tile, me.index)
     bounds = row_bounds(me.config, me.call.band, tile.seq, row)
     if has_unseen(me.config, me.index):
         n = _pass_over(me, n, share.unseen)
-    q = query_tiles(me.shared.q, q_slot, me.config.keys, me.config.held)
+    q = query_tiles(me.shared.q, _q_slot(me, q_use), me.config.keys, me.config.held)
+    if holds_query(me.config):
+        me.shared.q_ring.release(q_use)
     state, started = start_blocks(me, n, q, bounds, (share.end - 1) * me.config.keys)
     n += started
     end = share.end - started
@@ -326,14 +337,6 @@ def _write_output(me, tile, row, o, factor, o_maps):
 
 
 @gluon.jit
-def _q_slot(me, use):
-    if me.config.queries == 1:
-        return me.index
-    else:
-        return me.shared.q_ring.slot(use)
-
-
-@gluon.jit
 def _attend(me, tile, n, turn, o_maps, lse_ptr):
     """This consumer's rows of a tile, from Q to out; the streams' position, and the next tile."""
     shared = me.shared
@@ -341,8 +344,9 @@ def _attend(me, tile, n, turn, o_maps, lse_ptr):
     row = tile.first + me.index * M
     shared.q_ring.wait(q_use)
     mine = _at_rows(me, tile, row)
-    state, n = _main_loop(mine, tile, n, _q_slot(me, q_use))
-    shared.q_ring.release(q_use)  # every product with this Q is done
+    state, n = _main_loop(mine, tile, n, q_use)
+    if not holds_query(me.config):
+        shared.q_ring.release(q_use)  # every product with this Q is done
     if overlaps(me.config):
         o, p, m, l = state
         shared.v_stream.wait(n - 1)

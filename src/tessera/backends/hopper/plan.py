@@ -156,8 +156,9 @@ def _config_alone(problem: Problem, keys: float) -> ForwardConfig:
     if widest <= 128 and keys > 1536 and not ragged:
         # three over two: 1.01 at 2k, 4k and 16k full; 0.94 at 1k full, 0.99 at 16k causal
         return deepest(replace(triples, overlap=Overlap.NONE))
-    if sum(dims_v) > 128 and len(dims) == 2 and not ragged:
-        return deepest(replace(pairs, held=1))  # d192: 1.00 at 1k, 1.01 at 2k, 1.015 from 4k on; causal, d96, d128: 1.00 at best
+    if sum(dims_v) > 128 and len(dims) == 2:
+        # d192, over a part of Q held (full) or none (causal): 1.01 at 4k, 8k and full 16k, 1.015 at causal 16k
+        return deepest(replace(pairs, held=len(dims)))
     return deepest(pairs)
 
 

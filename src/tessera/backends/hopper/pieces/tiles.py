@@ -50,6 +50,12 @@ def stages_halves(config):
 
 
 @gluon.constexpr_function
+def holds_query(config):
+    """Whether all of Q is in registers over the main loop, so that its buffer is free for the next tile's."""
+    return config.held == len(config.dims)
+
+
+@gluon.constexpr_function
 def head_bytes(dims):
     """Bytes of one row of a tile, 16-bit elements."""
     return 2 * sum(dims)
