@@ -122,7 +122,7 @@ def test_warmup_compiles_what_plans_will_need_and_nothing_twice(monkeypatch: pyt
 @pytest.mark.parametrize("heads", [1, 16, 100, 512])
 def test_low_tiles_end_the_grid_sooner(rows: int, heads: int) -> None:
     """The end that a division is chosen by is the one that a queue of tiles gives, and no division ends sooner."""
-    config = replace(forward_config(problem(1 << 20, 128, {})), consumers=3)
+    config = replace(forward_config(problem(1 << 20, 128, {})), consumers=3, pairing=None)
 
     def end(tall: int) -> float:
         low = -(-(rows - tall * config.rows) // config.low_rows)

@@ -100,11 +100,13 @@ def _config_for(problem: Problem, keys: float, rows: int) -> ForwardConfig:
 
 
 PAIRED_FROM = {
-    (192, 192, False): 1024, (192, 192, True): 4096, (192, 128, False): 4096, (128, 128, True): 8192, (256, 256, True): 8192,
+    (192, 192, False): 8192, (192, 192, True): 4096, (192, 128, False): 4096, (128, 128, False): 8192, (128, 128, True): 8192,
+    (256, 256, True): 8192,
 }  # fmt: skip
 """Keys a row from which pairs of programs pay, by head dims and whether rows end at a diagonal. Over single ones, in two runs:
-d192 full 1.01 from 1k to 16k, causal 1.00 at 4k, 1.01 at 8k, 1.01 to 1.02 at 16k; 192/128 full 1.01 at 4k and 8k, causal 1.00
-and 1.01; d128 causal 0.99 at 4k, 1.00 to 1.01 at 8k, 1.00 to 1.02 at 16k; d256 full 1.00 from 4k on, causal 0.99, 1.00, 1.02."""
+d192 full 1.00 at 4k and 8k, 1.002 at 16k, causal 0.98 at 1k, 1.00 at 4k, 1.01 at 16k; 192/128 full 1.01 at 4k and 8k, causal 1.00
+and 1.01; d128 full 0.98 at 1k, 1.00 at 4k, 1.01 at 8k and 16k, causal 0.99 at 4k, 1.00 at 8k and 16k; d256 full 1.00 from 4k on,
+causal 0.99, 1.00, 1.02."""
 HEADS_OF = ((128, 128, True), (192, 192, True))
 """Kinds of problems whose programs pair by heads: those that were run so."""
 HEADS_FROM = 4096
