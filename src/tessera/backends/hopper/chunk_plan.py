@@ -144,9 +144,15 @@ def config_for(problem: CacheProblem, result: Result) -> ChunkConfig | LatentCon
     return ChunkConfig(
         consumers=2, keys=keys, stages=min(3, room // (keys * (sum(dims) + sum(dims_v)))), reading=reading, box=box,
         parts=Parts.of(dims), parts_v=Parts.of(dims_v), widths=widths, packing=packing, result=result,
-        overlap=Overlap.WHOLE if widest <= 192 else Overlap.MAXIMA,
+        overlap=_overlap(widest),
         consumer_registers=consumer, producer_registers=producer, features=features,
     )  # fmt: skip
+
+
+def _overlap(widest: int) -> Overlap:
+    if widest <= 128:
+        return Overlap.AT_ONCE
+    return Overlap.WHOLE if widest <= 192 else Overlap.MAXIMA
 
 
 def _registers(problem: CacheProblem, reading: Reading, box: int) -> tuple[int, int]:
