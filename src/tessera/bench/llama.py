@@ -52,7 +52,8 @@ class Layer(nn.Module):
         self.qkv = nn.Linear(shape.hidden, columns, bias=False)
         self.project = nn.Linear(shape.heads_q * shape.head_dim, shape.hidden, bias=False)
         self.before_mlp = nn.RMSNorm(shape.hidden, eps=1e-5)
-        self.gate_and_up = nn.Linear(shape.hidden, 2 * shape.width, bias=False)
+        self.gate = nn.Linear(shape.hidden, shape.width, bias=False)
+        self.up = nn.Linear(shape.hidden, shape.width, bias=False)
         self.down = nn.Linear(shape.width, shape.hidden, bias=False)
 
     def forward(self, x: Tensor, index: int, attend: Attend) -> Tensor:
@@ -60,8 +61,8 @@ class Layer(nn.Module):
         heads = self.qkv(self.before_attention(x)).unflatten(-1, (-1, shape.head_dim))
         q, k, v = heads.split((shape.heads_q, shape.heads_kv, shape.heads_kv), dim=-2)
         x = x + self.project(attend(index, q, k, v).flatten(-2))
-        gate, up = self.gate_and_up(self.before_mlp(x)).chunk(2, dim=-1)
-        return x + self.down(functional.silu(gate) * up)
+        rows = self.before_mlp(x)
+        return x + self.down(functional.silu(self.gate(rows)) * self.up(rows))
 
 
 class Llama(nn.Module):
