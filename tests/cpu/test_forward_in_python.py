@@ -10,7 +10,7 @@ from gluon_in_python import in_python
 from torch import Tensor
 
 from tessera import reference
-from tessera.backends.hopper.config import ForwardConfig, Overlap, Pairing
+from tessera.backends.hopper.config import ForwardConfig, Overlap, Pairing, Staging
 from tessera.backends.hopper.launch import ForwardLaunch, counters
 from tessera.backends.hopper.plan import deepest, forward_config
 from tessera.cases import CASES, Case
@@ -43,10 +43,12 @@ MANY_TILES = (
     Case("dropout, causal", dropout_p=0.1, causal=True, **MANY), Case("alibi, window", alibi="head", window=(200, 20), **MANY),
 )  # fmt: skip
 """Problems of many more tiles than programs, so that every ring goes from lap to lap."""
+DEEP = {"queries": 2, "stages": 4, "staging": Staging.QUERY}
 DIVISIONS = {
     "two": {"consumers": 2, "overlap": Overlap.WHOLE},
     "three in turn": {"consumers": 3, "overlap": Overlap.MAXIMA},
     "three": {"consumers": 3, "overlap": Overlap.NONE},
+    "three adrift": {"consumers": 3, "overlap": Overlap.DRIFTING, "keys": 64, **DEEP},
 }
 
 
@@ -104,7 +106,7 @@ def test_programs_in_pairs(case: Case, pairing: Pairing, monkeypatch: pytest.Mon
 def test_many_tiles(case: Case, division: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the plan would take: two consumers and three, in turn or not, with little and with much in flight."""
     request = case.request("cpu", torch.bfloat16)
-    planned = replace(forward_config(bind(request)[0]), queries=1, stages=2, **DIVISIONS[division])
+    planned = replace(forward_config(bind(request)[0]), **{"queries": 1, "stages": 2, "held": 0} | DIVISIONS[division])
     for config in dict.fromkeys((planned, deepest(replace(planned, queries=2)))):
         check(request, monkeypatch, config)
 

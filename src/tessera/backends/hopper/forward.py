@@ -24,10 +24,9 @@ To read it: `producer`, then `consumer`, then `_overlapped_block` in pieces/bloc
 from tessera.backends.hopper.pieces.blocks import issue_values, run_blocks, start_blocks, wait_for_values
 from tessera.backends.hopper.pieces.board import Board, make_board, post, read
 from tessera.backends.hopper.pieces.channel import (
-    NAMED_BARRIER_K,
-    NAMED_BARRIER_V,
     Ring,
     Stream,
+    barriers_of_slots,
     make_paired_stream,
     make_ring,
     pass_turn,
@@ -67,6 +66,8 @@ from tessera.backends.hopper.pieces.tiles import (
     query_tiles,
     row_layout,
     stages_halves,
+    stages_in_query,
+    takes_turns,
 )
 from tessera.jit.compat import (
     aggregate,
@@ -225,7 +226,7 @@ def _pass_over(me, n, count):
     for i in range(count):
         me.shared.k_stream.wait(n + i)
         me.shared.k_stream.release(n + i)
-        if overlaps(me.config):
+        if takes_turns(me.config):
             take_turn(me.index)
             pass_turn(me.index, me.config.consumers)
         me.shared.v_stream.wait(n + i)
@@ -248,9 +249,19 @@ def _q_slot(me, use):
 
 
 @gluon.jit
-def _main_loop(me, tile, n, q_use):
-    """All blocks of this consumer's rows, but for the last P V where that overlaps; the state and the streams' position."""
+def _release_output(me, turn):
+    """Q's buffer of the last tile, where O has left from there."""
+    if stages_in_query(me.config) and turn > 0:
+        tma_store_wait(0)
+        me.shared.q_ring.release((turn - 1) * me.config.consumers + me.index)
+
+
+@gluon.jit
+def _main_loop(me, tile, n, turn):
+    """All blocks of this consumer's rows, but for the last P V where that overlaps; the state, the streams' position, and how
+    many blocks of the tile are left."""
     row = tile.first + me.index * M
+    q_use = turn * me.config.consumers + me.index
     share = share_of(me.config, me.call.band, tile, me.index)
     bounds = row_bounds(me.config, me.call.band, tile.seq, row)
     if has_unseen(me.config, me.index):
@@ -259,6 +270,7 @@ def _main_loop(me, tile, n, q_use):
     if holds_query(me.config):
         me.shared.q_ring.release(q_use)
     state, started = start_blocks(me, n, q, bounds, (share.end - 1) * me.config.keys)
+    _release_output(me, turn)
     n += started
     end = share.end - started
     full_end = share.full_end
@@ -268,7 +280,7 @@ def _main_loop(me, tile, n, q_use):
     lower = share.begin  # and lo those below this one
     if has_lower_bound(me.config):
         lower = gl.minimum(gl.maximum(share.full_begin, share.begin), end)
-    if has_lower_bound(me.config) and not overlaps(me.config):
+    if has_lower_bound(me.config) and not takes_turns(me.config):
         high = gl.maximum(upper, lower)
         state, n = run_blocks(me, n, q, bounds, end - 1, state, end - high, "upper alone")
         state, n = run_blocks(me, n, q, bounds, high - 1, state, gl.maximum(lower - upper, 0), "upper")
@@ -278,9 +290,7 @@ def _main_loop(me, tile, n, q_use):
     state, n = run_blocks(me, n, q, bounds, upper - 1, state, upper - lower, None)
     if has_lower_bound(me.config):
         state, n = run_blocks(me, n, q, bounds, lower - 1, state, lower - share.begin, "lower")
-    if has_spare(me.config, me.index):
-        n = _pass_over(me, n, share.spare)
-    return state, n
+    return state, n, share.spare
 
 
 @gluon.jit
@@ -316,24 +326,27 @@ def _outputs(me, tile, row, o, factor):
 
 
 @gluon.jit
-def _send(me, tile, row, parts, o_maps, HALF: gl.constexpr = None):
+def _send(me, tile, row, parts, o_maps, slot, HALF: gl.constexpr = None):
     """Parts of out, or their left or right halves (0, 1), through shared memory, and TMA on its way with them."""
     tma_store_wait(0)  # the last store has left the buffer
     for part in gl.static_range(len(parts)):
-        matrix(me.shared.o[part].index(me.index)).store(parts[part])
+        matrix(me.shared.o[part].index(slot)).store(parts[part])
     fence_async_shared()
-    store_rows(o_maps, me.shared.o, me.index, tile.seq.queries(me.call.pitch.o), tile.head, row, HALF)
+    store_rows(o_maps, me.shared.o, slot, tile.seq.queries(me.call.pitch.o), tile.head, row, HALF)
 
 
 @gluon.jit
-def _write_output(me, tile, row, o, factor, o_maps):
+def _write_output(me, tile, row, o, factor, o_maps, q_use):
     parts = _outputs(me, tile, row, o, factor)
+    slot = me.index
+    if stages_in_query(me.config):
+        slot = me.shared.q_ring.slot(q_use)
     if stages_halves(me.config):
         left, right = halves_of_all(parts)
-        _send(me, tile, row, left, o_maps, 0)
-        _send(me, tile, row, right, o_maps, 1)
+        _send(me, tile, row, left, o_maps, slot, 0)
+        _send(me, tile, row, right, o_maps, slot, 1)
     else:
-        _send(me, tile, row, parts, o_maps)
+        _send(me, tile, row, parts, o_maps, slot)
 
 
 @gluon.jit
@@ -344,8 +357,8 @@ def _attend(me, tile, n, turn, o_maps, lse_ptr):
     row = tile.first + me.index * M
     shared.q_ring.wait(q_use)
     mine = _at_rows(me, tile, row)
-    state, n = _main_loop(mine, tile, n, q_use)
-    if not holds_query(me.config):
+    state, n, spare = _main_loop(mine, tile, n, turn)
+    if not holds_query(me.config) and not stages_in_query(me.config):
         shared.q_ring.release(q_use)  # every product with this Q is done
     if overlaps(me.config):
         o, p, m, l = state
@@ -354,13 +367,18 @@ def _attend(me, tile, n, turn, o_maps, lse_ptr):
     else:
         o, m, l = state
 
-    # under the last P V: the log-sum-exp, and where the next tile lies
-    number, following = read(me.config, shared.board, me.call, turn + 1)
+    # under the last P V: the log-sum-exp, and where the next tile lies, which is posted when no block is left
+    number, following = tile.first, tile
+    if not has_spare(me.config, me.index):
+        number, following = read(me.config, shared.board, me.call, turn + 1)
     factor = _finish_rows(me, tile, row, m, l, lse_ptr)
     if overlaps(me.config):
         o = wait_for_values(o)
         shared.v_stream.release(n - 1)
-    _write_output(me, tile, row, o, factor, o_maps)
+    _write_output(me, tile, row, o, factor, o_maps, q_use)
+    if has_spare(me.config, me.index):
+        n = _pass_over(me, n, spare)
+        number, following = read(me.config, shared.board, me.call, turn + 1)
     return n, number, following
 
 
@@ -370,7 +388,10 @@ def _stand_by(me, tile, n, turn):
     q_use = turn * me.config.consumers + me.index
     begin, end = tile_blocks(me.config, me.call.band, tile)
     me.shared.q_ring.wait(q_use)
-    me.shared.q_ring.release(q_use)
+    if stages_in_query(me.config):
+        _release_output(me, turn)
+    else:
+        me.shared.q_ring.release(q_use)
     n = _pass_over(me, n, end - begin)
     number, following = read(me.config, me.shared.board, me.call, turn + 1)
     return n, number, following
@@ -378,7 +399,7 @@ def _stand_by(me, tile, n, turn):
 
 @gluon.jit
 def consumer(me, o_maps, lse_ptr):
-    if overlaps(me.config) and me.index == me.config.consumers - 1:
+    if takes_turns(me.config) and me.index == me.config.consumers - 1:
         pass_turn(me.index, me.config.consumers)  # the first turn is consumer 0's
     n = 0
     turn = 0
@@ -409,11 +430,14 @@ def _allocate_all(config: gl.constexpr, q_maps, k_maps, v_maps, o_maps):
     q = _allocate(q_maps, config.consumers * config.queries)
     k = _allocate(k_maps, config.stages)
     v = _allocate(v_maps, config.stages)
-    o = _allocate(o_maps, config.consumers)
+    o = q
+    if not stages_in_query(config):
+        o = _allocate(o_maps, config.consumers)
     q_ring = make_ring(config.consumers * config.queries, 1)
     k_peer, v_peer = make_peers(config)
-    k_stream = make_paired_stream(config.stages, config.consumers, NAMED_BARRIER_K, 1, k_peer)
-    v_stream = make_paired_stream(config.stages, config.consumers, NAMED_BARRIER_V, 1, v_peer)
+    first: gl.constexpr = barriers_of_slots(config.stages)
+    k_stream = make_paired_stream(config.stages, config.consumers, first[0], 1, k_peer)
+    v_stream = make_paired_stream(config.stages, config.consumers, first[1], 1, v_peer)
     board = make_board(config.consumers)
     box = make_box(config)
     fence_async_shared()

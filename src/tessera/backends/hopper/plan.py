@@ -138,8 +138,13 @@ def _config_alone(problem: Problem, keys: float) -> ForwardConfig:
     triples = replace(pairs, consumers=3, consumer_registers=160, producer_registers=32)
     # Q ahead: 1.07 (d64), 1.04 (d128), 1.02 (d96) at 512 causal, 1.01 to 1.02 at 1k, 1.00 from 2k on; 0.99 of packed sequences
     pairs = replace(pairs, queries=1 if problem.layout is Layout.VARLEN else 2)
+    window = {Feature.LEFT, Feature.RIGHT} <= set(features)
     if widest <= 64:
-        window = {Feature.LEFT, Feature.RIGHT} <= set(features)
+        if window and keys <= 640:
+            # 64 keys over 128, 17 blocks for a window of 1024 where those take 9 of twice the keys: 1.26 at 256, 1.09 at 512, but
+            # 0.96 at 1024. Consumers stand a block apart, so three stages would not load ahead: 1.02 for five
+            short = replace(triples, keys=64, overlap=Overlap.NONE, queries=pairs.queries)
+            return replace(short, held=len(dims), stages=5)
         if Feature.RIGHT in features and keys <= 640:
             # 128 rows over 192: causal 1.08 at 1k, 0.97 at 2k, 0.92 at 4k. Q held: 1.015 at 512, 1.02 at 1k
             return deepest(replace(pairs, held=len(dims)))
@@ -150,7 +155,13 @@ def _config_alone(problem: Problem, keys: float) -> ForwardConfig:
     ragged = _is_ragged(features)
     if widest <= 96 and keys > (2048 if ragged else 1536):
         # three over two: 1.06 at 2k, 1.07 at 4k and 16k full, 1.08 at 16k causal; 0.98 at 1k full, 0.97 at 2k causal
+        if dims == dims_v and problem.layout is Layout.DENSE:
+            # O by Q's buffer makes room for Q ahead and a third stage: causal 1.01 at 4k and 16k
+            return replace(triples, overlap=Overlap.NONE, queries=2, staging=Staging.QUERY)
         return replace(triples, overlap=Overlap.NONE, stages=2)
+    if dims == dims_v == (128,) and window and keys <= 640 and problem.layout is Layout.DENSE:
+        # three of 64 keys over two of 128: a window of 256 1.09, 1024 1.00, 4096 0.96
+        return replace(triples, keys=64, overlap=Overlap.DRIFTING, queries=2, stages=4, staging=Staging.QUERY)
     if dims == dims_v == (128,):
         # over P after the maxima: causal 1.02 at 1k and 2k, 1.03 to 1.04 at 4k and more, and full over three consumers 1.02; but
         # d192 and d256 1.00, d64 0.97 to 0.99

@@ -24,6 +24,7 @@ from tessera.backends.hopper.pieces.tiles import (
     operand_layout,
     overlaps,
     takes_p_at_once,
+    takes_turns,
 )
 from tessera.jit.compat import gl, gluon, warpgroup_mma, warpgroup_mma_wait
 
@@ -80,9 +81,11 @@ def _rescale_output(o, alpha):
 def _first_block(me, n, q, bounds, first_key):
     """P, m and l of a tile's first block: nothing to rescale, no P V to wait for. It is always masked."""
     me.shared.k_stream.wait(n)
-    take_turn(me.index)
+    if takes_turns(me.config):
+        take_turn(me.index)
     s = _issue_scores(me, n, q)
-    pass_turn(me.index, me.config.consumers)
+    if takes_turns(me.config):
+        pass_turn(me.index, me.config.consumers)
     bias, kept = beside_product(me.config, me.score, first_key, "upper")
     s = warpgroup_mma_wait(0, deps=(s,))
     me.shared.k_stream.release(n)
@@ -109,12 +112,14 @@ def _overlapped_block(me, n, q, bounds, first_key, state, CUT: gl.constexpr):
     """S of this block, issued with O += P V of the one before; then m, l and P."""
     o, p, m, l = state
     me.shared.k_stream.wait(n)
-    take_turn(me.index)
+    if takes_turns(me.config):
+        take_turn(me.index)
     s = _issue_scores(me, n, q)
     p = as_operand(me.config, me.score, p)
     me.shared.v_stream.wait(n - 1)
     products = issue_values(me, n - 1, p, o)
-    pass_turn(me.index, me.config.consumers)
+    if takes_turns(me.config):
+        pass_turn(me.index, me.config.consumers)
     bias, kept = beside_product(me.config, me.score, first_key, CUT)
     s = warpgroup_mma_wait(len(products), deps=(s,))
     me.shared.k_stream.release(n)

@@ -12,6 +12,9 @@ NAMED_BARRIER_TURN = gl.constexpr(7)
 NAMED_BARRIER_K = gl.constexpr(10)
 NAMED_BARRIER_V = gl.constexpr(13)
 """10 to 12, 13 to 15: slots of K and of V that are free again, one a slot."""
+NAMED_BARRIER_DEEP_K = gl.constexpr(6)
+NAMED_BARRIER_DEEP_V = gl.constexpr(11)
+"""6 to 10, 11 to 15: the same of up to five slots, where nobody takes turns."""
 
 
 @aggregate
@@ -151,6 +154,12 @@ class Stream:
 @gluon.constexpr_function
 def _arrivals(warps):
     return 1 if warps == 1 else 32 * warps
+
+
+@gluon.constexpr_function
+def barriers_of_slots(slots):
+    """The first named barrier of K's slots, and of V's."""
+    return (NAMED_BARRIER_K, NAMED_BARRIER_V) if slots <= 3 else (NAMED_BARRIER_DEEP_K, NAMED_BARRIER_DEEP_V)
 
 
 @gluon.jit

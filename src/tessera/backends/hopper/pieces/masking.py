@@ -6,7 +6,7 @@ by element, and blocks outside are never loaded.
 """
 
 from tessera.backends.hopper.pieces.cluster import is_pair_of_rows, rows_together
-from tessera.backends.hopper.pieces.tiles import M, accumulator_layout, has, overlaps
+from tessera.backends.hopper.pieces.tiles import M, accumulator_layout, has, takes_turns
 from tessera.jit.compat import aggregate, gl, gluon
 
 
@@ -137,7 +137,7 @@ def has_unseen(config, consumer):
 def has_spare(config, consumer):
     """Whether a tile may have blocks that only rows above this consumer's see. Where consumers take turns they are not left
     out: one that stops early would wait for the next tile, which waits for the blocks that it has yet to release."""
-    return has_lower_bound(config) and consumer > 0 and not overlaps(config)
+    return has_lower_bound(config) and consumer > 0 and not takes_turns(config)
 
 
 @gluon.jit

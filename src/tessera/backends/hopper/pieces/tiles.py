@@ -28,8 +28,14 @@ def takes_p_at_once(config, cut):
 
 @gluon.constexpr_function
 def overlaps(config):
-    """Whether P V of a block runs under the softmax of the next; the consumers then take turns with their products."""
+    """Whether P V of a block runs under the softmax of the next."""
     return config.overlap is not Overlap.NONE
+
+
+@gluon.constexpr_function
+def takes_turns(config):
+    """Whether the consumers take turns with their products."""
+    return config.overlap not in (Overlap.NONE, Overlap.DRIFTING)
 
 
 @gluon.constexpr_function
@@ -47,6 +53,11 @@ def may_stand_by(config, consumer):
 @gluon.constexpr_function
 def stages_halves(config):
     return config.staging is Staging.HALVES
+
+
+@gluon.constexpr_function
+def stages_in_query(config):
+    return config.staging is Staging.QUERY
 
 
 @gluon.constexpr_function
