@@ -544,6 +544,7 @@ def _language() -> ModuleType:
         **dict.fromkeys(("BlockedLayout", "DistributedLinearLayout", "NVMMADistributedLayout", "DotOperandLayout"), Layout),
         **dict.fromkeys(("SliceLayout", "NVMMASharedLayout", "SwizzledSharedLayout"), Layout),
         program_id=lambda axis: Integer(_here.program[axis]), num_programs=lambda axis: Integer(_here.grid[axis]),
+        num_warps=lambda: _here.threads // 32,
         minimum=_either(min, torch.minimum), maximum=_either(max, torch.maximum), where=_where,
         zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
         full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),

@@ -83,6 +83,16 @@ def test_in_a_fixed_order(case: Case) -> None:
     check(case.request("cpu", torch.bfloat16, requires_grad=True)._replace(deterministic=True))
 
 
+@pytest.mark.parametrize("heads_kv", [3, 6], ids=["grouped", "one a group"])
+def test_sections_of_grouped_heads_take_turns(heads_kv: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a fixed order, below a diagonal: one pair of heads a section, so that both orders of tiles come."""
+    monkeypatch.setattr(BackwardLaunch, "section", 1)
+    case = Case("sections", head_dim=128, batch=2, seqlen_q=700, seqlen_k=740, heads_q=6, heads_kv=heads_kv, causal=True)
+    request = case.request("cpu", torch.bfloat16, requires_grad=True)._replace(deterministic=True)
+    assert backward_config(bind(request)[0]).sections_take_turns
+    check(request)
+
+
 @pytest.mark.parametrize("dim", DIMS)
 def test_nan_in_padding_stays_there(dim: int) -> None:
     case = Case("padding", batch=3, seqlen_q=150, seqlen_k=200, head_dim=dim, heads_q=2, heads_kv=2,

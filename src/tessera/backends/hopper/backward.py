@@ -25,7 +25,7 @@ from tessera.backends.hopper.backward_ahead import consumer_ahead, make_pair
 from tessera.backends.hopper.backward_keys import consumer_of_keys, make_halves
 from tessera.backends.hopper.backward_products import consumer_of_dk, consumer_of_dq, consumer_of_dv, make_exchange
 from tessera.backends.hopper.backward_turns import consumer_in_turn, make_parts
-from tessera.backends.hopper.backward_writer import writer_of_dq
+from tessera.backends.hopper.backward_writer import writer_of_dq, writer_of_many
 from tessera.backends.hopper.pieces.channel import NAMED_BARRIER_K, NAMED_BARRIER_V, make_stream
 from tessera.backends.hopper.pieces.draws import make_draws
 from tessera.backends.hopper.pieces.gradients import Score, Shared
@@ -34,6 +34,7 @@ from tessera.backends.hopper.pieces.kv_source import Lengths, Pitch, load_rows
 from tessera.backends.hopper.pieces.masking import Band
 from tessera.backends.hopper.pieces.modifiers import make_modifiers
 from tessera.backends.hopper.pieces.row_ranges import row_blocks
+from tessera.backends.hopper.pieces.sums import adds_in_order
 from tessera.backends.hopper.pieces.tiles import M, allocate_tiles
 from tessera.jit.compat import fence_async_shared, gl, gluon, let_next_begin, mbarrier, tma_load, wait_for_previous
 
@@ -105,10 +106,14 @@ def producer_of_many(config: gl.constexpr, maps, stats_map, shared, pair, draws,
     """Tile after tile: the next one's first rows come while the consumers still work on this one, its K and V when no product
     reads those of this one any more."""
     number = call.order.number
-    tile = locate_keys(config, call, number)
-    begin, count = row_blocks(config, call.band, tile.seq, tile.first)
     let_next_begin()
-    if count > 0:
+    if adds_in_order(config):
+        wait_for_previous()  # for the counter
+        number = draws.draw()
+    draws.post(0, number)
+    tile = locate_keys(config, call, gl.minimum(number, draws.tiles - 1))
+    begin, count = row_blocks(config, call.band, tile.seq, tile.first)
+    if (count > 0) & (number < draws.tiles):
         _load_keys(config, maps[1], shared.k, shared.k_full, tile.seq.keys(call.pitch.k), tile)
     wait_for_previous()
     done = 0  # blocks of rows
@@ -130,8 +135,8 @@ def producer_of_many(config: gl.constexpr, maps, stats_map, shared, pair, draws,
             done += count * call.group
             seen += 1
         number = draws.draw()
-        draws.post(turn, number)
         turn += 1
+        draws.post(turn, number)
         tile = locate_keys(config, call, gl.minimum(number, draws.tiles - 1))
         begin, count = row_blocks(config, call.band, tile.seq, tile.first)
 
@@ -167,8 +172,7 @@ def attention_backward(
     dbias, dbias_batch, dbias_head, dbias_row,
     CONFIG: gl.constexpr,
 ):  # fmt: skip
-    """`stats` is lse of every head, then D of every head, each a line of the workspace. `dq`: of float32, `out`: of 16 bits.
-    Pointers that no feature needs are never read."""
+    """`stats`: lse of every head, then D of each, a line a head. `dq`: float32, `out`: 16 bits. Unused pointers are not read."""
     config: gl.constexpr = CONFIG
     maps = (q_map, k_map, v_map, do_map)
     call = Call(
@@ -197,13 +201,15 @@ def attention_backward(
         ], [4, 1, 1, 1], [240, 24, 24, 24])  # fmt: skip
     elif divided_by(config, "keys, P ahead"):
         pair = make_pair(config, dq_map, dk_map)
-        draws = make_draws(marks_ptr, tiles, config.consumers)
+        draws = make_draws(config, marks_ptr, tiles, config.consumers)
         fence_async_shared()
         gl.warp_specialize([
             (consumer_ahead, (config, 0, dq_map, dk_map, dv_map, shared, pair, draws, score, call)),
             (consumer_ahead, (config, 1, dq_map, dk_map, dv_map, shared, pair, draws, score, call)),
             (producer_of_many, (config, maps, stats_map, shared, pair, draws, call)),
-        ], [4, 1], [240, 24])  # fmt: skip
+            (writer_of_many, (config, 0, dq_map, out, pair.sums, draws, marks_ptr + 1, call)),
+            (writer_of_many, (config, 1, dq_map, out, pair.sums, draws, marks_ptr + 1, call)),
+        ], [4, 1, 1, 1], [240, 24, 24, 24])  # fmt: skip
     elif divided_by(config, "keys, dQ in turn"):
         parts = make_parts(config, dq_map, out_map)
         fence_async_shared()

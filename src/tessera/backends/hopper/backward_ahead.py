@@ -20,7 +20,7 @@ from tessera.backends.hopper.pieces.kv_source import store_rows
 from tessera.backends.hopper.pieces.masking import has_lower_bound
 from tessera.backends.hopper.pieces.row_ranges import cut_and_full, first_row, key_bounds, row_blocks
 from tessera.backends.hopper.pieces.softmax import to_16_bit, to_32_bit
-from tessera.backends.hopper.pieces.sums import Sums, add_part, row_block, sums_in
+from tessera.backends.hopper.pieces.sums import Sums, add_part, adds_in_order, row_block, sums_in
 from tessera.backends.hopper.pieces.tiles import (
     M,
     accumulator_layout,
@@ -147,6 +147,14 @@ def _p_of(me, s, bounds, n, row, MASKED: gl.constexpr):
 
 
 @gluon.jit
+def _add_dq(me, dq_map, n, dq, block):
+    """This consumer's part of dQ of block n, row block `block` of the workspace, out."""
+    if adds_in_order(me.config):
+        tma_store_wait(0)  # its buffer may have taken dK or dV
+    add_part(me.config, dq_map, me.pair.sums, 2 * n + me.index, dq, block, me.index)
+
+
+@gluon.jit
 def _from_p_to_ds(me, dq_map, n, before, dv, p):
     """(dV, still under way, and dS^T) of block n, and dQ of the one before it, row block `before` of the workspace; -1 says that
     there is none in this tile."""
@@ -161,7 +169,7 @@ def _from_p_to_ds(me, dq_map, n, before, dv, p):
     dv = warpgroup_mma(gl.convert_layout(p, operand_layout(me.config.dim_v)), do, dv, is_async=True)
     dq = warpgroup_mma_wait(1, deps=(dq,))
     if before >= 0:
-        add_part(me.config, dq_map, me.pair.sums, 2 * n - 2 + me.index, dq, before, me.index)
+        _add_dq(me, dq_map, n - 1, dq, before)
     d = row_values(shared.d, slot, me.config.rows)
     ds = to_16_bit(to_32_bit(p) * (dp - d[None, :]), dtype)
     _hand_over(me, ds, n)
@@ -205,7 +213,7 @@ def _sum_dq(me, dq_map, n, before):
     """dQ of the block before block n, row block `before` of the workspace, by itself."""
     dq = warpgroup_mma_wait(0, deps=(_issue_dq(me, n - 1, before >= 0),))
     if before >= 0:
-        add_part(me.config, dq_map, me.pair.sums, 2 * n - 2 + me.index, dq, before, me.index)
+        _add_dq(me, dq_map, n - 1, dq, before)
 
 
 @gluon.jit
@@ -279,7 +287,10 @@ def _store(me, map_, gradient, tile, place):
     """dK or dV of 64 keys through the buffer of this consumer's part `place` of dQ. Each has two, in turn: dV has that after the
     tile's last part, dK the other, and the next tile's first part that of dV again."""
     tiles = me.pair.tiles
-    slot = me.pair.sums.ring.slot(2 * place + me.index)
+    ring = me.pair.sums.ring
+    slot = ring.slot(2 * place + me.index)
+    if adds_in_order(me.config):
+        ring.acquire(2 * place + me.index)
     tma_store_wait(1)
     matrix(tiles.index(slot)).store(to_16_bit(gradient, map_.dtype))
     fence_async_shared()
@@ -289,7 +300,7 @@ def _store(me, map_, gradient, tile, place):
 @gluon.jit
 def consumer_ahead(config: gl.constexpr, index: gl.constexpr, dq_map, dk_map, dv_map, shared, pair, draws, score, call):
     me = Consumer(config, index, shared, pair, score, call)
-    number = gl.program_id(0)
+    number = draws.read(0)
     n = 0
     turn = 0
     uses = 0
@@ -305,6 +316,6 @@ def consumer_ahead(config: gl.constexpr, index: gl.constexpr, dq_map, dk_map, dv
             uses += 1
         _store(me, dv_map, dv, tile, n)
         _store(me, dk_map, dk * score.factor, tile, n + 1)
-        number = draws.read(turn)
         turn += 1
+        number = draws.read(turn)
     tma_store_wait(0)

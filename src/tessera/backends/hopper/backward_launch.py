@@ -18,7 +18,6 @@ from tessera.backends.hopper.backward_plan import (
     PART_LINE,
     Adding,
     BackwardConfig,
-    Division,
     PartLayout,
     RowsConfig,
     bias_sums_shape,
@@ -147,15 +146,19 @@ class BackwardLaunch:
     @cached_property
     def programs(self) -> int:
         """How many run: one a multiprocessor, where they take tile after tile, else one a tile."""
-        return min(self.tiles, self.multiprocessors) if self.config.division is Division.AHEAD else self.tiles
+        return min(self.tiles, self.multiprocessors) if self.config.takes_tile_after_tile else self.tiles
 
     @cached_property
     def section(self) -> int:
         """Query rows whose Q, dO and float32 dQ, for all heads of a group, fit in L2's share; but so many that there is a tile
-        for every multiprocessor, else the last section's longest begin late (GQA 32/8, causal 8k: 1.06, H200, 2026-11-21)."""
+        for every multiprocessor, else the last section's longest begin late (GQA 32/8, causal 8k: 1.06, H200, 2026-11-21). Whole
+        heads, where sections take turns: nearly as many tiles will do, far fewer would mix two of them."""
         shape = self.problem.shape
         fitting = L2_BYTES // (shape.group * (6 * shape.head_dim + 2 * shape.head_dim_v))
-        return max(fitting, self.multiprocessors * self.config.keys)
+        rows = self.multiprocessors * self.config.keys
+        if self.config.sections_take_turns:
+            rows = max(rows, shape.seqlen_q * -(-95 * rows // (100 * max(shape.seqlen_q, 1))))
+        return max(fitting, rows)
 
     @cached_property
     def integers(self) -> tuple[int, ...]:

@@ -22,8 +22,9 @@ FEW_KEYS = 512
 """Up to so many keys under a diagonal dQ's zeros and the kernel that rounds it cost more than to add in order. Ours / FA3 at 512,
 with order and without: d128 1.149 and 0.983, d64 1.099 and 1.019; at 1k 1.012 and 0.974, 1.003 and 1.003 (H200, 2026-11-21)."""
 FEW_KEYS_IN_ORDER = 16
-"""Where an order is kept anyway, up to so many keys a column of V. Its time over that of order alone: d128 full 512 0.917, 2k
-0.993, 4k 1.016, 16k 1.042; causal 0.868, 0.967, 0.999, 1.027; d64 full 512 0.936, 1k 0.979, 2k 1.003, 16k 1.040 (same run)."""
+"""Where an order is kept anyway, up to so many keys a column of V. Its time over that of order alone, in turn: d128 full 512
+0.917, 2k 0.993, 4k 1.016, 16k 1.042; causal 0.868, 0.967, 0.999, 1.027; d64 full 512 0.936, 1k 0.979, 2k 1.003, 16k 1.040 (same
+run). With P ahead order alone is faster: FEW_KEYS counts there (1k full 1.03, causal 1.02)."""
 MANY_TILES = 512
 """With fewer than about four for each multiprocessor those of a head begin together, and wait for one another."""
 
@@ -92,6 +93,21 @@ class BackwardConfig:
         return 1 if self.division is Division.PRODUCTS else self.consumers
 
     @property
+    def takes_tile_after_tile(self) -> bool:
+        """Whether there is a program for each multiprocessor, else one for each tile."""
+        return self.division is Division.AHEAD
+
+    @property
+    def sections_take_turns(self) -> bool:
+        """Whether sections of grouped heads take turns at two orders of tiles, the longest last and the longest first, so that
+        the grid ends evenly: below a diagonal alone a tile's rows are among those of the tile before it, in either order. Their
+        time over that of the longest last: GQA 32/8 causal 1k 0.79, 4k 0.78, 8k 0.92, 16k 0.99; one head a group 1.00, 1.05 and
+        1.12 at 16k; GQA at head dim 64, 16k, with fewer tiles a section than multiprocessors, 1.29 (H200, 2026-11-21)."""
+        others = {Feature.LEFT, Feature.DOCUMENTS, Feature.VARLEN} & set(self.features)
+        is_ordered = self.adding is Adding.ORDER and self.division is Division.AHEAD
+        return is_ordered and Feature.RIGHT in self.features and not others
+
+    @property
     def part_buffers(self) -> int:
         """Buffers for parts of dQ, over all adders. In turns there is one each."""
         return self.adders if self.division is Division.TURNS else 2 * self.adders
@@ -153,7 +169,8 @@ def backward_config(problem: Problem) -> BackwardConfig:
     if not rounded or not 0 < shape.seqlen_q <= shape.seqlen_k:  # else some rows may see no key
         return plain
     if problem.reproducibility is Reproducibility.BITWISE:
-        return rounded[0] if shape.seqlen_k <= FEW_KEYS_IN_ORDER * plain.dim_v else plain
+        few = FEW_KEYS if plain.division is Division.AHEAD else FEW_KEYS_IN_ORDER * plain.dim_v
+        return rounded[0] if shape.seqlen_k <= few else plain
     tiles = shape.batch * shape.heads_kv * -(-shape.seqlen_k // rounded[0].keys)
     return rounded[0] if shape.seqlen_k <= FEW_KEYS and tiles >= MANY_TILES else plain
 
@@ -165,10 +182,13 @@ def backward_family(problem: Problem) -> tuple[BackwardConfig, ...]:
     is_bitwise, mask = problem.reproducibility is Reproducibility.BITWISE, problem.mask
     ordered = _divided(problem, Adding.ORDER)
     plain = ordered if is_bitwise else _divided(problem, Adding.ANY_ORDER)
-    pays = is_bitwise or (mask.right is not None and problem.shape.group == 1 and Feature.SOFTCAP not in plain.features)
+    rounded = replace(ordered, adding=Adding.ROUNDED)
+    if ordered.division is Division.AHEAD:
+        rounded = replace(rounded, division=Division.TURNS)
+    pays = is_bitwise or (mask.right is not None and Feature.SOFTCAP not in plain.features)
     has_last_tile = problem.layout is Layout.DENSE and not mask.bounds and mask.left is None and (mask.right or 0) >= 0
-    if pays and has_last_tile and ordered.division is Division.TURNS and Feature.DROPOUT not in ordered.features:
-        return plain, replace(ordered, adding=Adding.ROUNDED)
+    if pays and has_last_tile and rounded.division is Division.TURNS and Feature.DROPOUT not in ordered.features:
+        return plain, rounded
     return (plain,)
 
 
@@ -194,14 +214,16 @@ def _divided(problem: Problem, adding: Adding) -> BackwardConfig:
         # in the loop.
         return replace(config, division=Division.TURNS, keys=192, q_stages=3, do_stages=3)
     if kinds:
+        # P ahead with ALiBi or dropout costs 1.01 to 1.05 times this (H200, 4k, 2026-11-21).
         return config
+    if dim == dim_v == 128 and Feature.SOFTCAP not in features:
+        # Over in step: 1.03 to 1.05, 1.03 more for tile after tile up to 2k; in a fixed order over in turn 1.02 to 1.06 (H200,
+        # 2026-11-21). A softcap's slope does not fit.
+        return replace(config, division=Division.AHEAD)
     if max(dim, dim_v) == 128 and adding is Adding.ORDER:
         # A tile that waits for another's dQ then holds up one consumer and not both: 1.02 to 1.06 over in step (H200, 1k and 16k,
         # 2026-11-21). In any order in step is better: 0.99 to 1.04.
         return replace(config, division=Division.TURNS)
-    if dim == dim_v == 128 and Feature.SOFTCAP not in features:
-        # Over in step: 1.03 to 1.05, 1.03 more for tile after tile up to 2k (H200, 2026-11-21). A softcap's slope does not fit.
-        return replace(config, division=Division.AHEAD)
     return config
 
 

@@ -5,7 +5,7 @@ longer than a block has: with one warp an order cost 1.22 to 1.31 at head dim 25
 2026-11-21).
 
 A tile only waits for tiles with lower numbers. Blocks are dispatched in the order of their numbers (CUB's single-pass scan counts
-on that too), so those are running, and every wait ends.
+on that too), so those are running, and every wait ends. (Programs that take tile after tile: pieces/draws.py.)
 
 Where the last tile rounds, one warp does it all. It brings what has been added so far into the slot that the consumers' last
 part will take, while they still compute it; they add, round, and hand back 16 bits.
@@ -47,21 +47,24 @@ def _writers(config):
 
 @aggregate
 class Task:
-    """One tile's part in dQ: its row blocks are `begin` and the `count - 1` after it, for each query head of its group."""
+    """One tile's part in dQ: its row blocks are `begin` and the `count - 1` after it, for each query head of its group. `done`:
+    blocks of the program's earlier tiles."""
 
     tile: KeyTile
     begin: gl.tensor
     count: gl.tensor
     chain: Chain
     marks: gl.tensor
+    done: gl.tensor
 
     @gluon.constexpr_function
-    def __init__(self, tile, begin, count, chain, marks):
+    def __init__(self, tile, begin, count, chain, marks, done):
         self.tile = tile
         self.begin = begin
         self.count = count
         self.chain = chain
         self.marks = marks
+        self.done = done
 
     @gluon.jit
     def row(self, n):
@@ -93,7 +96,7 @@ def _release(config: gl.constexpr, dq_map, sums, call, task, m):
 @gluon.jit
 def _send(config: gl.constexpr, dq_map, out, sums, call, task, n, j: gl.constexpr):
     """Part j of the n-th block on its way: stored, added, or, in 16 bits, to dQ itself."""
-    slot = sums.ring.slot(n * config.parts + j)
+    slot = sums.ring.slot((task.done + n) * config.parts + j)
     part = sums.parts.index(slot)
     where = where_part_lies(config, task.place(call, n), j)
     row = task.row(n)
@@ -108,22 +111,29 @@ def _send(config: gl.constexpr, dq_map, out, sums, call, task, n, j: gl.constexp
         tma_reduce_add(dq_map, where, part)
 
 
+@gluon.constexpr_function
+def _has_own_slots(config):
+    """Whether the parts of every other block always lie in the same slots."""
+    return config.part_buffers == 2 * config.parts
+
+
 @gluon.jit
 def _write_in_turn(config: gl.constexpr, writer: gl.constexpr, dq_map, out, sums, call, task):
     """Every other block. A warp looks for a block's parts when the other one has found all of the block before: an mbarrier tells
     this lap from the last, not from the one before that."""
     parts: gl.constexpr = config.parts
     number = task.tile.first // config.keys + 1
-    for n in range(writer, task.count * call.group, 2):
+    for n in range((task.done + writer) & 1, task.count * call.group, 2):
+        use = task.done + n
         mark = task.marks + task.place(call, n)
         if not task.chain.opens(task.row(n)):
             await_mark(mark, task.chain.before + 1)
-        if n > 0:
-            mbarrier.wait(sums.found.index(1 - writer), ((n - 1) // 2) & 1)
+        if not _has_own_slots(config) and use > 0:
+            mbarrier.wait(sums.found.index(1 - writer), ((use - 1) // 2) & 1)
         for j in gl.static_range(parts):
-            m = n * parts + j
+            m = use * parts + j
             sums.ring.wait(m)
-            if j == parts - 1:
+            if j == parts - 1 and not _has_own_slots(config):
                 mbarrier.arrive(sums.found.index(writer))
             _send(config, dq_map, out, sums, call, task, n, j)
             tma_store_wait(0)
@@ -166,9 +176,28 @@ def writer_of_dq(config: gl.constexpr, writer: gl.constexpr, dq_map, out, sums, 
         begin, count = row_blocks(config, call.band, tile.seq, tile.first)
         wait_for_previous()  # for the marks
         if count > 0:
-            task = Task(tile, begin, count, chain_of(config, call, tile, out[2]), marks)
+            task = Task(tile, begin, count, chain_of(config, call, tile, out[2]), marks, begin * 0)
             if rounds_last(config):
                 _write_and_round(config, dq_map, out, sums, call, task)
             else:
                 _write_in_turn(config, writer, dq_map, out, sums, call, task)
+        tma_store_wait(0)
+
+
+@gluon.jit
+def writer_of_many(config: gl.constexpr, writer: gl.constexpr, dq_map, out, sums, draws, marks, call):
+    """The same for tile after tile."""
+    if writer < _writers(config):
+        wait_for_previous()
+        number = draws.read(0)
+        turn = 0
+        done = 0
+        while number < draws.tiles:
+            tile = locate_keys(config, call, number)
+            begin, count = row_blocks(config, call.band, tile.seq, tile.first)
+            task = Task(tile, begin, count, chain_of(config, call, tile, out[2]), marks, done)
+            _write_in_turn(config, writer, dq_map, out, sums, call, task)
+            done += count * call.group
+            turn += 1
+            number = draws.read(turn)
         tma_store_wait(0)

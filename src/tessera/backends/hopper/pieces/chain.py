@@ -1,7 +1,8 @@
 """The order in which tiles of keys add to the same rows of dQ, where there is one (see backward_writer.py).
 
 Without a mask the tile with key 0 is the first and the last tile the last; where rows see an interval of keys it is the other way
-round: then a tile's row blocks are those of the tile before it, moved on, so that nobody waits long.
+round: then a tile's row blocks are those of the tile before it, moved on, so that nobody waits long. (Below a diagonal alone both
+do: key_tiles._ordered.)
 """
 
 from tessera.backends.hopper.pieces.row_ranges import FAR, row_blocks
@@ -47,7 +48,11 @@ def chain_of(config: gl.constexpr, call, tile, factor):
             opened = gl.where(several == 0, FAR, earlier * config.rows)
             later, some = row_blocks(config, call.band, tile.seq, gl.maximum(tile.first - config.keys, 0))
             closed = gl.where((number == 0) | (some == 0), 0, (later + some) * config.rows)
-            return Chain(number + 1, opened, closed, factor)
+            before = number + 1
+            if config.sections_take_turns:
+                before = gl.where(tile.falls, before, number - 1)
+                opened = gl.where(tile.falls, opened, gl.where(number == 0, FAR, 0))
+            return Chain(before, opened, closed, factor)
         else:
             opened = gl.where(number == 0, FAR, 0)
             closed = gl.where(tile.first + config.keys >= tile.seq.k_rows, 0, FAR)

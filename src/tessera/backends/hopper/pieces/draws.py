@@ -1,12 +1,15 @@
-"""Which tile of keys next: a persistent program begins with the tile of its own number; the later ones it draws from a counter
-in the workspace, and its producer posts them.
+"""Which tile of keys next: a persistent program begins with the tile of its own number; the later ones its producer draws from a
+counter in the workspace. It posts them all.
 
-Nobody who adds in a fixed order draws (backward_writer.py): he may wait only for tiles that are certain to be at work.
+Where tiles add in a fixed order (backward_writer.py) the first is drawn too. A number is then drawn by a program that is running,
+and that has nothing but lower ones before it: so the lowest that is not done is at work, and every wait for a lower one ends,
+however many programs the device runs at a time.
 """
 
 from tessera.backends.hopper.pieces.channel import Ring, make_ring
 from tessera.backends.hopper.pieces.numbers import make_numbers, of_first_lane, read_number, write_number
 from tessera.backends.hopper.pieces.scheduler import take
+from tessera.backends.hopper.pieces.sums import adds_in_order
 from tessera.jit.compat import aggregate, gl, gluon
 
 _SLOTS = gl.constexpr(2)
@@ -14,35 +17,38 @@ _SLOTS = gl.constexpr(2)
 
 @aggregate
 class Draws:
-    """`tiles` in all; two numbers, so that one can be posted before everybody has read the one before."""
+    """`tiles` in all, of which `given` are begun without a draw; two numbers, so that one can be posted before everybody has read
+    the one before."""
 
     counter: gl.tensor
     tiles: gl.tensor
+    given: gl.tensor
     numbers: gl.shared_memory_descriptor
     ring: Ring
 
     @gluon.constexpr_function
-    def __init__(self, counter, tiles, numbers, ring):
+    def __init__(self, counter, tiles, given, numbers, ring):
         self.counter = counter
         self.tiles = tiles
+        self.given = given
         self.numbers = numbers
         self.ring = ring
 
     @gluon.jit
     def draw(self):
         """Producer: the next number (>= tiles: none is left)."""
-        return of_first_lane(take(self.counter)) + gl.num_programs(0)
+        return of_first_lane(take(self.counter)) + self.given
 
     @gluon.jit
     def post(self, turn, number):
-        """Producer: this tile comes after the `turn`-th."""
+        """Producer: this is the program's `turn`-th tile, from 0 on."""
         self.ring.acquire(turn)
         write_number(self.numbers, self.ring.slot(turn), number)
         self.ring.publish(turn)
 
     @gluon.jit
     def read(self, turn):
-        """Consumer: the number of the tile after the `turn`-th, in every thread."""
+        """Consumer: the number of the `turn`-th tile, in every thread."""
         self.ring.wait(turn)
         number = read_number(self.numbers, self.ring.slot(turn))
         self.ring.release(turn)
@@ -50,5 +56,8 @@ class Draws:
 
 
 @gluon.jit
-def make_draws(counter, tiles, readers: gl.constexpr):
-    return Draws(counter, tiles, make_numbers(_SLOTS), make_ring(_SLOTS, readers))
+def make_draws(config: gl.constexpr, counter, tiles, consumers: gl.constexpr):
+    if adds_in_order(config):  # the writers read them too
+        return Draws(counter, tiles, tiles * 0, make_numbers(_SLOTS), make_ring(_SLOTS, consumers + 2))
+    else:
+        return Draws(counter, tiles, gl.num_programs(0) + tiles * 0, make_numbers(_SLOTS), make_ring(_SLOTS, consumers))

@@ -63,21 +63,24 @@ class Call:
 @aggregate
 class KeyTile:
     """The keys of one head of one sequence from `first` on. `written`: the rows of dk and dv that the sequence's tiles write,
-    which are more than the visible ones where lengths or padding hide some. `work`: its first row in the workspace."""
+    which are more than the visible ones where lengths or padding hide some. `work`: its first row in the workspace. `falls`:
+    whether tiles are added from the last to the first, where that is not the same for all."""
 
     seq: Sequence
     head: gl.tensor
     first: gl.tensor
     written: Span
     work: gl.tensor
+    falls: gl.tensor
 
     @gluon.constexpr_function
-    def __init__(self, seq, head, first, written, work):
+    def __init__(self, seq, head, first, written, work, falls):
         self.seq = seq
         self.head = head
         self.first = first
         self.written = written
         self.work = work
+        self.falls = falls
 
     @gluon.jit
     def queries(self, pitch):
@@ -86,25 +89,33 @@ class KeyTile:
 
 
 @gluon.jit
-def _ordered(config: gl.constexpr, number, blocks, heads, section):
-    """Tile `number` of blocks x heads as (block, head). Where a diagonal makes the first blocks the longest they come first
-    (longest processing time first), inside even sections of heads whose Q, dO and dQ share L2; or last, where dQ is summed in
-    a fixed order (see backward_writer.py)."""
+def _ordered(config: gl.constexpr, number, blocks, heads, section, group):
+    """Tile `number` of blocks x heads as (block, head, falls). Where a diagonal makes the first blocks the longest they come
+    first (longest processing time first), inside even sections of heads whose Q, dO and dQ share L2; or last, where dQ is summed
+    in a fixed order (see backward_writer.py).
+
+    The longest last end a grid badly. Where the other order does as well, sections take turns, and a second one's longest come
+    first: who has had a short tile of the first begins early with a long one, so that tiles that follow each other in a head
+    begin apart, and all programs end together."""
     if has(config, "right") or adds_in_order(config):
         sections = (heads + section - 1) // section
         section = (heads + sections - 1) // sections
         whole = blocks * section
-        group = number // whole
-        rest = number - group * whole
-        size = gl.maximum(gl.minimum(section, heads - group * section), 1)  # the last section may be short
+        place = number // whole
+        rest = number - place * whole
+        size = gl.maximum(gl.minimum(section, heads - place * section), 1)  # the last section may be short
         block = rest // size
-        head = group * section + rest - block * size
-        if adds_in_order(config) and from_last_to_first(config):
+        head = place * section + rest - block * size
+        falls = sections > 0
+        if config.sections_take_turns:
+            falls = (place % 2 == 0) | (group == 1)
+            block = gl.where(falls, blocks - 1 - block, block)
+        elif adds_in_order(config) and from_last_to_first(config):
             block = blocks - 1 - block
-        return block, head
+        return block, head, falls
     else:
         head = number // blocks
-        return number - head * blocks, head
+        return number - head * blocks, head, blocks > 0
 
 
 @gluon.jit
@@ -136,11 +147,11 @@ def _heads_together(call, rows):
 def _dense_tile(config: gl.constexpr, number, call):
     heads = call.batch * call.heads_kv
     section = gl.minimum(_heads_together(call, call.seqlen_q), heads)
-    block, pair = _ordered(config, number, call.order.blocks, heads, section)
+    block, pair, falls = _ordered(config, number, call.order.blocks, heads, section, call.group)
     batch = pair // call.heads_kv
     seq = dense_sequence(config, call.lengths, batch, call.seqlen_q, call.seqlen_k)
     written = Span(batch * call.seqlen_k + seq.k_begin, call.seqlen_k - seq.k_begin)
-    return KeyTile(seq, pair - batch * call.heads_kv, block * config.keys, written, batch * _padded(call.seqlen_q))
+    return KeyTile(seq, pair - batch * call.heads_kv, block * config.keys, written, batch * _padded(call.seqlen_q), falls)
 
 
 @gluon.jit
@@ -153,9 +164,9 @@ def _packed_tile(config: gl.constexpr, number, call):
     first = begin // config.keys + index
     blocks = end // config.keys + 1 - begin // config.keys
     section = gl.minimum(_heads_together(call, seq.q_rows), call.heads_kv)
-    block, head = _ordered(config, number - first * call.heads_kv, blocks, call.heads_kv, section)
+    block, head, falls = _ordered(config, number - first * call.heads_kv, blocks, call.heads_kv, section, call.group)
     work = _first_block(call.lengths.cu_q, index, WORK) * WORK
-    return KeyTile(seq, head, block * config.keys, Span(begin, end - begin), work)
+    return KeyTile(seq, head, block * config.keys, Span(begin, end - begin), work, falls)
 
 
 @gluon.jit

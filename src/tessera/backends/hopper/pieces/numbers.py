@@ -26,6 +26,6 @@ def write_number(numbers, place, value):
 
 @gluon.jit
 def read_number(numbers, place):
-    """Consumer, a warpgroup: one number, the same in every thread."""
-    posted = numbers.index(place).load(gl.BlockedLayout([1], [32], [4], [0]))
+    """Consumer, a warp or more: one number, the same in every thread."""
+    posted = numbers.index(place).load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
     return of_first_lane(gl.max(posted, axis=0))
