@@ -376,22 +376,18 @@ def _scalar(x: Tensor) -> Any:
     return Integer(x) if x.dim() == 0 and not x.dtype.is_floating_point else x
 
 
-def _keys_of_dropout(arguments: list[Any], of_columns: bool) -> tuple[Tensor, Tensor]:
-    """Philox4x32-7 over numbers n, from what its first rounds have of the plane's words alone."""
-    n, _, third, first, mixed, low = arguments
+def _philox_2(a: Any, b: Any, rounds: int) -> tuple[Any, Any]:
+    for i in range(rounds):
+        product = a * 0xD256D193
+        a, b = product >> 32 & 0xFFFFFFFF ^ b ^ (i * 0x9E3779B9 & 0xFFFFFFFF), product & 0xFFFFFFFF
+    return a, b
 
-    def products(x: Any, y: Any) -> tuple[Any, Any, Any, Any]:
-        a, b = x * 0xD2511F53, y * 0xCD9E8D57
-        return a >> 32 & 0xFFFFFFFF, a & 0xFFFFFFFF, b >> 32 & 0xFFFFFFFF, b & 0xFFFFFFFF
 
-    high, c3, _, _ = products(n, n)
-    _, _, high_2, c1 = products(n, high ^ third)
-    c0, c2, c3 = high_2 ^ first, c3 ^ mixed, low
-    for i in range(2, 7):
-        k0, k1 = i * 0x9E3779B9 & 0xFFFFFFFF, i * 0xBB67AE85 & 0xFFFFFFFF
-        high, low, high_2, low_2 = products(c0, c2)
-        c0, c1, c2, c3 = high_2 ^ c1 ^ k0, low_2, high ^ c3 ^ k1, low
-    return (c2, c3) if of_columns else (c0, c1)
+def _kept(words: Tensor, halves: Tensor, are_second: Tensor, threshold: Any) -> Tensor:
+    """What of a tile dropout keeps, from each score's word."""
+    half = words >> 16 * halves & 0xFFFF
+    draws = torch.where(are_second, half << 1 | half >> 15, half >> 7) & 0xFF
+    return (draws >= (threshold >> 7 & 0xFF)) != bool(threshold >> 31)
 
 
 def _assembly(text: str, constraints: str, arguments: list[Any], dtype: Any, is_pure: bool, pack: int) -> Any:
@@ -423,14 +419,19 @@ def _assembly(text: str, constraints: str, arguments: list[Any], dtype: Any, is_
         return _anew_where_moved(*arguments, dtype[0])
     if text.startswith("{ .reg .pred same;"):  # softmax.rescale
         return arguments[0] * arguments[1]
-    if "and.b32 $0, $1, mask;" in text:  # dropout.dropped
-        p, words, selector = arguments
-        byte = torch.where(torch.arange(p.shape[1]) % 2 == 0, selector & 3, selector >> 8 & 3)
-        return torch.where(words >> 8 * byte + 7 & 1 == 1, p, 0.0).to(dtype)
-    if text.startswith("prmt.b32 $0, $4, $12,") or text == "prmt.b32 $0, $1, $2, 0xCC88;":  # dropout.masks
-        even, odd = arguments if pack == 8 else arguments * 2
-        words = torch.where(torch.arange(even.shape[1]) % 2 == 0, even, odd)
-        return torch.where(_sign_of_byte(words, pack), math.nan, 0.0).to(dtype)
+    if "and.b32 $0, $1, mask;" in text:  # dropout.dropped, with left padding
+        return torch.where(arguments[1] >> 7 & 1 == 1, arguments[0], 0.0).to(dtype)
+    if "and.b32 $0, $2, m;" in text:  # dropout.dropped
+        p, words, threshold = arguments
+        rows, columns = torch.arange(p.shape[0])[:, None], torch.arange(p.shape[1])
+        return torch.where(_kept(words, columns % 2, rows // 8 % 2 == 1, threshold), p, 0.0).to(dtype)
+    if text == "prmt.b32 $0, $1, $2, 0xCC88;":  # dropout.masks, with left padding
+        return torch.where(arguments[0] >> 7 & 1 == 1, math.nan, 0.0).to(dtype)
+    if text.startswith("{ .reg .b32 x, least;"):  # dropout.masks
+        near, far, threshold = arguments
+        keys, rows = torch.arange(near.shape[0])[:, None], torch.arange(near.shape[1])
+        words = torch.where(keys // 8 % 2 == 0, near, far)
+        return torch.where(_kept(words, rows % 2, rows // 8 % 2 == 1, threshold), math.nan, 0.0).to(dtype)
     if text == "and.b32 $0, $1, $2;":  # dropout.masked
         return torch.where(arguments[1] != 0, arguments[0], 0.0)
     if text.startswith("lop3.b32 $0, $1, $2, 0x80008000, 0xF2;"):  # dropout.marked
@@ -439,13 +440,15 @@ def _assembly(text: str, constraints: str, arguments: list[Any], dtype: Any, is_
         a, b, selector = torch.broadcast_tensors(*arguments)
         taken = [(a | b << 32) >> (selector >> 4 * i & 7) * 8 & 0xFF for i in range(4)]
         return sum(byte << 8 * i for i, byte in enumerate(taken))
+    if text.startswith("{ .reg .b32 odd, x;"):  # dropout._selectors
+        odd = arguments[0] % 2 == 1
+        return tuple(torch.where(odd, a, b) for a, b in ((0x5410, 0x7632), (0x3254, 0x5410), (0x3276, 0x7610)))
     if text.startswith("shfl.sync.bfly.b32 $0, $1, 4,"):  # dropout._of_other_parity
         return arguments[0].unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
-    if text.startswith("{ .reg .b64 w; .reg .b32 c0"):  # dropout._keys
-        return _keys_of_dropout(arguments, " $0, h," in text)
-    if text.startswith("lop3.b32 $0, $1, $2, $3, 0xE8;"):  # dropout._judged: the majority
-        a, b, c = arguments
-        return a & b | (a | b) & c
+    if text.startswith("{ .reg .b64 w; .reg .b32 a, b, h;"):  # dropout._key
+        return _philox_2(arguments[0] ^ arguments[1], arguments[2], 7)
+    if text.startswith("xor.b32 $0, $2, $4;"):  # dropout._sum
+        return arguments[0] ^ arguments[2], arguments[1] ^ arguments[3]
     if text.startswith("shfl."):
         return Integer(arguments[0])
     if "atom.global.add" in text:  # scheduler.take
@@ -476,14 +479,6 @@ def _anew_where_moved(p: Tensor, sums: Tensor, s: Tensor, m: Tensor, alpha: Tens
     moved = (alpha != 1).unflatten(0, (-1, 16)).any(dim=1, keepdim=True).expand(-1, 16, -1, -1).flatten(0, 1)
     anew = torch.exp2(s * scale - m)
     return torch.where(moved, anew.to(dtype), p), torch.where(moved, anew.sum(dim=1, keepdim=True), sums).expand(s.shape)
-
-
-def _sign_of_byte(words: Tensor, pack: int) -> Tensor:
-    """Whether each score of S^T has the sign of its byte set: one of four by the key's and the row's place in 16; with left
-    padding, where scores have a word each, the lowest."""
-    keys, rows = (torch.arange(size) for size in words.shape)
-    number = 2 * (keys // 8 % 2)[:, None] + (rows // 8 % 2)[None, :]
-    return words >> (8 * number if pack == 8 else 0) + 7 & 1 == 1
 
 
 class Product:

@@ -1,23 +1,26 @@
 """Dropout's mask: a function of (seed, batch, head, row, column) alone, so every backend and tile size draws the same.
 
-Every row and every column of a head has a key of 64 bits, and a draw is a mixture of the two. The keys come from Philox4x32 with
-7 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011: the fewest rounds that pass BigCrush): first
-under the 64-bit seed, for words of the head, then over these. Eight scores share a row's and a column's key: rows i and i + 8 of
-a group of 16, columns j, j + 1, j + 8 and j + 9 (j even, below 8) of a group of 16. These are scores that one thread of a Hopper
-warpgroup holds in its accumulator anyway, and a word's are four that follow one another there.
+Every row and every column of a head has a key of 64 bits, and a draw is a mixture of the two. Keys come from a head's words,
+which Philox4x32 with 7 rounds makes under the 64-bit seed, by Philox2x32 with 7 rounds (Salmon et al., "Parallel random
+numbers: as easy as 1, 2, 3", SC 2011: the fewest rounds that pass BigCrush). Eight scores share a row's and a column's key:
+rows i and i + 8 of a group of 16, columns j, j + 1, j + 8 and j + 9 (j even, below 8) of a group of 16. These are scores that
+one thread of a Hopper warpgroup holds in its accumulator anyway. In 64 rows, and in 128 columns, the keys of what such a
+thread has differ by constants alone: it makes one for all of them.
 
     h0, h1, h2, h3 = philox((head, batch, 0, 0), key=seed)
-    keys of n      = philox((n, h0, h1, h2), key=0): two words for the rows with number n, two for the columns
-    row number     = 16-row group * 8 + i % 8
-    column number  = 16-column group * 4 + j % 8 // 2
+    key of a row   = philox2x32((i // 64 * 8 + i % 8) ^ h0, h1), and V of i // 16 % 4
+    of a column    = philox2x32((j // 128 * 4 + j % 8 // 2) ^ h2, h3), and U of j // 16 % 8; key=0 for both
+    U, V of n      = the constants of n's bits that are set, xor
     words          = two rounds of Philox2x32 over (row key ^ column key)
-    draw           = byte 2 (i // 8 % 2) + j % 2 of word j // 8 % 2
-    kept           = draw >= threshold, threshold = round(256 p)
+    half           = j % 2 of word j // 8 % 2, 16 bits
+    draw           = bits 14 to 7 of it; of rows with i // 8 odd its others, bits 6 to 0 and then 15
+    kept           = draw >= threshold, threshold = round(256 p); above 128 it is draw < 256 - threshold
 
 What that is worth: the rounds are a bijection, so any two draws are independent, and any set of them whose rows and columns close
 no cycle, as far as the keys are random. This is tabulation hashing, which is 3-independent (Patrascu and Thorup, "The power of
-simple tabulation hashing", STOC 2011). The least that can depend on one another are four draws at a rectangle's corners; that
-they don't is the two rounds' work, and tests/cpu/test_dropout.py looks at it (with one round it fails).
+simple tabulation hashing", STOC 2011). The least that can depend on one another are four draws at a rectangle's corners, and
+those whose keys differ by a constant; that they don't is the two rounds' work, and tests/cpu/test_dropout.py looks at it (with
+one round it fails).
 
 A draw has 8 bits, as in FlashAttention-2: p is thereby rounded to a multiple of 1/256, and the kept probabilities are scaled by
 the exact 256 / (256 - threshold), so that expectations are. A p that rounds to 0 or to 1 is refused in words.
@@ -39,12 +42,21 @@ _WORD = 0xFFFFFFFF
 DRAWS = 1 << 8
 """How many values a draw has."""
 PATCH = 16
-"""Rows, and columns, whose keys are numbered together."""
+"""Rows, and columns, that draw together: eight scores a call."""
+OF_COLUMNS = ((0x243F6A88, 0x85A308D3), (0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0))
+OF_ROWS = ((0x082EFA98, 0xEC4E6C89), (0x452821E6, 0x38D01377))
+"""By which keys differ whose numbers of a patch differ in that bit: the digits of pi."""
 
 
 def threshold(dropout_p: float) -> int:
     """The draws below this are dropped."""
     return round(dropout_p * DRAWS)
+
+
+def is_kept(draws: Tensor, dropout_p: float) -> Tensor:
+    """Of draws: 256 - threshold of 256."""
+    least = threshold(dropout_p)
+    return draws >= least if least <= DRAWS // 2 else draws < DRAWS - least
 
 
 def check_probability(dropout_p: float) -> None:
@@ -75,20 +87,32 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[T
     return c0, c1, c2, c3
 
 
-def mixture(row: tuple[Tensor, Tensor], column: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Eight draws in two words from a row's and a column's key (broadcastable, as in `philox`)."""
-    a, b = row[0] ^ column[0], row[1] ^ column[1]
-    for _ in range(MIXING_ROUNDS):
+def philox2(a: Tensor, b: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
+    """Philox2x32 with key 0 on such tensors."""
+    for i in range(rounds):
         product = a * _MIXING_MULTIPLIER
-        a, b = ((product >> 32) & _WORD) ^ b, product & _WORD
+        a, b = ((product >> 32) & _WORD) ^ b ^ (i * _WEYL[0] & _WORD), product & _WORD
     return a, b
 
 
-def _keys(head_words: tuple[Tensor, ...], numbers: range) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(heads, numbers) each: a row's key in the first two, a column's in the others."""
-    counter = torch.arange(numbers.start, numbers.stop, device=head_words[0].device)
-    h0, h1, h2, _ = (word[:, None] for word in head_words)
-    return philox((counter[None, :], h0, h1, h2), 0)
+def mixture(row: tuple[Tensor, Tensor], column: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Eight draws in two words from a row's and a column's key (broadcastable, as in `philox`)."""
+    return philox2(row[0] ^ column[0], row[1] ^ column[1], MIXING_ROUNDS)
+
+
+def _keys(
+    head_words: tuple[Tensor, Tensor], patches: range, places: int, constants: tuple[tuple[int, int], ...]
+) -> tuple[Tensor, Tensor]:
+    """(heads, patches * places) each: the keys of these patches' rows, or columns."""
+    patch = torch.arange(patches.start, patches.stop, device=head_words[0].device)[:, None]
+    place = torch.arange(places, device=patch.device)
+    numbers = ((patch >> len(constants)) * places + place).flatten()
+    h0, h1 = (word[:, None] for word in head_words)
+    keys = philox2(numbers[None, :] ^ h0, h1, ROUNDS)
+    for bit, words in enumerate(constants):
+        is_set = (patch >> bit & 1).expand(-1, places).flatten()
+        keys = keys[0] ^ is_set * words[0], keys[1] ^ is_set * words[1]
+    return keys
 
 
 def keep_tile(seed: int, batch: int, heads: Tensor, rows: range, columns: range, dropout_p: float) -> Tensor:
@@ -96,18 +120,19 @@ def keep_tile(seed: int, batch: int, heads: Tensor, rows: range, columns: range,
     row_patches = range(rows.start // PATCH, -(-rows.stop // PATCH))
     column_patches = range(columns.start // PATCH, -(-columns.stop // PATCH))
     none = torch.zeros_like(heads)
-    head_words = philox((heads, torch.full_like(heads, batch), none, none), seed)
-    r0, r1, _, _ = _keys(head_words, range(row_patches.start * 8, row_patches.stop * 8))
-    _, _, c0, c1 = _keys(head_words, range(column_patches.start * 4, column_patches.stop * 4))
+    h0, h1, h2, h3 = philox((heads, torch.full_like(heads, batch), none, none), seed)
+    r0, r1 = _keys((h0, h1), row_patches, 8, OF_ROWS)
+    c0, c1 = _keys((h2, h3), column_patches, 4, OF_COLUMNS)
     words = torch.stack(mixture((r0[:, :, None], r1[:, :, None]), (c0[:, None, :], c1[:, None, :])), dim=-1)
-    draws = torch.stack([words >> shift & 0xFF for shift in (0, 8, 16, 24)], dim=-1).to(torch.uint8)
+    halves = torch.stack([words & 0xFFFF, words >> 16], dim=-1)
+    draws = torch.stack([halves >> 7 & 0xFF, (halves << 1 | halves >> 15) & 0xFF], dim=-1).to(torch.uint8)
     n = heads.shape[0]
     draws = draws.view(n, len(row_patches), 8, len(column_patches), 4, 2, 2, 2)
-    # row = patch, the byte's upper bit, i % 8; column = patch, the word's number, j % 8 // 2, the byte's lower bit
-    draws = draws.permute(0, 1, 6, 2, 3, 5, 4, 7).reshape(n, len(row_patches) * PATCH, len(column_patches) * PATCH)
+    # row = patch, which draw of a half, i % 8; column = patch, the word's number, j % 8 // 2, the half's number
+    draws = draws.permute(0, 1, 7, 2, 3, 5, 4, 6).reshape(n, len(row_patches) * PATCH, len(column_patches) * PATCH)
     first_row, first_column = row_patches.start * PATCH, column_patches.start * PATCH
     tile = draws[:, rows.start - first_row : rows.stop - first_row, columns.start - first_column : columns.stop - first_column]
-    return tile >= threshold(dropout_p)
+    return is_kept(tile, dropout_p)
 
 
 def dropout_mask(

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tessera import attention, dropout, dropout_mask
-from tessera.dropout import keep_scale, keep_tile, mixture, philox, threshold
+from tessera.dropout import keep_scale, keep_tile, mixture, philox, philox2, threshold
 
 ONES = 0xFFFFFFFF
 # pi's digits, Random123's third test vector: the counter, then the key
@@ -64,6 +64,13 @@ def test_published_answers_of_seven_rounds(counter: Words, key: tuple[int, int],
     assert run_philox(counter, key) == answer
 
 
+@pytest.mark.parametrize(("rounds", "answer"), [(7, (0x257A3673, 0xCD26BE2A)), (10, (0xFF1DAE59, 0x6CD10DF2))])
+def test_published_answers_of_two_words(rounds: int, answer: tuple[int, int]) -> None:
+    """Random123's for philox2x32, of its vectors the one that has key 0."""
+    a, b = philox2(torch.tensor(0), torch.tensor(0), rounds)
+    assert (int(a), int(b)) == answer
+
+
 WORDS = st.integers(0, ONES)
 
 
@@ -82,25 +89,48 @@ def philox_by_numpy(c: list[np.ndarray], key: int) -> list[np.ndarray]:
     return c
 
 
+PI = [
+    [0x243F6A88, 0x85A308D3],
+    [0x13198A2E, 0x03707344],
+    [0xA4093822, 0x299F31D0],
+    [0x082EFA98, 0xEC4E6C89],
+    [0x452821E6, 0x38D01377],
+]
+
+
+def philox_2_by_numpy(x: np.ndarray, y: np.ndarray, rounds: int) -> tuple[np.ndarray, np.ndarray]:
+    for i in range(rounds):
+        product = x * np.uint64(0xD256D193)
+        x, y = product >> np.uint64(32) ^ y ^ np.uint64(i * 0x9E3779B9 & ONES), product & np.uint64(ONES)
+    return x, y
+
+
+def key_by_numpy(number: np.ndarray, patch: np.ndarray, words: list[np.ndarray], constants: list[list[int]]) -> list[np.ndarray]:
+    key = list(philox_2_by_numpy(number ^ words[0], words[1], 7))
+    for bit, constant in enumerate(constants):
+        key = [key[i] ^ (patch >> np.uint64(bit) & np.uint64(1)) * np.uint64(constant[i]) for i in range(2)]
+    return key
+
+
 def mask_by_numpy(seed: int, batch: int, heads: int, seqlen_q: int, seqlen_k: int, dropout_p: float) -> np.ndarray:
     """The whole mask by the module's documented layout, in numpy's uint64: nothing shared with the package."""
     b, h, i, j = np.meshgrid(*(np.arange(n, dtype=np.uint64) for n in (batch, heads, seqlen_q, seqlen_k)), indexing="ij")
-    words = philox_by_numpy([h, b, 0 * h, 0 * h], seed)[:3]
-    row = philox_by_numpy([i // np.uint64(16) * np.uint64(8) + i % np.uint64(8), *words], 0)[:2]
-    column = philox_by_numpy([j // np.uint64(16) * np.uint64(4) + j % np.uint64(8) // np.uint64(2), *words], 0)[2:]
-    x, y = row[0] ^ column[0], row[1] ^ column[1]
-    for _ in range(2):
-        product = x * np.uint64(0xD256D193)
-        x, y = product >> np.uint64(32) ^ y, product & np.uint64(ONES)
-    word = np.where(j // np.uint64(8) % np.uint64(2) == 0, x, y)
-    byte = i // np.uint64(8) % np.uint64(2) * np.uint64(2) + j % np.uint64(2)
-    return (word >> (byte * np.uint64(8))) % np.uint64(256) >= np.uint64(round(dropout_p * 256))
+    one, two, four, eight = (np.uint64(n) for n in (1, 2, 4, 8))
+    words = philox_by_numpy([h, b, 0 * h, 0 * h], seed)
+    row = key_by_numpy(i // np.uint64(64) * eight + i % eight, i // np.uint64(16) % four, words[:2], PI[3:])
+    column = key_by_numpy(j // np.uint64(128) * four + j % eight // two, j // np.uint64(16) % eight, words[2:], PI[:3])
+    x, y = philox_2_by_numpy(row[0] ^ column[0], row[1] ^ column[1], 2)
+    half = np.where(j // eight % two == 0, x, y) >> np.uint64(16) * (j % two) & np.uint64(0xFFFF)
+    draws = np.where(i // eight % two == 0, half >> np.uint64(7), half << one | half >> np.uint64(15)) & np.uint64(255)
+    threshold = round(dropout_p * 256)
+    return draws >= threshold if threshold <= 128 else draws < 256 - threshold
 
 
 @pytest.mark.parametrize("seed", [0, 1, 1 << 32, (1 << 63) - 1, 0x0123456789ABCDEF])
 def test_mask_is_the_documented_function(seed: int) -> None:
-    expected = mask_by_numpy(seed, 2, 3, 37, 70, 0.3)
-    assert torch.equal(dropout_mask(seed, 2, 3, 37, 70, 0.3), torch.from_numpy(expected))
+    for sizes in ((37, 170, 0.3), (170, 37, 0.9)):
+        expected = mask_by_numpy(seed, 2, 3, *sizes)
+        assert torch.equal(dropout_mask(seed, 2, 3, *sizes), torch.from_numpy(expected))
 
 
 @given(st.data())

@@ -12,11 +12,9 @@ from tessera.backends.hopper.pieces.chain import chain_of
 from tessera.backends.hopper.pieces.channel import Ring
 from tessera.backends.hopper.pieces.gradients import (
     BARRIER_K,
-    derivatives,
     drawn,
     issue_transposed,
-    kept_dp,
-    kept_p,
+    kept_derivatives,
     masks_of,
     meet,
     probabilities,
@@ -167,9 +165,8 @@ def _block(
     kept = drawn(config, score, row)
     dp = warpgroup_mma_wait(0, deps=(dp,))
     d = row_values(shared.d, do_slot, config.rows)
-    kept = masks_of(config, kept, dtype)
-    ds = to_16_bit(derivatives(weight, kept_dp(config, dp, kept), d), dtype)
-    p = kept_p(config, p, kept)
+    ds, p = kept_derivatives(config, p, weight, masks_of(config, kept, dtype), dp, d)
+    ds = to_16_bit(ds, dtype)
     dv = warpgroup_mma(gl.convert_layout(p, operand_layout(config.dim_v)), do, dv, is_async=True)
     _hand_over(config, consumer, parts, ds, n)
 

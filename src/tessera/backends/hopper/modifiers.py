@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from tessera import jit
 from tessera.backends.hopper.config import Feature
-from tessera.dropout import keep_scale, threshold
+from tessera.dropout import DRAWS, keep_scale, threshold
 from tessera.operands import Operands
 from tessera.problem import Score
 
@@ -77,8 +77,14 @@ def values(score: Score, operands: Operands, kept: list[Tensor | None]) -> list[
         found += places(bias)
     if score.dropout_p:
         seed = operands.seed
-        found += [seed & 0xFFFFFFFF, seed >> 32, threshold(score.dropout_p), keep_scale(score.dropout_p)]
+        found += [seed & 0xFFFFFFFF, seed >> 32, _threshold(score.dropout_p), keep_scale(score.dropout_p)]
     return found
+
+
+def _threshold(dropout_p: float) -> int:
+    """As pieces/dropout.py wants it: behind the signs of two float16, which say that draws below it are kept."""
+    least = threshold(dropout_p)
+    return (DRAWS - least) * 0x00800080 | 0x80008000 if least > DRAWS // 2 else least * 0x00800080
 
 
 def places(bias: Tensor) -> list[int]:

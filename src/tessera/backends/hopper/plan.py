@@ -134,7 +134,7 @@ def _config_alone(problem: Problem, keys: float) -> ForwardConfig:
         consumer_registers=240, producer_registers=24, features=features,
     )  # fmt: skip
     if MODIFIERS & set(features):
-        return deepest(_with_modifiers(pairs))
+        return deepest(_with_modifiers(pairs, keys))
     triples = replace(pairs, consumers=3, consumer_registers=160, producer_registers=32)
     # Q ahead: 1.07 (d64), 1.04 (d128), 1.02 (d96) at 512 causal, 1.01 to 1.02 at 1k, 1.00 from 2k on; 0.99 of packed sequences
     pairs = replace(pairs, queries=1 if problem.layout is Layout.VARLEN else 2)
@@ -175,20 +175,22 @@ def _config_alone(problem: Problem, keys: float) -> ForwardConfig:
     return deepest(pairs)
 
 
-def _with_modifiers(pairs: ForwardConfig) -> ForwardConfig:
+def _with_modifiers(pairs: ForwardConfig, keys: float) -> ForwardConfig:
     """What modifiers keep of a tile's rows, and dropout's draws of a block, want registers: fewer keys, or no softmax of its own
     under P V, until nothing spills in the loops (the compile gate, Triton 3.6.0). Three consumers of 64 keys, where shares are
-    even, take 1.14 of two's time with dropout and 1.20 with a bias of keys, 0.95 with a whole bias (H200, 4k, 2026-11-21)."""
+    even, take 1.14 of two's time with dropout and 1.20 with a bias of keys, 0.95 with a whole bias; three of 128 with dropout at
+    head dim 64 0.88, causal 0.96 (H200, 4k, 2026-11-21)."""
     widest = max(sum(pairs.dims), sum(pairs.dims_v))
     kinds = set(pairs.features) & (MODIFIERS - {Feature.SCALE_FIRST})
     even = not _is_ragged(pairs.features)
+    causal = not {Feature.LEFT, Feature.DOCUMENTS, Feature.KEY_START} & set(pairs.features)
     if widest > 128:
         narrow = widest == 256 and len(kinds) > 1
         return replace(pairs, keys=32 if narrow else 64, overlap=Overlap.NONE)
     if len(kinds) > 1:
         return replace(pairs, keys=64)
     triples = replace(pairs, consumers=3, consumer_registers=160, producer_registers=32, overlap=Overlap.NONE)
-    if kinds == {Feature.DROPOUT} and even and widest == 64:
+    if kinds == {Feature.DROPOUT} and widest == 64 and (even or (causal and keys > 640)):
         return triples
     if kinds == {Feature.BIAS} and even:
         return replace(triples, keys=64)

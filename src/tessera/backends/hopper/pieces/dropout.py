@@ -1,13 +1,14 @@
 """Dropout's draws on one warpgroup's tile, bit for bit as tessera/dropout.py defines them.
 
-A row and a column have a key each of two words, by Philox4x32-7; two short rounds over their sum give eight draws. In S all
-eight are one thread's, and a word's four are P's neighbours in two rows. In S^T a thread has two keys of one parity, and the
-thread four lanes further the other parity of the same rows: each draws for half of the rows and hands on the other's bytes.
+A row and a column have a key each of two words; two short rounds over their sum give eight draws. In S all eight are one
+thread's, and a word's halves are two of P's neighbours. In S^T a thread has two keys of one parity, and the thread four lanes
+further the other parity of the same rows: each draws for half of the rows and hands on the other's halves.
 
-The keys of a tile's own rows (of S^T: of its keys) are made once. Those that change from block to block are made by a warp
-together, one a lane, and shuffled.
+The keys of a tile's own rows (of S^T: of its keys) are made once. Of those that change from block to block a thread makes one:
+what it sees of a block's others differs from that by constants.
 
-What `draw` and `draw_transposed` leave is one bit that counts in each byte, its sign: set where the score is kept.
+A draw is 8 bits behind the sign of a float16. Two at once are compared with the threshold, which gives their masks: magnitudes
+of floats are ordered as their bits are, NaN counts as larger, and thresholds are 128 at most, which is no NaN.
 """
 
 from tessera.backends.hopper.pieces.softmax import finish_before
@@ -16,62 +17,42 @@ from tessera.jit.compat import aggregate, gl, gluon
 
 WORD = gl.constexpr(0xFFFFFFFF)
 ROUNDS = gl.constexpr(7)
-LOW_BITS = gl.constexpr(0x7F7F7F7F)
+MIXING_ROUNDS = gl.constexpr(2)
 
 
 @aggregate
 class Dropout:
-    """The seed in two words; a byte x is kept if it is not below the threshold t. In the sign of each byte of a word that is the
-    majority of x, of (x without its sign) + `addend`, and of `either`, which is all ones for t < 128 and zero from there on.
-    What is kept is multiplied by `keep_scale`."""
+    """The seed in two words; the threshold, 8 bits, behind the signs of two float16: draws not below it are kept, or, where the
+    signs are set, those below it. What is kept is multiplied by `keep_scale`."""
 
     key_low: gl.tensor
     key_high: gl.tensor
-    addend: gl.tensor
-    either: gl.tensor
+    threshold: gl.tensor
     keep_scale: gl.tensor
 
     @gluon.constexpr_function
-    def __init__(self, key_low, key_high, addend, either, keep_scale):
+    def __init__(self, key_low, key_high, threshold, keep_scale):
         self.key_low = key_low
         self.key_high = key_high
-        self.addend = addend
-        self.either = either
+        self.threshold = threshold
         self.keep_scale = keep_scale
 
 
 @aggregate
-class Stem:
-    """What the first two of Philox's rounds over (n, h0, h1, h2) have of the plane's words alone."""
-
-    third: gl.tensor
-    first: gl.tensor
-    mixed: gl.tensor
-    low: gl.tensor
-
-    @gluon.constexpr_function
-    def __init__(self, third, first, mixed, low):
-        self.third = third
-        self.first = first
-        self.mixed = mixed
-        self.low = low
-
-
-@aggregate
 class Plane:
-    """The scores of one head of one sequence, seen from the tile: the two words of its own rows (of S^T: of its own keys), the
-    first of these, and where its first key stands."""
+    """The scores of one head of one sequence, seen from the tile: the head's words for keys that change from block to block, the
+    keys of the tile's own rows (of S^T: of its own keys), the first of these, and where its first key stands."""
 
     dropout: Dropout
-    stem: Stem
+    words: gl.tuple
     own: gl.tuple
     first: gl.tensor
     key: gl.tensor
 
     @gluon.constexpr_function
-    def __init__(self, dropout, stem, own, first, key):
+    def __init__(self, dropout, words, own, first, key):
         self.dropout = dropout
-        self.stem = stem
+        self.words = words
         self.own = own
         self.first = first
         self.key = key
@@ -96,127 +77,121 @@ def philox(c0, c1, c2, c3, key_low, key_high):
     return c0, c1, c2, c3
 
 
-@gluon.jit
-def _stem(dropout, number, head):
-    """Of a head of a sequence: its words by Philox with the seed, and from these what all its keys have in common."""
-    none = number ^ number
-    h0, h1, h2, _ = philox(head, number, none, none, dropout.key_low, dropout.key_high)
-    low, high = _product(h1, 0xCD9E8D57)
-    low_2, high_2 = _product(high ^ h0, 0xD2511F53)
-    return Stem(h2, low ^ 0x9E3779B9, high_2 ^ 0xBB67AE85, low_2)
-
-
 @gluon.constexpr_function
-def _round_key(i, step):
-    return i * step & 0xFFFFFFFF
+def _round_key(i):
+    return i * 0x9E3779B9 & 0xFFFFFFFF
 
 
 @gluon.jit
-def _key_words(stem, n):
-    """Philox over (n, h0, h1, h2): two words for the row that has the number n, two for the column."""
-    low, high = _product(n, 0xD2511F53)
-    low_2, high_2 = _product(high ^ stem.third, 0xCD9E8D57)
-    c0, c1, c2, c3 = high_2 ^ stem.first, low_2, low ^ stem.mixed, stem.low
-    for i in gl.static_range(2, ROUNDS):
-        low, high = _product(c0, 0xD2511F53)
-        low_2, high_2 = _product(c2, 0xCD9E8D57)
-        c0, c1 = high_2 ^ c1 ^ _round_key(i, 0x9E3779B9), low_2
-        c2, c3 = high ^ c3 ^ _round_key(i, 0xBB67AE85), low
-    return (c0, c1), (c2, c3)
-
-
-@gluon.constexpr_function
-def _keys_asm(count, step, of_columns):
-    """The same words for `count` numbers, for which a warp's lanes do the work together: each makes those of the number n + a
-    and takes the others by shuffles, number i of the lane (own lane modulo `step`) + i `step`.
-
-    Operands: the count first words, the second ones; the count numbers n, the addends a, the stem's four, count times each."""
-    n, a, third, first, mixed, low = (f"${2 * count + i * count}" for i in range(6))
-    of_first = "mul.wide.u32 w, c0, 0xD2511F53; mov.b64 {l, h}, w;"
-    of_second = "mul.wide.u32 w, c2, 0xCD9E8D57; mov.b64 {k, m}, w;"
-    lines = ["{ .reg .b64 w; .reg .b32 c0, c1, c2, c3, h, l, m, k;", f"add.u32 c0, {n}, {a};"]
-    lines += [of_first, f"xor.b32 c2, h, {third};", of_second, f"xor.b32 c0, m, {first}; mov.b32 c1, k;"]
-    lines += [f"xor.b32 c2, l, {mixed}; mov.b32 c3, {low};"]
-    for i in range(2, ROUNDS.value):
-        k0, k1 = _round_key(i, 0x9E3779B9), _round_key(i, 0xBB67AE85)
-        if i < ROUNDS.value - 1 or of_columns:
-            lines += [of_first, f"xor.b32 h, h, c3; xor.b32 h, h, {k1};"]
-        if i < ROUNDS.value - 1 or not of_columns:
-            lines += [of_second, f"xor.b32 m, m, c1; xor.b32 m, m, {k0};"]
-        if i < ROUNDS.value - 1:
-            lines += ["mov.b32 c0, m; mov.b32 c1, k; mov.b32 c2, h; mov.b32 c3, l;"]
-    words = "hl" if of_columns else "mk"
-    for i in range(count):
-        for place, word in enumerate(words):
-            lines += [f"shfl.sync.idx.b32 ${place * count + i}, {word}, {i * step}, {(step - 1) << 8 | 31}, 0xffffffff;"]
-    return " ".join([*lines, "}"])
-
-
-@gluon.constexpr_function
-def _keys_constraints(count):
-    return ",".join(["=&r"] * (2 * count) + ["r"] * (6 * count))
-
-
-@gluon.jit
-def _keys(stem, numbers, anchors, step: gl.constexpr, of_columns: gl.constexpr):
-    """The two words of the columns, or rows, with these numbers, (32, n): a thread's are `step` apart, and with `anchors` (32, 1)
-    added to its first, a warp's lanes have them all."""
-    count: gl.constexpr = numbers.shape[1] // 4
-    asm: gl.constexpr = _keys_asm(count, step, of_columns)
-    constraints: gl.constexpr = _keys_constraints(count)
-    operands = [numbers, anchors, stem.third, stem.first, stem.mixed, stem.low]
-    return gl.inline_asm_elementwise(asm, constraints, operands, dtype=(gl.uint32, gl.uint32), is_pure=True, pack=count)
-
-
-@gluon.jit
-def _draws(row, column):
-    """Two words of draws from a row's and a column's key: two rounds of Philox2x32 over their sum."""
-    a, b = row[0] ^ column[0], row[1] ^ column[1]
-    for _ in gl.static_range(2):
+def _philox_2(a, b, rounds: gl.constexpr):
+    """Philox2x32 with key 0."""
+    for i in gl.static_range(rounds):
         low, high = _product(a, 0xD256D193)
-        a, b = high ^ b, low
+        a, b = high ^ b ^ _round_key(i), low
     return a, b
 
 
 @gluon.jit
-def _judged(plane, x):
-    """A word of draws with the sign of each byte set where that draw is kept."""
-    key = plane.dropout
-    y = (x & LOW_BITS) + key.addend
-    asm: gl.constexpr = "lop3.b32 $0, $1, $2, $3, 0xE8;"
-    return gl.inline_asm_elementwise(asm, "=r,r,r,r", [x, y, key.either], dtype=gl.uint32, is_pure=True, pack=1)
+def _head_words(dropout, number, head):
+    """A head's words for its rows' keys, and for its columns'."""
+    none = number ^ number
+    h0, h1, h2, h3 = philox(head, number, none, none, dropout.key_low, dropout.key_high)
+    return (h0, h1), (h2, h3)
+
+
+@gluon.constexpr_function
+def _constant(of_rows, bit, word):
+    of_columns = ((0x243F6A88, 0x85A308D3), (0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0))
+    return (((0x082EFA98, 0xEC4E6C89), (0x452821E6, 0x38D01377)) if of_rows else of_columns)[bit][word]
+
+
+@gluon.jit
+def _moved(key, patch, bits: gl.constexpr, of_rows: gl.constexpr):
+    """From the key of a group's first patch that of its patch `patch`."""
+    a, b = key
+    for bit in gl.static_range(bits):
+        is_set = (patch >> bit & 1).to(gl.uint32)
+        a, b = a ^ is_set * _constant(of_rows, bit, 0), b ^ is_set * _constant(of_rows, bit, 1)
+    return a, b
+
+
+@gluon.constexpr_function
+def _key_asm():
+    """Philox2x32 over ($2 xor $3, $4): as `_philox_2`, but that nothing is taken out of a loop, or apart."""
+    lines = ["{ .reg .b64 w; .reg .b32 a, b, h;", "xor.b32 a, $2, $3; mov.b32 b, $4;"]
+    for i in range(ROUNDS.value):
+        lines += [f"mul.wide.u32 w, a, 0xD256D193; xor.b32 h, b, {_round_key(i)}; mov.b64 {{b, a}}, w; xor.b32 a, a, h;"]
+    return " ".join([*lines, "mov.b32 $0, a; mov.b32 $1, b; }"])
+
+
+@gluon.jit
+def _key(words, number):
+    """The key of a group of rows, or of columns."""
+    asm: gl.constexpr = _key_asm()
+    operands = [number, words[0], words[1]]
+    return gl.inline_asm_elementwise(asm, "=r,=r,r,r,r", operands, dtype=(gl.uint32, gl.uint32), is_pure=True, pack=1)
+
+
+@gluon.jit
+def _row_keys(words, rows):
+    """Of any rows."""
+    return _moved(_key(words, rows // 64 * 8 + rows % 8), rows // 16, 2, True)
+
+
+@gluon.jit
+def _column_keys(words, columns):
+    """Of any columns."""
+    return _moved(_key(words, columns // 128 * 4 + columns % 8 // 2), columns // 16, 3, False)
+
+
+@gluon.jit
+def _sum(row, column):
+    """A row's key xor a column's, in asm: the compiler would keep one of them, moved to each of its patches, in registers."""
+    asm: gl.constexpr = "xor.b32 $0, $2, $4; xor.b32 $1, $3, $5;"
+    operands = [row[0], row[1], column[0], column[1]]
+    return gl.inline_asm_elementwise(asm, "=&r,=&r,r,r,r,r", operands, dtype=(gl.uint32, gl.uint32), is_pure=True, pack=1)
+
+
+@gluon.jit
+def _draws(key):
+    """Two words of draws from the sum of a row's and a column's key."""
+    return _philox_2(key[0], key[1], MIXING_ROUNDS)
 
 
 @gluon.jit
 def _anywhere(plane, words, rows, columns):
-    """Each score's own byte, the lowest, for tiles that do not begin where a patch of the generator does."""
+    """Each score's own: the sign of its lowest byte is set where it is kept. For tiles that do not begin where a patch does."""
     a, b = words
-    byte = rows // 8 % 2 * 2 + columns % 2
-    return _judged(plane, gl.where(columns // 8 % 2 == 0, a, b) >> (byte * 8).to(gl.uint32))
-
-
-@gluon.jit
-def _row_number(rows):
-    return (rows // 16 * 8 + rows % 8).to(gl.uint32)
-
-
-@gluon.jit
-def _column_number(columns):
-    return (columns // 16 * 4 + columns % 8 // 2).to(gl.uint32)
+    half = gl.where(columns // 8 % 2 == 0, a, b) >> (columns % 2 * 16).to(gl.uint32) & 0xFFFF
+    draws = gl.where(rows // 8 % 2 == 0, half >> 7, half << 1 | half >> 15) & 0xFF
+    threshold = plane.dropout.threshold
+    return gl.where(draws >= (threshold >> 7 & 0xFF), 0x80, 0).to(gl.uint32) ^ (threshold >> 31 << 7)
 
 
 @gluon.jit
 def _patches(x, n: gl.constexpr):
-    """(64, n) in an accumulator's layout as (32, n / 4, 8): what a thread has of a patch of the generator. No register moves."""
+    """(64, n) in an accumulator's layout as (32, n / 16, 4, 8): what a thread has of a patch of the generator, in order."""
     parts = gl.permute(gl.reshape(x, [4, 2, 8, n // 16, 2, 4, 2]), (0, 2, 3, 5, 4, 1, 6))
-    return gl.reshape(parts, [32, n // 4, 8])
+    return gl.reshape(parts, [32, n // 16, 4, 8])
 
 
 @gluon.jit
 def _whole(x, n: gl.constexpr):
-    """From such patches, (32, n / 4, 8), back to (64, n)."""
+    """From such patches back to (64, n)."""
     parts = gl.permute(gl.reshape(x, [4, 8, n // 16, 4, 2, 2, 2]), (0, 5, 1, 2, 4, 3, 6))
     return gl.convert_layout(gl.reshape(parts, [M, n]), accumulator_layout(n), assert_trivial=True)
+
+
+@gluon.jit
+def _calls(n: gl.constexpr):
+    """Of a tile's calls of the generator, (32, n / 16, 4) of the layout that is returned last: line, patch and pair of columns,
+    which broadcast to all."""
+    s = gl.zeros([M, n], gl.uint32, accumulator_layout(n))
+    layout: gl.constexpr = gl.SliceLayout(3, _patches(s, n).type.layout)
+    line = gl.arange(0, 32, gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
+    patch = gl.arange(0, n // 16, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None]
+    pair = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
+    return line, patch, pair
 
 
 # ------------------------------------------------------------------------------------------------------------------ S
@@ -226,68 +201,90 @@ def _whole(x, n: gl.constexpr):
 def plane_of_rows(config: gl.constexpr, dropout, number, head, row, key):
     """The plane of 64 rows from `row` on, whose first key stands at `key`."""
     keys: gl.constexpr = config.keys
-    stem = _stem(dropout, number, head)
+    of_rows, of_columns = _head_words(dropout, number, head)
     if has(config, "key_start"):
-        rows = row + gl.arange(0, M, gl.SliceLayout(1, accumulator_layout(keys)))
-        own, _ = _key_words(stem, _row_number(rows))
+        own = _row_keys(of_rows, row + gl.arange(0, M, gl.SliceLayout(1, accumulator_layout(keys))))
     else:
-        s = gl.zeros([M, keys], gl.float32, accumulator_layout(keys))
-        calls: gl.constexpr = gl.SliceLayout(2, _patches(s, keys).type.layout)
-        numbers = row // 2 + gl.arange(0, 32, gl.SliceLayout(1, calls))
-        own, _ = _key_words(stem, numbers.to(gl.uint32))
-    return Plane(dropout, stem, own, row, key)
+        line, _, _ = _calls(keys)
+        own = _row_keys(of_rows, row + line // 8 * 16 + line % 8)
+    return Plane(dropout, of_columns, own, row, key)
 
 
 @gluon.jit
-def draw(config: gl.constexpr, plane, first_key):
-    """What of a block is kept, uint32 (64, keys): each score's word; with left padding its own byte, the lowest."""
-    keys: gl.constexpr = config.keys
-    layout: gl.constexpr = accumulator_layout(keys)
+def key_of_block(config: gl.constexpr, plane, first_key):
+    """What `draw` begins with: two registers."""
+    _, _, pair = _calls(config.keys)
+    key = _sum(plane.own, _key(plane.words, first_key // 128 * 4 + pair))
+    if config.keys < 128:
+        key = _moved(key, first_key // 16 % 8, 3, False)
+    return key
+
+
+@gluon.jit
+def _words(w0, w1, keys: gl.constexpr):
+    """Each score's word, uint32 (64, keys)."""
+    s = gl.zeros([M, keys], gl.uint32, accumulator_layout(keys))
+    patches: gl.constexpr = _patches(s, keys).type.layout
+    number = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, patches))))[None, None, None, :] // 4
+    return _whole(gl.where(number == 0, gl.expand_dims(w0, 3), gl.expand_dims(w1, 3)), keys)
+
+
+@gluon.jit
+def draw(config: gl.constexpr, key):
+    """The draws of a block, uint32 (64, keys): each score's word."""
+    _, patch, _ = _calls(config.keys)
+    w0, w1 = _draws(_moved(key, patch, 3, False))
+    if config.consumers == 2:  # under S
+        finish_before(w0 ^ w1, config.keys // 16)
+    return _words(w0, w1, config.keys)
+
+
+@gluon.jit
+def draw_anywhere(config: gl.constexpr, plane, first_key):
+    """The same with left padding, as `_anywhere` has them."""
+    layout: gl.constexpr = accumulator_layout(config.keys)
+    rows = plane.first + gl.arange(0, M, gl.SliceLayout(1, layout))
+    columns = plane.key + first_key + gl.arange(0, config.keys, gl.SliceLayout(0, layout))
     r0, r1 = plane.own
-    row = (r0[:, None], r1[:, None])
-    if has(config, "key_start"):
-        rows = plane.first + gl.arange(0, M, gl.SliceLayout(1, layout))
-        columns = plane.key + first_key + gl.arange(0, keys, gl.SliceLayout(0, layout))
-        _, column = _key_words(plane.stem, _column_number(columns))
-        words = _draws(row, (column[0][None, :], column[1][None, :]))
-        return _anywhere(plane, words, rows[:, None], columns[None, :])
-    else:
-        s = gl.zeros([M, keys], gl.uint32, layout)
-        patches: gl.constexpr = _patches(s, keys).type.layout
-        calls: gl.constexpr = gl.SliceLayout(2, patches)
-        numbers = first_key // 4 + gl.arange(0, keys // 4, gl.SliceLayout(0, calls))
-        anchors = gl.arange(0, 32, gl.SliceLayout(1, calls)) % 8 * 4
-        w0, w1 = _draws(row, _keys(plane.stem, numbers[None, :], anchors[:, None], 4, True))
-        w0, w1 = _judged(plane, w0), _judged(plane, w1)
-        if config.consumers == 2:  # under S
-            finish_before(w0 ^ w1, keys // 16)
-        number = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, patches)))[None, None, :] // 4
-        return _whole(gl.where(number == 0, w0[:, :, None], w1[:, :, None]), keys)
+    c0, c1 = _column_keys(plane.words, columns)
+    words = _draws(_sum((r0[:, None], r1[:, None]), (c0[None, :], c1[None, :])))
+    return _anywhere(plane, words, rows[:, None], columns[None, :])
+
+
+@gluon.constexpr_function
+def _masks_asm(masks, threshold):
+    """(mask, word, whether of its halves' second draws) each: $`threshold` is as Dropout has it."""
+    lines = [f"setp.lt.s32 inverse, {threshold}, 0; abs.f16x2 least, {threshold};"]
+    for mask, word, is_second in masks:
+        lines += [f"prmt.b32 x, {word}, {word}, 0x2301; abs.f16x2 x, x;" if is_second else f"abs.f16x2 x, {word};"]
+        lines += [f"set.geu.xor.u32.f16x2 {mask}, x, least, inverse;"]
+    return " ".join(lines)
+
+
+@gluon.constexpr_function
+def _dropped_asm():
+    """Two neighbours in a row, $2, and the two 8 rows below, of one word."""
+    masks = _masks_asm((("m", "$4", False), ("n", "$4", True)), "$8")
+    return f"{{ .reg .b32 x, m, n, least; .reg .pred inverse; {masks} and.b32 $0, $2, m; and.b32 $1, $3, n; }}"
 
 
 @gluon.jit
-def _bytes_of_pairs(config: gl.constexpr):
-    """Which bytes' signs make the masks of two neighbours, (64, keys): a word's first two in a row, its last two 8 rows below;
-    with left padding the lowest of a word each."""
-    keys: gl.constexpr = config.keys
-    s = gl.zeros([M, keys], gl.int32, accumulator_layout(keys))
-    if has(config, "key_start"):
-        return s + 0xCC88
-    else:
-        patches = _patches(s, keys)
-        place = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, patches.type.layout)))[None, None, :]
-        return _whole(patches + (0x9988 + place // 2 % 2 * 0x2222), keys)
-
-
-@gluon.jit
-def dropped(config: gl.constexpr, p, kept):
+def dropped(config: gl.constexpr, plane, p, draws):
     """P (64, keys) in 16 bits with zeros where it is dropped. What is kept is not scaled here: out is, once."""
-    asm: gl.constexpr = "{ .reg .b32 mask; prmt.b32 mask, $2, $3, $4; and.b32 $0, $1, mask; }"
-    operands = [p, kept, _bytes_of_pairs(config)]
-    if p.dtype == gl.bfloat16:
-        return gl.inline_asm_elementwise(asm, "=r,r,r,r,r,r", operands, dtype=gl.bfloat16, is_pure=True, pack=2)
+    if has(config, "key_start"):
+        each: gl.constexpr = "{ .reg .b32 mask; prmt.b32 mask, $2, $3, 0xCC88; and.b32 $0, $1, mask; }"
+        if p.dtype == gl.bfloat16:
+            return gl.inline_asm_elementwise(each, "=r,r,r,r", [p, draws], dtype=gl.bfloat16, is_pure=True, pack=2)
+        else:
+            return gl.inline_asm_elementwise(each, "=r,r,r,r", [p, draws], dtype=gl.float16, is_pure=True, pack=2)
     else:
-        return gl.inline_asm_elementwise(asm, "=r,r,r,r,r,r", operands, dtype=gl.float16, is_pure=True, pack=2)
+        asm: gl.constexpr = _dropped_asm()
+        constraints: gl.constexpr = "=&r,=&r" + ",r" * 10
+        operands = [p, draws, plane.dropout.threshold]
+        if p.dtype == gl.bfloat16:
+            return gl.inline_asm_elementwise(asm, constraints, operands, dtype=gl.bfloat16, is_pure=True, pack=4)
+        else:
+            return gl.inline_asm_elementwise(asm, constraints, operands, dtype=gl.float16, is_pure=True, pack=4)
 
 
 # ---------------------------------------------------------------------------------------------------------------- S^T
@@ -297,46 +294,51 @@ def dropped(config: gl.constexpr, p, kept):
 def plane_of_keys(config: gl.constexpr, dropout, number, head, key):
     """The plane of 64 keys, the first of which stands at `key`."""
     rows: gl.constexpr = config.rows
-    stem = _stem(dropout, number, head)
+    of_rows, of_columns = _head_words(dropout, number, head)
     if has(config, "key_start"):
-        columns = key + gl.arange(0, M, gl.SliceLayout(1, accumulator_layout(rows)))
-        _, own = _key_words(stem, _column_number(columns))
+        own = _column_keys(of_columns, key + gl.arange(0, M, gl.SliceLayout(1, accumulator_layout(rows))))
     else:
-        s = gl.zeros([M, rows], gl.float32, accumulator_layout(rows))
-        place = gl.arange(0, 32, gl.SliceLayout(1, gl.SliceLayout(2, _patches(s, rows).type.layout)))
-        _, own = _key_words(stem, (key // 4 + place // 8 * 4 + place % 8 // 2).to(gl.uint32))
-    return Plane(dropout, stem, own, key, key)
+        line, _, _ = _calls(rows)
+        own = _column_keys(of_columns, key + line // 8 * 16 + line % 8)
+    return Plane(dropout, of_rows, own, key, key)
 
 
 @gluon.jit
 def draw_transposed(config: gl.constexpr, plane, first_row):
-    """What of S^T (64 keys, rows) is kept: two words (32, rows / 4), of even rows and of odd ones, each with the draws of two
-    keys, 8 apart, in two rows, 8 apart; with left padding (64, rows) as `draw` has it."""
+    """The draws of S^T (64 keys, rows): two words (32, rows / 16, 4), of a key and of that 8 further, whose halves are two
+    neighbouring rows'; and the threshold. With left padding (64, rows) as `_anywhere` has them."""
     rows: gl.constexpr = config.rows
     layout: gl.constexpr = accumulator_layout(rows)
-    c0, c1 = plane.own
-    column = (c0[:, None], c1[:, None])
     if has(config, "key_start"):
         lines = first_row + gl.arange(0, rows, gl.SliceLayout(0, layout))
         columns = plane.key + gl.arange(0, M, gl.SliceLayout(1, layout))
-        row, _ = _key_words(plane.stem, _row_number(lines))
-        words = _draws((row[0][None, :], row[1][None, :]), column)
+        c0, c1 = plane.own
+        r0, r1 = _row_keys(plane.words, lines)
+        words = _draws(_sum((r0[None, :], r1[None, :]), (c0[:, None], c1[:, None])))
         return (_anywhere(plane, words, lines[None, :], columns[:, None]),)
     else:
-        s = gl.zeros([M, rows], gl.float32, layout)
-        calls: gl.constexpr = gl.SliceLayout(2, _patches(s, rows).type.layout)
-        place = gl.arange(0, 32, gl.SliceLayout(1, calls))  # a key modulo 8, of each 16
-        odd = place % 2
-        lines = first_row // 2 + gl.arange(0, rows // 4, gl.SliceLayout(0, calls)) * 2
-        anchors = place % 8 // 2 * 8
-        row = _keys(plane.stem, lines[None, :] + odd[:, None], anchors[:, None], 8, False)
-        near, far = _draws(row, column)
-        own = _permuted(near, far, gl.where(odd == 1, 0x7531, 0x6420)[:, None])
-        given = _permuted(near, far, gl.where(odd == 1, 0x6420, 0x7531)[:, None])
-        own = _judged(plane, own)
-        received = _judged(plane, _of_other_parity(given))
-        is_odd = (odd == 1)[:, None]
-        return gl.where(is_odd, received, own), gl.where(is_odd, own, received)
+        line, patch, pair = _calls(rows)
+        number = first_row // 8 + pair * 2 + line % 2  # of a row, as odd as the key
+        near, far = _draws(_moved(_sum(_key(plane.words, number), plane.own), patch, 2, True))
+        of_other, of_near, of_far = _selectors(number)
+        received = _of_other_parity(_permuted(near, far, of_other))
+        return _permuted(near, received, of_near), _permuted(far, received, of_far), plane.dropout.threshold
+
+
+_SELECTORS = gl.constexpr(
+    "{ .reg .b32 odd, x; and.b32 odd, $3, 1; neg.s32 odd, odd; and.b32 x, odd, 0x2222; xor.b32 $0, x, 0x7632;"
+    " and.b32 x, odd, 0x6644; xor.b32 $1, x, 0x5410; and.b32 x, odd, 0x4466; xor.b32 $2, x, 0x7610; }"
+)
+
+
+@gluon.jit
+def _selectors(number):
+    """For `_permuted`, one for even and one for odd numbers each: of a key's word and of that 8 further the halves of the other
+    parity; its own half of the first and what it is given of the first, the even row's below; the same of the second. Made in
+    the loop: three registers less."""
+    asm: gl.constexpr = _SELECTORS
+    kinds: gl.constexpr = (gl.int32, gl.int32, gl.int32)
+    return gl.inline_asm_elementwise(asm, "=&r,=&r,=&r,r", [number], dtype=kinds, is_pure=True, pack=1)
 
 
 @gluon.jit
@@ -348,44 +350,45 @@ def _permuted(a, b, selector):
 
 @gluon.jit
 def _of_other_parity(x):
-    """(32, n), a row a key: that of the key's odd or even neighbour, four lanes away."""
+    """Of each key that of its odd or even neighbour, four lanes away."""
     asm: gl.constexpr = "shfl.sync.bfly.b32 $0, $1, 4, 31, 0xffffffff;"
     return gl.inline_asm_elementwise(asm, "=r,r", [x], dtype=gl.uint32, is_pure=True, pack=1)
 
 
 @gluon.jit
 def _spread(x, rows: gl.constexpr):
-    """(32, rows / 4) to each of its scores, (64 keys, rows)."""
+    """(32, rows / 16, 4) to each of its scores, (64 keys, rows)."""
     s = gl.zeros([M, rows], gl.uint32, accumulator_layout(rows))
-    return _whole(gl.expand_dims(x, 2) | _patches(s, rows), rows)
+    return _whole(gl.expand_dims(x, 3) | _patches(s, rows), rows)
 
 
 @gluon.constexpr_function
-def _masks_asm():
-    """Eight scores of two keys, pairs of rows: the signs of their bytes in the even rows' word $4 and in the odd rows' $12."""
-    selectors = ("0xCC88", "0xEEAA", "0xDD99", "0xFFBB")
-    return " ".join(f"prmt.b32 ${i}, $4, $12, {selector};" for i, selector in enumerate(selectors))
+def _masks_of_keys_asm():
+    """Eight scores of two keys, pairs of rows, of their words $4 and $12: two neighbours', then those 8 rows further."""
+    masks = (("$0", "$4", False), ("$1", "$12", False), ("$2", "$4", True), ("$3", "$12", True))
+    return f"{{ .reg .b32 x, least; .reg .pred inverse; {_masks_asm(masks, '$20')} }}"
 
 
-_MASKS = gl.constexpr("=&r,=&r,=&r,=r" + ",r" * 16)
+_MASKS = gl.constexpr("=&r,=&r,=&r,=&r" + ",r" * 24)
 
 
 @gluon.jit
-def masks(config: gl.constexpr, kept, dtype: gl.constexpr):
+def masks(config: gl.constexpr, drawn, dtype: gl.constexpr):
     """From what `draw_transposed` leaves: 16 bits for each score (64 keys, rows), all ones where it is kept, else zeros."""
     if has(config, "key_start"):
         each: gl.constexpr = "prmt.b32 $0, $1, $2, 0xCC88;"
         if dtype == gl.bfloat16:
-            return gl.inline_asm_elementwise(each, "=r,r,r", [kept[0]], dtype=gl.bfloat16, is_pure=True, pack=2)
+            return gl.inline_asm_elementwise(each, "=r,r,r", [drawn[0]], dtype=gl.bfloat16, is_pure=True, pack=2)
         else:
-            return gl.inline_asm_elementwise(each, "=r,r,r", [kept[0]], dtype=gl.float16, is_pure=True, pack=2)
+            return gl.inline_asm_elementwise(each, "=r,r,r", [drawn[0]], dtype=gl.float16, is_pure=True, pack=2)
     else:
-        asm: gl.constexpr = _masks_asm()
-        words = [_spread(kept[0], config.rows), _spread(kept[1], config.rows)]
+        asm: gl.constexpr = _masks_of_keys_asm()
+        near, far, threshold = drawn
+        operands = [_spread(near, config.rows), _spread(far, config.rows), threshold]
         if dtype == gl.bfloat16:
-            return gl.inline_asm_elementwise(asm, _MASKS, words, dtype=gl.bfloat16, is_pure=True, pack=8)
+            return gl.inline_asm_elementwise(asm, _MASKS, operands, dtype=gl.bfloat16, is_pure=True, pack=8)
         else:
-            return gl.inline_asm_elementwise(asm, _MASKS, words, dtype=gl.float16, is_pure=True, pack=8)
+            return gl.inline_asm_elementwise(asm, _MASKS, operands, dtype=gl.float16, is_pure=True, pack=8)
 
 
 @gluon.jit

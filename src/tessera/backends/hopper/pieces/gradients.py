@@ -160,6 +160,17 @@ def derivatives(weight, dp, d):
     return to_32_bit(weight) * (dp - d[None, :])
 
 
+@gluon.jit
+def kept_derivatives(config: gl.constexpr, p, weight, masks, dp, d):
+    """dS^T from P^T and the weight in 16 bits, and P^T as dV's operand. With dropout dS^T is this operand times dP^T, less P^T D:
+    an instruction in nine less, and fewer registers."""
+    kept = kept_p(config, p, masks)
+    if has(config, "dropout") and not has(config, "softcap"):
+        return to_32_bit(kept) * dp - to_32_bit(p) * d[None, :], kept
+    else:
+        return derivatives(weight, kept_dp(config, dp, masks), d), kept
+
+
 @gluon.constexpr_function
 def needs_slope_apart(config):
     """Whether dS is wanted without the softcap's slope too: the bias is added after the softcap."""

@@ -146,9 +146,7 @@ def make_modifiers(config: gl.constexpr, arguments, gradient):
     if has_bias(config):
         made_bias = (Bias(bias, bias_batch, bias_head, bias_row),)
     if has(config, "dropout"):
-        addend = (0x80 - (threshold & 0x7F)) * 0x01010101
-        either = gl.where(threshold < 0x80, threshold * 0 + 0xFFFFFFFF, threshold * 0)
-        made_dropout = (Dropout(key_low, key_high, addend, either, keep_scale),)
+        made_dropout = (Dropout(key_low, key_high, threshold, keep_scale),)
     made_dbias = ()
     if has(config, "bias gradient"):
         dbias, dbias_batch, dbias_head, dbias_row = gradient

@@ -3,7 +3,7 @@
 Without modifiers the row maximum is taken of raw products, and the scale is part of the exponentials: one multiply-add a score.
 """
 
-from tessera.backends.hopper.pieces.dropout import draw, dropped
+from tessera.backends.hopper.pieces.dropout import draw, draw_anywhere, dropped, key_of_block
 from tessera.backends.hopper.pieces.masking import mask_scores
 from tessera.backends.hopper.pieces.modifiers import (
     Modifiers,
@@ -90,13 +90,19 @@ def probabilities(config: gl.constexpr, score, s, m, first_key, CUT: gl.constexp
 
 @gluon.jit
 def beside_product(config: gl.constexpr, score, first_key, CUT: gl.constexpr):
-    """What of a block does not depend on S, and can be had while that is under way: its biases, 0 without; and what dropout
-    keeps as pieces/dropout.py has it, or, where that is asked for late, of which block."""
+    """What of a block does not depend on S, and can be had while that is under way: its biases, 0 without; and dropout's draws as
+    pieces/dropout.py has them, or, where they are made late, what they begin with."""
     bias = bias_of_block(config, score.modifiers, first_key, CUT)
-    if has(config, "dropout") and not draws_late(config):
-        return bias, draw(config, score.modifiers.dropout[0], first_key)
-    else:
-        return bias, first_key
+    kept = 0
+    if has(config, "dropout"):
+        plane = score.modifiers.dropout[0]
+        if has(config, "key_start"):
+            kept = first_key
+        elif draws_late(config):
+            kept = key_of_block(config, plane, first_key)
+        else:
+            kept = draw(config, key_of_block(config, plane, first_key))
+    return bias, kept
 
 
 @gluon.jit
@@ -110,9 +116,9 @@ def rounded(config: gl.constexpr, p, kept, dtype: gl.constexpr):
 
 @gluon.constexpr_function
 def draws_late(config):
-    """Whether dropout draws when P is V's factor and not under S. Three consumers hide one another's draws, and what is kept
-    costs each 16 registers (head_dim 64, full, 4k: 1.47 of no dropout, two consumers 1.67; H200, 2026-11-21); with left padding
-    it would be one a score."""
+    """Whether dropout draws when P is V's factor and not under S. Three consumers hide one another's draws, which would cost each
+    16 registers (head_dim 64, full, 4k: 1.35 of no dropout, two consumers 1.54; H200, 2026-11-21); with left padding it would be
+    one a score."""
     return config.consumers == 3 or has(config, "key_start")
 
 
@@ -120,9 +126,12 @@ def draws_late(config):
 def as_operand(config: gl.constexpr, score, p):
     """P as V's factor, less what dropout drops: the sums are those of the whole P."""
     if has(config, "dropout"):
+        plane = score.modifiers.dropout[0]
         kept = p[1]
-        if draws_late(config):
-            kept = draw(config, score.modifiers.dropout[0], kept)
-        return dropped(config, p[0], kept)
+        if has(config, "key_start"):
+            kept = draw_anywhere(config, plane, kept)
+        elif draws_late(config):
+            kept = draw(config, kept)
+        return dropped(config, plane, p[0], kept)
     else:
         return p[0]
