@@ -270,7 +270,8 @@ Planned = Problem | Plan | CacheProblem | CachePlan
 
 
 def warmup(problems: Planned | Iterable[Planned], *, device: str | torch.device | Device = "h200") -> int:
-    """Compile ahead of time, into the disk cache, what these problems need at any length; returns how many kernels that took.
+    """Compile ahead of time, into the disk cache, what these problems need at any length, and steps over a cache with any number
+    of sequences; returns how many kernels that took.
 
     Args:
         problems: plans, as `plan` (with requires_grad the backward's kernels too) and `plan_kvcache` give them, or problems

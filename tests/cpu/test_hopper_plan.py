@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tessera.backends.hopper import HopperBackend, HopperRunner, _compile_togeth
 from tessera.backends.hopper.backward_plan import backward_config, backward_family
 from tessera.backends.hopper.config import ForwardConfig, Pairing, Staging
 from tessera.backends.hopper.plan import LOW, SHARED_LIMIT, forward_config, forward_family, tall_blocks
+from tessera.backends.hopper.serving import SERVING_BACKEND, kernels_of
 from tessera.cases import CASES, Case
 from tessera.device import KNOWN_DEVICES
 from tessera.dispatch import Upstream
@@ -174,3 +176,37 @@ def test_a_sequence_whose_rows_are_not_used_has_no_lse() -> None:
     used = torch.tensor([2, 3], dtype=torch.int32)
     _, lse = without_scores(problem, operands.q, operands.sinks, (request.cu_seqlens_q, used))
     assert lse.isfinite().all(dim=0).tolist() == [True, True, False, False, False, True, True, True]
+
+
+STEPS: dict[str, dict[str, Any]] = {
+    "one query": {"q": (8, 1, 32, 128)},
+    "one query, short": {"q": (8, 1, 32, 128), "pages": 4},
+    "a few queries": {"q": (8, 4, 32, 128)},
+    "chunks": {"q": (8, 64, 32, 128)},
+    "prompts": {"q": (1600, 32, 128), "cu_seqlens_q": (9,)},
+    "prompts, appending": {"q": (1600, 32, 128), "cu_seqlens_q": (9,), "k": (1600, 8, 128)},
+}
+
+
+def step_kernels(name: str, batch: int, longer: float = 1.0) -> tuple[set[jit.KernelSpec], set[jit.KernelSpec]]:
+    """What warmup compiles for a step of so many sequences, and what the step launches."""
+    options = {"pages": 256} | STEPS[name]
+    q, pages = options.pop("q"), options.pop("pages")
+    rows = round(q[0] / 8 * batch * longer) if len(q) == 3 else batch
+    if len(q) == 3:
+        options["cu_seqlens_q"] = (batch + 1,)
+    if "k" in options:
+        options["k"] = options["v"] = (rows, 8, 128)
+    pool = (pages * batch, 64, 8, 128)
+    plan = tessera.plan_kvcache((rows, *q[1:]), pool, pool, page_table=(batch, pages), causal=True, device=H200, **options)
+    return set(SERVING_BACKEND.kernels(plan)), set(kernels_of(plan))
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_servers_next_step_compiles_nothing(name: str) -> None:
+    """Sequences come and go, and prompts of other lengths: what is warm for one step is warm for all."""
+    warm, own = step_kernels(name, 8)
+    assert own <= warm
+    for batch in (1, 2, 3, 5, 7, 8, 13, 33, 64, 100, 256, 700):
+        for longer in (0.5, 1.0, 3.0) if "prompts" in name else (1.0,):
+            assert step_kernels(name, batch, longer)[1] <= warm, (batch, longer)

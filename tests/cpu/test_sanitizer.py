@@ -43,3 +43,10 @@ def test_both_sides_of_a_hazard_have_one_reason() -> None:
     assert sum(explained.values()) == 1
     assert len(found) == 1
     assert "latent.py" in found[0]
+
+
+def test_racecheck_is_given_no_clusters() -> None:
+    pairs, forward = sanitize.FAMILIES["forward, in pairs"], sanitize.FAMILIES["forward"]
+    assert pairs.cases_under("memcheck") == pairs.cases
+    assert pairs.cases_under("racecheck") == ()
+    assert forward.cases_under("racecheck") == forward.cases

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 
 from tessera import dispatch, jit
+from tessera.backends.hopper.serving import kernels_of
 from tessera.device import Device
 from tessera.errors import Unsupported
 from tessera.jit import cache
@@ -26,8 +27,7 @@ def kernels(request: Request | CacheRequest, device: Device) -> Iterator[jit.Ker
         if isinstance(request, Request):
             yield from dispatch.load("hopper").kernels(dispatch.select(describe(request, "cuda"), device, "hopper"))
         else:
-            plan = serving.select(describe_cache(request, "cuda"), device)
-            yield from serving.load(plan.backend).kernels(plan)
+            yield from kernels_of(serving.select(describe_cache(request, "cuda"), device, "hopper"))
     except Unsupported:
         return
 

@@ -24,18 +24,22 @@ from pathlib import Path
 import torch
 from compile_ahead import compile_all, kernels
 
-from tessera import operators
+from tessera import dispatch, operators
 from tessera.backends import hopper
+from tessera.backends.hopper.config import ForwardConfig
 from tessera.bench import machine
 from tessera.cases import CASES, Case
 from tessera.device import Device
-from tessera.operands import Request
+from tessera.operands import Request, describe
 from tessera.serving import operators as serving
 from tessera.serving.cases import CACHE_CASES, CacheCase
 from tessera.serving.operands import CacheRequest
 from tessera.verify import trainable
 
 TOOLS = ("memcheck", "racecheck")
+NO_CLUSTERS = ("racecheck",)
+"""Tools that are given no clusters: racecheck never ends of two programs that load for each other, though it does of kernels that
+only meet and arrive at each other's mbarriers (H200, CUDA 13, 2026-11-21). memcheck and synccheck see them."""
 EXPLAINED = {
     "Triton's own words to its partitions, between two barrier.sync of the whole block": (
         "def attention_", "def decode(", "gl.warp_specialize([", "if config.consumers == 2:", "if divided_by(config, ",
@@ -142,8 +146,12 @@ class Family:
         request = case.request(device, torch.bfloat16, requires_grad=self.with_gradients)
         return request._replace(backend="hopper", deterministic=self.deterministic)
 
-    def run(self) -> None:
-        for case in self.cases:
+    def cases_under(self, tool: str) -> tuple[Case | CacheCase, ...]:
+        """Those that the tool comes to an end of."""
+        return tuple(case for case in self.cases if tool not in NO_CLUSTERS or not runs_in_clusters(self.request(case, "meta")))
+
+    def run(self, tool: str) -> None:
+        for case in self.cases_under(tool):
             request = self.request(case, "cuda")
             if isinstance(request, CacheRequest):
                 serving.forward(request)
@@ -154,6 +162,15 @@ class Family:
                 operators.forward(request)
             torch.cuda.synchronize()
             print("ran", case.name, flush=True)
+
+
+def runs_in_clusters(request: Request | CacheRequest) -> bool:
+    """Whether programs of the call's main kernel reach for each other's shared memory (tensors may be on meta)."""
+    device = Device.named("h200")
+    if isinstance(request, CacheRequest):
+        return any(spec.cluster > 1 for spec in kernels(request, device))
+    config = dispatch.select(describe(request, "cuda"), device, "hopper").forward.config
+    return isinstance(config, ForwardConfig) and config.cluster > 1
 
 
 FAMILIES = {
@@ -174,7 +191,8 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one tool said of one family: the hazards that a reason above explains, by reason, and what nothing explains."""
+    """What one tool said of one family: the hazards that a reason above explains, by reason, and what nothing does. `left_out`:
+    the cases that it was not given."""
 
     tool: str
     family: str
@@ -182,9 +200,11 @@ class Verdict:
     clean: bool
     explained: dict[str, int]
     found: tuple[str, ...]
+    left_out: tuple[str, ...]
 
     def __str__(self) -> str:
         said = f"{self.tool:10} {self.family:24} {'clean' if self.clean else 'FOUND'}: {self.cases} cases"
+        said += f"; left out, for they run in clusters: {', '.join(self.left_out)}" if self.left_out else ""
         return "\n    ".join((said, *(f"{count} of {reason}" for reason, count in self.explained.items()), *self.found))
 
 
@@ -214,7 +234,7 @@ def judge(tool: str, name: str, gpu: str, seconds: float) -> tuple[Verdict, str]
     """Runs a family under a tool: the verdict, and what the tool said. Memory comes from the driver, tensor by tensor: what lies
     beside one is nobody's."""
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "2000"]
-    command += [sys.executable, __file__, "--child", name]
+    command += [sys.executable, __file__, "--child", name, "--tools", tool]
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": gpu}
     with tempfile.TemporaryFile("w+") as said:
         run = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
@@ -231,11 +251,12 @@ def judge(tool: str, name: str, gpu: str, seconds: float) -> tuple[Verdict, str]
         report = report.replace(f"{folder}/", "")
     ran = len(re.findall(r"^ran ", report, re.MULTILINE))
     explained, found = hazards(report)
-    cases = FAMILIES[name].cases
+    cases = FAMILIES[name].cases_under(tool)
     if ran < len(cases) or (status and not explained and not found):
         rest = _REPORT.sub("", report).splitlines()[-12:]
         found = (*found, *([f"no end of {cases[ran].name}"] if ran < len(cases) else []), *rest)
-    return Verdict(tool, name, ran, not found, dict(explained), found), report
+    left_out = tuple(case.name for case in FAMILIES[name].cases if case not in cases)
+    return Verdict(tool, name, ran, not found, dict(explained), found, left_out), report
 
 
 def _visible_gpus() -> list[str]:
@@ -255,7 +276,7 @@ def main() -> int:
     parser.add_argument("--child", choices=list(FAMILIES), help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.child:
-        FAMILIES[asked.child].run()
+        FAMILIES[asked.child].run(asked.tools[0])
         return 0
     names = asked.families
     device = Device.named("h200")
@@ -265,7 +286,8 @@ def main() -> int:
         return 0
     verdicts, gpus = [], cycle(_visible_gpus())
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        futures = [pool.submit(judge, tool, name, next(gpus), asked.seconds) for tool, name in product(asked.tools, names)]
+        jobs = [(tool, name) for tool, name in product(asked.tools, names) if FAMILIES[name].cases_under(tool)]
+        futures = [pool.submit(judge, tool, name, next(gpus), asked.seconds) for tool, name in jobs]
         for future in as_completed(futures):
             verdict, report = future.result()
             verdicts.append(verdict)

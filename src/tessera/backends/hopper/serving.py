@@ -7,7 +7,8 @@ appended, or q and k turned, append.py does it first.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -55,10 +56,12 @@ class HopperServing:
         return Choices(Choice(DECODE, plan, why), None, plan.workspace_bytes())
 
     def kernels(self, plan: CachePlan) -> tuple[jit.KernelSpec, ...]:
-        """The kernels that a plan launches."""
-        launch = launch_of(plan)
-        specs = launch.specs if isinstance(launch, ChunkLaunch) else (launch.spec,)
-        return specs if plan.problem.append is None else (append_spec(plan.problem), *specs)
+        """The kernels that a plan launches, and those that it would with more or fewer sequences."""
+        found = dict.fromkeys(kernels_of(plan))
+        for problem in _alike(plan.problem):
+            choice = self.plan(problem, plan.device).forward
+            found |= dict.fromkeys(kernels_of(replace(plan, problem=problem, choice=choice)))
+        return tuple(found)
 
     def prepare(self, plan: CachePlan) -> CacheRunner:
         append = None if plan.problem.append is None else AppendLaunch(plan.problem)
@@ -82,6 +85,31 @@ def takes_many_rows(problem: CacheProblem) -> bool:
         problem.layout is Layout.VARLEN and problem.reproducibility is Reproducibility.BATCH_INVARIANT
     )
     return rows_a_head(problem) > ROWS and not stays
+
+
+def kernels_of(plan: CachePlan) -> tuple[jit.KernelSpec, ...]:
+    """The kernels that a plan launches."""
+    launch = launch_of(plan)
+    specs = launch.specs if isinstance(launch, ChunkLaunch) else (launch.spec,)
+    return specs if plan.problem.append is None else (append_spec(plan.problem), *specs)
+
+
+_MOST_SEQUENCES = 1024
+_PARTS = (1, 2, 4, 8, 16, 32)
+"""Numbers of parts of the keys, one for each variant of chunk.py, latent.py and combine.py."""
+
+
+def _alike(problem: CacheProblem) -> Iterator[CacheProblem]:
+    """Problems with other numbers of sequences (packed ones as long in the mean), whose keys would be divided otherwise: what a
+    server meets from step to step."""
+    shape, batch = problem.shape, 1
+    mean = shape.seqlen_q / max(1, shape.batch)
+    while batch <= _MOST_SEQUENCES:
+        rows = max(1, round(mean * batch)) if problem.layout is Layout.VARLEN else shape.seqlen_q
+        yield replace(problem, shape=replace(shape, batch=batch, seqlen_q=rows))
+        batch *= 2
+    if problem.splits is None and problem.reproducibility is not Reproducibility.BATCH_INVARIANT and takes_many_rows(problem):
+        yield from (replace(problem, splits=parts) for parts in _PARTS)
 
 
 def launch_of(plan: CachePlan) -> DecodeLaunch | ChunkLaunch:
