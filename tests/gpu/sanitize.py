@@ -77,7 +77,7 @@ FORWARD = (
     Case("d192, full", head_dim=192, seqlen_q=300, seqlen_k=300, **ALONE),
 )  # fmt: skip
 PAIRS = (
-    Case("by rows", head_dim=192, seqlen_q=1200, seqlen_k=1100, **ALONE),
+    Case("by rows", head_dim=192, head_dim_v=128, seqlen_q=4300, seqlen_k=4200, **ALONE),
     Case("by heads", head_dim=128, seqlen_q=4100, seqlen_k=6200, batch=1, heads_q=2, heads_kv=1, causal=True),
 )
 BACKWARD = (
