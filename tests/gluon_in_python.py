@@ -296,6 +296,8 @@ def _tma_load(tiles: TensorMap, where: Sequence[int], bar: Mbarrier, shared: Sha
 
 
 def _tma_load_as(how: str, tiles: TensorMap, where: Sequence[int], bar: Mbarrier, shared: Shared) -> None:
+    if how == "only L2":
+        return
     kind, _, mask = how.partition(" ")
     ranks = [rank for rank in range(_here.cluster.size) if int(mask) >> rank & 1] if kind == "multicast" else [_here.rank]
     for rank in ranks:

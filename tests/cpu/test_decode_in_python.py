@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +20,7 @@ from tessera.backends.hopper.serving import HopperServingRunner
 from tessera.device import Device
 from tessera.serving import operators, verify
 from tessera.serving.cases import CACHE_CASES, CacheCase
-from tessera.serving.operands import CacheRequest, describe, gather
+from tessera.serving.operands import CacheOperands, CacheRequest, describe, gather
 from tessera.verify import compare
 
 FEW = replace(Device.named("h200"), multiprocessors=3)
@@ -50,15 +53,20 @@ def is_served(case: CacheCase) -> bool:
     return not decode_plan.why_not(describe(case.request("cpu", torch.bfloat16)))
 
 
-def check(request: CacheRequest, device: Device = FEW) -> decode_plan.DecodePlan:
+def check(
+    request: CacheRequest, device: Device = FEW, before: Callable[[CacheOperands], None] = lambda _: None
+) -> decode_plan.DecodePlan:
+    """`before`: what happens to the operands before the kernel runs."""
     problem = describe(request)
     assert not decode_plan.why_not(problem)
     launch = decode_launch.DecodeLaunch(problem, decode_plan.decode_plan(problem, device))
     append = None if problem.append is None else AppendLaunch(problem)
 
     def run(asked: CacheRequest) -> tuple[Tensor, Tensor]:
+        operands = gather(asked)
         with in_python():
-            return HopperServingRunner(problem, append, launch).run(gather(asked))
+            before(operands)
+            return HopperServingRunner(problem, append, launch).run(operands)
 
     monkeypatch = pytest.MonkeyPatch()
     with monkeypatch.context() as patched:
@@ -117,6 +125,39 @@ def test_long_ones_go_along_the_line(long: int, turns: tuple[int, int], monkeypa
     case = CacheCase("long", cached=(2500,) * 4, heads_q=2, heads_kv=2, schedule="stream_k")
     plan = check(case.request("cpu", torch.bfloat16), replace(FEW, multiprocessors=4))
     assert (plan.rounds, plan.crew) == turns
+
+
+READ_EARLY = ["one query", "pages of 16", "indexed", "packed", "left padding, window", "pages, packed, window", "long"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("schedule", ["split", "stream_k"])
+@pytest.mark.parametrize("name", READ_EARLY)
+def test_what_is_read_before_the_kernel_before_ends_can_be_anything(name: str, schedule: str, seed: int) -> None:
+    """A program brings its first tiles on their way by lengths, pages and places that may still be written."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def unfinished(operands: CacheOperands) -> None:
+        numbers = [operands.cache_seqlens, operands.page_table, operands.cache_batch_idx, operands.cu_seqlens_q]
+        numbers = [tensor for tensor in [*numbers, operands.cache_leftpad] if tensor is not None]
+        right = [tensor.clone() for tensor in numbers]
+        compat = sys.modules["tessera.jit.compat"]
+        specialize = compat.gl.warp_specialize
+
+        def begin(partitions: list[Any], *rest: Any) -> None:
+            for tensor, value in zip(numbers, right, strict=True):
+                noise = torch.randint(-9, 3000, tensor.shape, generator=generator, dtype=torch.int32)
+                kept = torch.rand(tensor.shape, generator=generator) < 0.5
+                tensor.copy_(torch.where(kept, value, noise))
+            met = threading.Barrier(len(partitions), action=lambda: [t.copy_(v) for t, v in zip(numbers, right, strict=True)])
+            for part in ("decode", "decode_producer"):
+                vars(sys.modules[f"tessera.backends.hopper.{part}"])["wait_for_previous"] = met.wait
+            specialize(partitions, *rest)
+
+        compat.gl.warp_specialize = begin
+
+    request = CACHE_CASES[name].request("cpu", torch.bfloat16)
+    check(request._replace(schedule=schedule), before=unfinished)
 
 
 def test_more_sequences_than_are_scanned_at_once() -> None:

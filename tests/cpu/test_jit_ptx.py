@@ -39,6 +39,12 @@ def test_a_multicast_goes_by_the_cluster():
     assert changed in ptx.rewritten(marked("multicast 3", PLAIN), 128)
 
 
+def test_what_goes_only_into_l2_names_neither_shared_memory_nor_an_mbarrier():
+    found = ptx.rewritten(marked("only L2", PLAIN), 128)
+    assert found.count(PLAIN) == 2
+    assert "@%p8 cp.async.bulk.prefetch.tensor.5d.L2.global.tile [%rd6, {%r110, %r111, %r205, %r112, %r113}];" in found
+
+
 def test_an_address_is_what_is_initialised():
     start = "@%p7 mbarrier.init.shared::cta.b64 [%r5], 2;\n"
     found = ptx.rewritten(marked("address", start), 128)

@@ -79,7 +79,8 @@ def _mark(words: gl.constexpr):
 
 @gluon.jit
 def tma_load_as(how: gl.constexpr, tiles, where, bar, shared):
-    """tma_load with "evict_first" or "evict_last" (in L2), or "multicast 3" (to blocks 0 and 1 of the cluster, a bit each)."""
+    """tma_load with "evict_first" or "evict_last" (in L2), "multicast 3" (to blocks 0 and 1 of the cluster, a bit each), or
+    "only L2" (`bar` and `shared` are left alone)."""
     _mark(how)
     tma_load(tiles, where, bar, shared)
     _mark("")

@@ -6,13 +6,14 @@ which Triton carries to its PTX as inline assembly. Here each mark's instruction
     evict_first, evict_last     TMA loads, a policy for L2
     multicast MASK              TMA loads, to the same place in each block of the cluster whose bit is set in the mask; the bytes
                                 complete each one's own mbarrier
+    only L2                     TMA loads: into L2 and no further; no mbarrier hears of it
     address                     an mbarrier's initialisation; the number behind the stretch becomes the mbarrier's address
 
 Where a kernel's default warps meet those of the cluster's other blocks (`compat.meet_cluster`), all other warps arrive as the
 kernel begins: the hardware's barrier of a cluster waits for every thread, and Triton's worker warps, some of which never get
 any work, can't be told to.
 
-Sources: PTX ISA 8.7, cp.async.bulk.tensor, mbarrier, barrier.cluster, createpolicy.
+Sources: PTX ISA 8.7, cp.async.bulk.tensor, cp.async.bulk.prefetch.tensor, mbarrier, barrier.cluster, createpolicy.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _STRETCH = re.compile(rf"{BEGIN} (?P<words>[^\n]*)\n(?P<code>.*?)(?:{END}{_NUMBE
 _LABEL = re.compile(r"^\$L__BB\w+:", re.MULTILINE)
 _LOAD = re.compile(
     r"(?P<when>@!?%p\d+\s+)?cp\.async\.bulk\.tensor\.(?P<rank>\dd)\.shared::(?P<space>cta|cluster)\.global"
-    r"\.mbarrier::complete_tx::bytes (?P<operands>\[[^;{]*\{[^}]*\}\], \[%r\d+\]);"
+    r"\.mbarrier::complete_tx::bytes (?P<operands>\[[^;{]*\], (?P<box>\[[^;{]*\{[^}]*\}\]), \[%r\d+\]);"
 )
 _START = re.compile(r"mbarrier\.init\.shared::cta\.b64 \[(?P<bar>%r\d+|global_smem)(?P<offset>\+\d+)?\], \d+;")
 _FIRST_BLOCK = "// %bb.0:\n"
@@ -76,16 +77,22 @@ def _granted(stretch: re.Match[str]) -> str:
         changed, count = _LOAD.subn(lambda load: _load(load, "", "", POLICIES[words]), code)
     elif kind == "multicast" and mask.isdigit():
         changed, count = _LOAD.subn(lambda load: _load(load, ".multicast::cluster", f", {mask}", None), code)
+    elif words == "only L2":
+        changed, count = _LOAD.subn(_prefetch, code)
     elif words == "address":
         found = _START.findall(code)
         changed, count = code, len(found) == 1
         number = f"\n\tadd.u32 {stretch['result']}, {found[0][0]}, {found[0][1] or 0};" if found else ""
     else:
-        known = ", ".join((*POLICIES, "multicast MASK", "address"))
+        known = ", ".join((*POLICIES, "multicast MASK", "only L2", "address"))
         raise MarkError(f"no such mark: '{words}'; there are {known}")
     if not count:
         raise MarkError(f"the mark '{words}' stands around no instruction that it could change, but around\n{code}")
     return changed + number
+
+
+def _prefetch(load: re.Match[str]) -> str:
+    return f"{load['when'] or ''}cp.async.bulk.prefetch.tensor.{load['rank']}.L2.global.tile {load['box']};"
 
 
 def _load(load: re.Match[str], cast: str, mask: str, policy: int | None) -> str:

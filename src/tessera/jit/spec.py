@@ -109,7 +109,7 @@ class KernelSpec:
     `constants` its constexpr parameters (None, bool, int, float, str, Dtype, enums, frozen dataclasses, tuples of these).
     `early`: a launch may begin while the kernel before it in the stream ends, because every warp of this one waits
     (compat.wait_for_previous) before it touches what that one writes, or anything at all where that one is early too and
-    may not have waited (CUDA's programmatic dependent launch).
+    may not have waited (CUDA's programmatic dependent launch). Only what to bring into L2 may be read before.
     `num_warps` is the default partition's, as in Gluon; a warp-specialised kernel's total comes with the binary.
     `cluster`: programs, neighbours along the grid's x, that run at the same time on SMs near each other and reach each other's
     shared memory (compat.meet_cluster, place_in, tma_load_as); each is compiled like a program by itself.

@@ -10,10 +10,11 @@ which keeps a ring of K and V tiles full by TMA, and four consumer warps, each w
         the four warps' O, m, l into one
         all of the item: out and log-sum-exp.  A part of it: into a slot; who comes last adds the slots up
 
-To read it: `producer`, then `consumer`, then `_tile`.
+To read it: `producer` (decode_producer.py), then `consumer`, then `_tile`.
 """
 
 from tessera.backends.hopper.decode_config import ROWS
+from tessera.backends.hopper.decode_producer import next_use, producer, producer_registers
 from tessera.backends.hopper.pieces.batched import (
     add_values,
     along_columns,
@@ -33,8 +34,6 @@ from tessera.backends.hopper.pieces.cached import (
     Sizes,
     cache_entry,
     highest_key,
-    load_box,
-    locate_box,
     locate_keys,
     lowest_key,
 )
@@ -51,20 +50,12 @@ from tessera.backends.hopper.pieces.parts import (
 from tessera.backends.hopper.pieces.scales import CacheScales, Scales, scale_of_item, scales_of_keys
 from tessera.backends.hopper.pieces.shares import after, first_share, first_turn, segment_of
 from tessera.backends.hopper.pieces.softmax import exp2, tanh
-from tessera.backends.hopper.pieces.tiles import allocate_tiles, has, head_bytes
-from tessera.jit.compat import aggregate, fence_async_shared, gl, gluon, let_next_begin, reinterpret, wait_for_previous
+from tessera.backends.hopper.pieces.tiles import allocate_tiles, has
+from tessera.jit.compat import aggregate, fence_async_shared, gl, gluon, reinterpret, wait_for_previous
 
 M = gl.constexpr(ROWS)
 RING_BARRIERS = gl.constexpr(3)
 """The first named barrier of the rings: Triton takes 0, 1 and one for the producer's partition."""
-LOADS_TOGETHER = gl.constexpr(8)
-"""Boxes whose page numbers are read side by side."""
-
-
-@gluon.constexpr_function
-def producer_registers(config):
-    """Page numbers are held while their boxes are copied."""
-    return 40 if config.box < config.keys else 24
 
 
 @gluon.constexpr_function
@@ -76,21 +67,23 @@ def part_columns(dims, part):
 class Split:
     """How work is shared. split: parts of a sequence, and the fewest tiles of one. stream_k, where all items are equally long:
     `rounds` of items that programs have alone, and programs that share each of the others. `depth`: stages of the ring that are
-    used where programs go through memory side by side."""
+    used where programs go through memory side by side. `ahead`: tiles to bring into L2 while the kernel before ends."""
 
     splits: gl.tensor
     least: gl.tensor
     crew: gl.tensor
     rounds: gl.tensor
     depth: gl.tensor
+    ahead: gl.tensor
 
     @gluon.constexpr_function
-    def __init__(self, splits, least, crew, rounds, depth):
+    def __init__(self, splits, least, crew, rounds, depth, ahead):
         self.splits = splits
         self.least = least
         self.crew = crew
         self.rounds = rounds
         self.depth = depth
+        self.ahead = ahead
 
 
 @aggregate
@@ -148,53 +141,6 @@ class Shared:
         self.v = v
         self.k_stream = k_stream
         self.v_stream = v_stream
-
-
-@gluon.jit
-def _next_use(config: gl.constexpr, n, depth):
-    """The use of the ring after the n-th, where only the first `depth` slots of each lap are used."""
-    n += 1
-    return n + gl.where(n % config.stages == depth, config.stages - depth, 0)
-
-
-# ----------------------------------------------------------------------------------------------------------- producer
-
-
-@gluon.jit
-def _load_tile(config: gl.constexpr, k_maps, v_maps, shared, call, segment, entry, spot):
-    """Start the copies of tile `spot[1]` as the n-th use of the ring, n = `spot[0]`."""
-    n, tile = spot
-    boxes: gl.constexpr = config.keys // config.box
-    group: gl.constexpr = min(boxes, LOADS_TOGETHER)
-    slot = shared.v_stream.slot(n)
-    shared.v_stream.acquire(n)
-    k_bar = shared.k_stream.expect(n, head_bytes(config.dims) * config.keys)
-    v_bar = shared.v_stream.expect(n, head_bytes(config.dims_v) * config.keys)
-    for first in gl.static_range(0, boxes, group):
-        places = ()
-        for box in gl.static_range(group):
-            key = tile * config.keys + (first + box) * config.box
-            places = places + (locate_box(config, call.places, call.sizes, segment.seq, entry, key),)
-        for box in gl.static_range(group):
-            load_box(k_maps, shared.k, places[box], segment.head, k_bar, slot * boxes + first + box)
-        for box in gl.static_range(group):
-            load_box(v_maps, shared.v, places[box], segment.head, v_bar, slot * boxes + first + box)
-
-
-@gluon.jit
-def producer(config: gl.constexpr, k_maps, v_maps, shared, call):
-    turn = first_turn(config, call)
-    wait_for_previous()
-    n = 0
-    share = first_share(config, call, turn, 1)
-    while share.position < share.stop:
-        segment = segment_of(config, call, share)
-        entry = cache_entry(config, call.places, segment.seq.index)
-        for tile in range(segment.begin, segment.end):
-            _load_tile(config, k_maps, v_maps, shared, call, segment, entry, (n, tile))
-            n = _next_use(config, n, share.depth)
-        share = after(config, call, share, segment)
-    let_next_begin()
 
 
 # ----------------------------------------------------------------------------------------------------------- consumer
@@ -390,7 +336,7 @@ def _tiles(config: gl.constexpr, tiles, item, q, bounds, span, state, MASKED: gl
     n, begin, end, depth = span
     for tile in range(begin, end):
         state = _tile(config, tiles, item, q, bounds, (n, tile * config.keys), state, MASKED)
-        n = _next_use(config, n, depth)
+        n = next_use(config, n, depth)
     return state, n
 
 
@@ -530,7 +476,7 @@ def decode(
     k_map, k_tail, v_map, v_tail, q_ptr, out_ptr, lse_ptr, partial_out, partial_lse, sinks, tickets,
     seqlens, cu_q, leftpad, batch_index, page_table,
     batch, heads_kv, group, seqlen_q, added, capacity, row_blocks, slot_rows, left, right, table_stride, page_shift,
-    tickets_per_item, entries, splits, least, crew, rounds, depth,
+    tickets_per_item, entries, splits, least, crew, rounds, depth, ahead,
     q_batch, q_row, q_head, head_dim, head_dim_v, scale, inner, k_scales, v_scales,
     k_scale_sequence, k_scale_entry, k_scale_block, k_scale_rows, v_scale_sequence, v_scale_entry, v_scale_block, v_scale_rows,
     CONFIG: gl.constexpr,
@@ -546,7 +492,7 @@ def decode(
             batch, heads_kv, group, seqlen_q, added, capacity, row_blocks, slot_rows, left, right, table_stride, page_shift,
             tickets_per_item, entries,
         ),
-        Split(splits, least, crew, rounds, depth),
+        Split(splits, least, crew, rounds, depth, ahead),
         CacheScales(
             Scales(k_scales, k_scale_sequence, k_scale_entry, k_scale_block, k_scale_rows),
             Scales(v_scales, v_scale_sequence, v_scale_entry, v_scale_block, v_scale_rows),

@@ -190,3 +190,12 @@ def load_box(maps, buffers, place, head, bar, slot):
     for part in gl.static_range(len(maps)):
         tma_load_as("evict_first", maps[part], [place[0], head, place[1], column], bar, buffers[part].index(slot))
         column += columns_of(buffers[part].shape)
+
+
+@gluon.jit
+def foresee_box(maps, buffers, place, head, bar):
+    """Bring one box of rows into L2; `buffers` and `bar` only complete the instruction that Triton knows."""
+    column = 0
+    for part in gl.static_range(len(maps)):
+        tma_load_as("only L2", maps[part], [place[0], head, place[1], column], bar, buffers[part].index(0))
+        column += columns_of(buffers[part].shape)
