@@ -417,8 +417,8 @@ def _assembly(text: str, constraints: str, arguments: list[Any], dtype: Any, is_
         return arguments[0][0][arguments[1][:, 0]]
     if text.startswith("shfl.") and len(arguments) == 2:
         return Integer(arguments[0][arguments[1]])
-    if text.startswith("{ .reg .pred same; .reg .f32 a, b,"):  # softmax.anew_where_moved
-        return _anew_where_moved(*arguments, dtype[0])
+    if text.startswith("{ .reg .pred kept, grows;"):  # softmax.overtake
+        return _overtaken(*arguments, dtype[0])
     if text.startswith("{ .reg .pred same;"):  # softmax.rescale
         return arguments[0] * arguments[1]
     if "and.b32 $0, $1, mask;" in text:  # dropout.dropped, with left padding
@@ -476,11 +476,17 @@ def _assembly(text: str, constraints: str, arguments: list[Any], dtype: Any, is_
     return next(run for name, run in functions.items() if text.startswith(name))(arguments[0])
 
 
-def _anew_where_moved(p: Tensor, sums: Tensor, s: Tensor, m: Tensor, alpha: Tensor, scale: Any, dtype: Any) -> Any:
-    """P and the sums, these as copies; warp by warp, 16 rows each."""
-    moved = (alpha != 1).unflatten(0, (-1, 16)).any(dim=1, keepdim=True).expand(-1, 16, -1, -1).flatten(0, 1)
-    anew = torch.exp2(s * scale - m)
-    return torch.where(moved, anew.to(dtype), p), torch.where(moved, anew.sum(dim=1, keepdim=True), sums).expand(s.shape)
+def _overtaken(p: Tensor, sums: Tensor, m: Tensor, s: Tensor, scale: Any, dtype: Any) -> Any:
+    """P, and the sums, the reference and alpha as copies, from scores in groups; warp by warp, 16 rows each."""
+    bits, headroom = p.contiguous().view(torch.int16), 8 if dtype == torch.bfloat16 else 0
+    bits = bits if dtype == torch.bfloat16 else bits & bits << 1
+    anew = (bits & 0x4000 != 0).reshape(4, -1).any(dim=1).repeat_interleave(16)[:, None, None]
+    top = s.amax(dim=(1, 2), keepdim=True) * scale + headroom
+    new = torch.where(anew & (top - m > 8), top, m)
+    alpha = torch.where(new != m, torch.exp2(m - new), 1.0)
+    again = torch.exp2(s * scale - new)
+    copies = (torch.where(anew, again.sum(dim=1, keepdim=True), sums), new, alpha)
+    return torch.where(anew, again.to(dtype), p), *(x.expand(s.shape) for x in copies)
 
 
 class Product:

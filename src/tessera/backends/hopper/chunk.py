@@ -51,6 +51,7 @@ from tessera.backends.hopper.pieces.packed_rows import (
     unit_of,
 )
 from tessera.backends.hopper.pieces.scores import Score
+from tessera.backends.hopper.pieces.softmax import reference_of_rows
 from tessera.backends.hopper.pieces.tiles import M, has, overlaps, query_tiles, row_layout
 from tessera.jit.compat import aggregate, fence_async_shared, gl, gluon, let_next_begin, meet_cluster, wait_for_previous
 
@@ -174,7 +175,7 @@ def _normaliser(me, tile, unit, m, l):
     config: gl.constexpr = me.config
     layout: gl.constexpr = row_layout(64)
     position, head, exists = row_places(config, me.call, tile, unit, layout)
-    m = gl.convert_layout(m, layout)
+    m = gl.convert_layout(reference_of_rows(m, l), layout)
     l = gl.convert_layout(gl.sum(l, axis=1), layout)
     sink = m * 0.0
     if has(config, "sinks"):

@@ -43,9 +43,10 @@ class Overlap(Enum):
 
     WHOLE = "whole"
     """All of it: P of two blocks is alive at once."""
-    AT_ONCE = "whole, begun at once"
-    """The same, and P of blocks that no mask cuts is taken as S arrives, about the reference as it stands, with the row maxima
-    beside the exponentials; warps where a row has outgrown it take P anew. Wants registers for S and both P."""
+    AT_ONCE = "whole, P at once"
+    """The same, and P is taken as S arrives, about the reference as it stands (pieces/softmax.py): S and both P live at once."""
+    SCORES = "scores, P at once"
+    """None of it, but S = Q K^T: P dies before P is taken at once, which fits 160 registers."""
     MAXIMA = "maxima"
     """The row maxima alone: P dies before the exponentials are taken, which fits 160 registers (three consumers)."""
     DRIFTING = "maxima, without turns"

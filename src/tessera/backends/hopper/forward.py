@@ -51,6 +51,7 @@ from tessera.backends.hopper.pieces.scores import (
     as_operand,
     score_of_rows,
 )
+from tessera.backends.hopper.pieces.softmax import reference_of_rows
 from tessera.backends.hopper.pieces.tiles import (
     M,
     allocate_tiles,
@@ -299,7 +300,7 @@ def _finish_rows(me, tile, row, m, l, lse_ptr):
     makes O out."""
     layout: gl.constexpr = row_layout(columns_of(me.shared.v[0].shape))
     rows = row + gl.arange(0, M, layout)
-    m = gl.convert_layout(m, layout)
+    m = gl.convert_layout(reference_of_rows(m, l), layout)
     l = gl.convert_layout(gl.sum(l, axis=1), layout)
     sink = gl.zeros([M], gl.float32, layout)
     if has(me.config, "sinks"):

@@ -135,6 +135,9 @@ def _config_alone(problem: Problem, keys: float) -> ForwardConfig:
     )  # fmt: skip
     if MODIFIERS & set(features):
         return deepest(_with_modifiers(pairs, keys))
+    # over P after the maxima: d64 1.07 (512 1.03), d128 causal 1.03 at 512 and 1k, 1.07 from 2k on, full 1.05 to 1.08 (1.02 to
+    # 1.07 over three consumers), d96 to 1k and 192/128 1.04, d192 1.04, d256 1.01; windows of 1024 at d128 1.05, at d64 0.99
+    pairs = replace(pairs, overlap=Overlap.AT_ONCE if widest <= 192 else Overlap.SCORES)
     triples = replace(pairs, consumers=3, consumer_registers=160, producer_registers=32)
     # Q ahead: 1.07 (d64), 1.04 (d128), 1.02 (d96) at 512 causal, 1.01 to 1.02 at 1k, 1.00 from 2k on; 0.99 of packed sequences
     pairs = replace(pairs, queries=1 if problem.layout is Layout.VARLEN else 2)
@@ -151,7 +154,7 @@ def _config_alone(problem: Problem, keys: float) -> ForwardConfig:
         if window:
             # a window of 1024 at 16k: 1.06 over two consumers, whose few blocks hide the time between tiles less
             return deepest(replace(triples, overlap=Overlap.NONE, queries=pairs.queries))
-        return deepest(replace(triples, overlap=Overlap.MAXIMA))
+        return deepest(replace(triples, overlap=Overlap.SCORES))
     ragged = _is_ragged(features)
     if widest <= 96 and keys > (2048 if ragged else 1536):
         # three over two: 1.06 at 2k, 1.07 at 4k and 16k full, 1.08 at 16k causal; 0.98 at 1k full, 0.97 at 2k causal
@@ -162,13 +165,6 @@ def _config_alone(problem: Problem, keys: float) -> ForwardConfig:
     if dims == dims_v == (128,) and window and keys <= 640 and problem.layout is Layout.DENSE:
         # three of 64 keys over two of 128: a window of 256 1.09, 1024 1.00, 4096 0.96
         return replace(triples, keys=64, overlap=Overlap.DRIFTING, queries=2, stages=4, staging=Staging.QUERY)
-    if dims == dims_v == (128,):
-        # over P after the maxima: causal 1.02 at 1k and 2k, 1.03 to 1.04 at 4k and more, and full over three consumers 1.02; but
-        # d192 and d256 1.00, d64 0.97 to 0.99
-        return deepest(replace(pairs, overlap=Overlap.AT_ONCE))
-    if widest <= 128 and keys > 1536 and not ragged:
-        # three over two: 1.01 at 2k, 4k and 16k full; 0.94 at 1k full, 0.99 at 16k causal
-        return deepest(replace(triples, overlap=Overlap.NONE))
     if sum(dims_v) > 128 and len(dims) == 2:
         # d192, over a part of Q held (full) or none (causal): 1.01 at 4k, 8k and full 16k, 1.015 at causal 16k
         return deepest(replace(pairs, held=len(dims)))

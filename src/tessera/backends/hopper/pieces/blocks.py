@@ -14,7 +14,15 @@ from tessera.backends.hopper.pieces.scores import (
     rounded,
     scale_left,
 )
-from tessera.backends.hopper.pieces.softmax import add_to_sums, anew_where_moved, finish_before, partial_sums, rescale, to_16_bit
+from tessera.backends.hopper.pieces.softmax import (
+    add_to_sums,
+    exponentials_at_once,
+    finish_before,
+    first_reference,
+    overtake,
+    partial_sums,
+    rescale,
+)
 from tessera.backends.hopper.pieces.tiles import (
     M,
     accumulator_layout,
@@ -90,21 +98,24 @@ def _first_block(me, n, q, bounds, first_key):
     s = warpgroup_mma_wait(0, deps=(s,))
     me.shared.k_stream.release(n)
     s = finish_scores(me.config, me.score, s, bias, bounds, first_key, "upper")
-    m = gl.max(s, axis=1) * scale_left(me.config, me.score)
-    p = probabilities(me.config, me.score, s, m, first_key, "upper")
-    return rounded(me.config, p, kept, me.shared.v[0].dtype), m, partial_sums(p)
+    if takes_p_at_once(me.config):
+        scale = scale_left(me.config, me.score)
+        m = first_reference(s, scale, me.shared.v[0].dtype)
+        p, sums = exponentials_at_once(s, m, scale, me.shared.v[0].dtype)
+        p = gl.convert_layout(gl.reshape(p, s.shape), s.type.layout, assert_trivial=True)
+        return (p,), m, sums
+    else:
+        m = gl.max(s, axis=1) * scale_left(me.config, me.score)
+        p = probabilities(me.config, me.score, s, m, first_key, "upper")
+        return rounded(me.config, p, kept, me.shared.v[0].dtype), m, partial_sums(p)
 
 
 @gluon.jit
-def _softmax_at_once(me, s, m, first_key):
-    """P in 16 bits, its sums, the reference and alpha, of a block that every row sees. The maxima only seldom move the reference,
-    so that the exponentials need not wait for them (d128 causal 16k: 1.03; H200, 2026-11-21)."""
-    p = probabilities(me.config, me.score, s, m, first_key, None)
-    sums = partial_sums(p)
-    p = to_16_bit(p, me.shared.v[0].dtype)
-    m, alpha = next_reference(me.config, me.score, s, m, first_key, None)
-    p, sums = anew_where_moved(p, sums, s, m, alpha, scale_left(me.config, me.score))
-    return p, sums, m, alpha
+def _softmax_at_once(me, s, m):
+    """P, its sums, the reference and alpha of finished scores, without waiting for their maxima."""
+    scale = scale_left(me.config, me.score)
+    p, sums = exponentials_at_once(s, m, scale, me.shared.v[0].dtype)
+    return overtake(p, sums, m, s, scale)
 
 
 @gluon.jit
@@ -124,26 +135,31 @@ def _overlapped_block(me, n, q, bounds, first_key, state, CUT: gl.constexpr):
     s = warpgroup_mma_wait(len(products), deps=(s,))
     me.shared.k_stream.release(n)
     s = finish_scores(me.config, me.score, s, bias, bounds, first_key, CUT)
-    if takes_p_at_once(me.config, CUT):
-        p, sums, m, alpha = _softmax_at_once(me, s, m, first_key)
-        o = wait_for_values(products)
-        me.shared.v_stream.release(n - 1)
-        return _rescale_output(o, alpha), (p,), m, add_to_sums(l, alpha, sums)
-    m, alpha = next_reference(me.config, me.score, s, m, first_key, CUT)
-    if keeps_p_during_softmax(me.config):
-        p = probabilities(me.config, me.score, s, m, first_key, CUT)
-        sums = partial_sums(p)
-        finish_before(sums, 4)
-        o = wait_for_values(products)
-        me.shared.v_stream.release(n - 1)
+    if takes_p_at_once(me.config):
+        if not keeps_p_during_softmax(me.config):
+            o = wait_for_values(products)
+            me.shared.v_stream.release(n - 1)
+        p, sums, m, alpha = _softmax_at_once(me, s, m)
+        if keeps_p_during_softmax(me.config):
+            o = wait_for_values(products)
+            me.shared.v_stream.release(n - 1)
+        return _rescale_output(o, alpha), (p,), m, l * alpha + sums
     else:
-        finish_before(m, 2)
-        o = wait_for_values(products)
-        me.shared.v_stream.release(n - 1)
-        p = probabilities(me.config, me.score, s, m, first_key, CUT)
-        sums = partial_sums(p)
-    p = rounded(me.config, p, kept, me.shared.v[0].dtype)
-    return _rescale_output(o, alpha), p, m, add_to_sums(l, alpha, sums)
+        m, alpha = next_reference(me.config, me.score, s, m, first_key, CUT)
+        if keeps_p_during_softmax(me.config):
+            p = probabilities(me.config, me.score, s, m, first_key, CUT)
+            sums = partial_sums(p)
+            finish_before(sums, 4)
+            o = wait_for_values(products)
+            me.shared.v_stream.release(n - 1)
+        else:
+            finish_before(m, 2)
+            o = wait_for_values(products)
+            me.shared.v_stream.release(n - 1)
+            p = probabilities(me.config, me.score, s, m, first_key, CUT)
+            sums = partial_sums(p)
+        p = rounded(me.config, p, kept, me.shared.v[0].dtype)
+        return _rescale_output(o, alpha), p, m, add_to_sums(l, alpha, sums)
 
 
 @gluon.jit

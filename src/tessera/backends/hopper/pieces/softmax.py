@@ -6,14 +6,18 @@ exponentials so far, kept as eight partial sums a row until the end so that no s
 The reference follows the row's maximum only where the maximum has outgrown it by more than 2^8 (the lazy rescaling of
 FlashAttention-4, arXiv 2603.05451): P then stays below 2^8, which 16-bit floats hold as exactly as 1, the sums have room
 in float32, and out = O / l is the same number. What it buys: O, which is as large as the tile allows, is multiplied once
-or twice a tile instead of once a block.
+or twice a tile instead of once a block. And nothing needs to wait for a block's maxima: P is taken at once, about the
+reference as it stands, and P itself tells where that was outgrown (`exponentials_at_once`, `overtake`).
 """
 
 from tessera.backends.hopper.pieces.tiles import M, row_layout
 from tessera.jit.compat import gl, gluon
 
-GROWTH = gl.constexpr(8.0)
+_GROWTH = 8.0
+GROWTH = gl.constexpr(_GROWTH)
 """How far, in powers of two, a maximum may outgrow the reference before the reference moves."""
+LOWEST = gl.constexpr(-3.4028234663852886e38)
+"""The reference of a row without keys so far, where P is taken at once: float32's lowest."""
 
 
 @gluon.jit
@@ -105,48 +109,97 @@ def _rescale_constraints(n):
 
 @gluon.jit
 def rescale(o, alpha):
-    """O (64, columns) times alpha a row; a warp whose rows all keep their reference jumps over it."""
+    """O (64, columns) times alpha a row, (64,), or as l is kept, (64, 8); a warp whose rows all keep their reference jumps over
+    it."""
     columns: gl.constexpr = o.shape[1]
     registers: gl.constexpr = columns // 2
-    factor = gl.convert_layout(alpha, row_layout(columns))[:, None]
     asm: gl.constexpr = _rescale_asm(registers)
     constraints: gl.constexpr = _rescale_constraints(registers)
-    return gl.inline_asm_elementwise(asm, constraints, [o, factor], dtype=gl.float32, is_pure=False, pack=registers)
+    if len(alpha.shape) == 1:
+        factor = gl.convert_layout(alpha, row_layout(columns))[:, None]
+        return gl.inline_asm_elementwise(asm, constraints, [o, factor], dtype=gl.float32, is_pure=False, pack=registers)
+    else:
+        groups = _in_groups(o)
+        factor = gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, groups.type.layout)), 1)
+        groups = gl.inline_asm_elementwise(asm, constraints, [groups, factor], dtype=gl.float32, is_pure=False, pack=registers)
+        return gl.convert_layout(gl.reshape(groups, [M, columns]), o.type.layout, assert_trivial=True)
 
 
 @gluon.constexpr_function
-def _anew_asm(n, pair):
-    """P and its sums of a warp's n scores a thread, unless every row of the warp has alpha 1.
+def _headroom(dtype):
+    """How far, in powers of two, a tile's first P stay below 1. In bfloat16 "outgrown" is then "2 or more", one bit of each P;
+    float16 has no exponents to spare for that."""
+    return _GROWTH if dtype == gl.bfloat16 else 0.0
 
-    Operands: n / 2 pairs of P and n sums out, all but the first four of them copies; the pairs and sums as they are in, the
-    first four tied; n each of S, the reference, alpha and the scale. Rows lie as in `_rescale_asm`.
+
+@gluon.constexpr_function
+def _outgrown_asm(n, word):
+    """Lines that set `kept` unless one of a thread's n P, in pairs, has outgrown its reference (or is infinite, or NaN): has
+    reached 2 in bfloat16, 2^9 in float16. That is a bit of any of them, or two bits of the greatest."""
+    pairs = [f"${i}" for i in range(n // 2)]
+    if word == "bf16x2":
+        lines = [f"lop3.b32 t, {pairs[0]}, {pairs[1]}, {pairs[2]}, 0xFE;"]
+        lines += [f"lop3.b32 t, t, {a}, {b}, 0xFE;" for a, b in zip(pairs[3::2], pairs[4::2], strict=False)]
+        lines += [f"or.b32 t, t, {pairs[-1]};"]  # an even number: the last one is left
+    else:
+        lines = [f"max.NaN.f16x2 t, {pairs[0]}, {pairs[1]};", *(f"max.NaN.f16x2 t, t, {x};" for x in pairs[2:])]
+        lines += ["shl.b32 u, t, 1;", "and.b32 t, t, u;"]
+    return [*lines, "and.b32 t, t, 0x40004000;", "setp.eq.u32 kept, t, 0;"]
+
+
+@gluon.constexpr_function
+def _at_once_asm(n, word, headroom):
+    """Unless all P of the warp are kept: its rows' references, their alphas, P and the sums anew.
+
+    Operands: n / 2 pairs of P, then n each of sums, reference and alpha out, but for the first four of each copies; the same in,
+    without alpha, tied as far as they are read; n each of S and the scale. Rows lie as in `_rescale_asm`.
     """
-    sums, s = n // 2, 2 * (n // 2 + n)
-    shift, alpha, scale = s + n, s + 2 * n, s + 3 * n
+    pairs = n // 2
+    sums, m, alpha, s = pairs, pairs + n, pairs + 2 * n, 2 * pairs + 5 * n
+    scale = s + n
     lines = [
-        "{ .reg .pred same; .reg .f32 a, b, low, high;",
-        f"setp.eq.f32 same, ${alpha}, 0f3F800000;",
-        f"setp.eq.and.f32 same, ${alpha + 2}, 0f3F800000, same;",
-        "vote.sync.all.pred same, same, 0xffffffff;",
-        "@same bra DONE;",
-        f"neg.f32 low, ${shift};",
-        f"neg.f32 high, ${shift + 2};",
+        "{ .reg .pred kept, grows; .reg .b32 t, u; .reg .f32 a, b, x, row0, row1;",
+        *_outgrown_asm(n, word),
+        "vote.sync.all.pred kept, kept, 0xffffffff;",
+        *(f"mov.f32 ${alpha + 2 * row}, 1.0;" for row in range(2)),
+        "@kept bra DONE;",
     ]
-    for i in range(n // 2):
+    for row in range(2):
+        top, old, factor = f"row{row}", f"${m + 2 * row}", f"${alpha + 2 * row}"
+        own = [f"${s + i}" for i in range(n) if i // 2 % 2 == row]
+        lines += [f"max.f32 {top}, {own[0]}, {own[1]};", *(f"max.f32 {top}, {top}, {score};" for score in own[2:])]
+        for far in (2, 1):
+            lines += [f"shfl.sync.bfly.b32 x, {top}, {far}, 0x1f, 0xffffffff;", f"max.f32 {top}, {top}, x;"]
+        lines += [
+            f"fma.rn.f32 {top}, {top}, ${scale}, {headroom};",
+            f"sub.f32 x, {top}, {old};",
+            f"setp.gt.f32 grows, x, {_GROWTH};",
+            "neg.f32 x, x;",
+            f"@grows ex2.approx.ftz.f32 {factor}, x;",
+            f"@grows mov.f32 {old}, {top};",
+            f"neg.f32 {top}, {old};",
+        ]
+    for i in range(pairs):
         for j, x in enumerate("ab"):
             total = f"${sums + 2 * (i % 2) + j}"
             lines += [
-                f"fma.rn.f32 {x}, ${s + 2 * i + j}, ${scale}, {'high' if i % 2 else 'low'};",
+                f"fma.rn.f32 {x}, ${s + 2 * i + j}, ${scale}, row{i % 2};",
                 f"ex2.approx.ftz.f32 {x}, {x};",
                 f"mov.f32 {total}, {x};" if i < 2 else f"add.f32 {total}, {total}, {x};",
             ]
-        lines.append(f"cvt.rn.{pair}.f32 ${i}, b, a;")
-    return "\n".join([*lines, "DONE:", *(f"mov.f32 ${sums + i}, ${sums + i % 4};" for i in range(4, n)), "}"])
+        lines.append(f"cvt.rn.{word}.f32 ${i}, b, a;")
+    lines += ["DONE:", *(f"mov.f32 ${sums + i}, ${sums + i % 4};" for i in range(4, n))]
+    lines += [f"mov.f32 ${x + i}, ${x + i % 4 // 2 * 2};" for x in (m, alpha) for i in range(n) if i not in (0, 2)]
+    return "\n".join([*lines, "}"])
 
 
 @gluon.constexpr_function
-def _anew_constraints(n):
-    return ",".join(["=r"] * (n // 2) + ["=f"] * n + [str(i) for i in range(n // 2 + 4)] + ["f"] * (5 * n - 4))
+def _at_once_constraints(n):
+    pairs = n // 2
+    p = [str(i) for i in range(pairs)]
+    sums = [str(pairs + i) if i < 4 else "f" for i in range(n)]
+    m = [str(pairs + n + i) if i in (0, 2) else "f" for i in range(n)]
+    return ",".join(["=r"] * pairs + ["=f"] * (3 * n) + p + sums + m + ["f"] * (2 * n))
 
 
 @gluon.jit
@@ -155,25 +208,50 @@ def _any(a, b):
 
 
 @gluon.jit
-def anew_where_moved(p, sums, s, m, alpha, scale):
-    """P (64, keys) in 16 bits and its partial sums, taken of S about an earlier reference: about m instead in warps where alpha
-    says that a row's has moved. What P held there does not matter; the others jump over it."""
+def _in_groups(s):
+    return gl.reshape(s, [M, s.shape[1] // 8, 8])
+
+
+@gluon.jit
+def first_reference(s, scale, dtype: gl.constexpr):
+    """The reference of a tile's first block, as l is kept: (64, 8), the same in all of a row's."""
+    layout: gl.constexpr = gl.SliceLayout(1, _in_groups(s).type.layout)
+    headroom: gl.constexpr = _headroom(dtype)
+    top = gl.convert_layout(gl.max(s, axis=1) * scale + headroom, gl.SliceLayout(1, layout))
+    return gl.maximum(top[:, None], gl.full([M, 8], LOWEST, gl.float32, layout))
+
+
+@gluon.jit
+def reference_of_rows(m, l):
+    """(64,), -inf where a row had no key: from (64, 8) too, where P was taken at once."""
+    if len(m.shape) == 2:
+        m = gl.where(gl.sum(l, axis=1) == 0.0, float("-inf"), gl.max(m, axis=1))
+    return m
+
+
+@gluon.jit
+def exponentials_at_once(s, m, scale, dtype: gl.constexpr):
+    """P (64, keys) in 16 bits and its partial sums, about the reference (64, 8) as it stands. A row without keys so far has the
+    lowest there is: its P are infinite, or 0 where the mask has S, so that -inf - -inf does not come up."""
+    p = exp2(_in_groups(s) * scale - gl.expand_dims(m, 1))
+    return to_16_bit(p, dtype), gl.sum(p, axis=1)
+
+
+@gluon.jit
+def overtake(p, sums, m, s, scale):
+    """P (64, keys), its sums, the reference and alpha, from what `exponentials_at_once` gave: just that, and alpha 1, in warps
+    where no row outgrew its reference, all of it anew in the others. What P held there does not matter."""
     keys: gl.constexpr = s.shape[1]
     registers: gl.constexpr = keys // 2
-    grouped = gl.reshape(s, [M, keys // 8, 8])
-    layout: gl.constexpr = grouped.type.layout
-    rows: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, layout))
-    asm: gl.constexpr = _anew_asm(registers, "bf16x2" if p.dtype == gl.bfloat16 else "f16x2")
-    constraints: gl.constexpr = _anew_constraints(registers)
-    anew, copies = gl.inline_asm_elementwise(
-        asm, constraints,
-        [
-            gl.reshape(p, [M, keys // 8, 8]), gl.expand_dims(sums, 1), grouped,
-            gl.convert_layout(m, rows)[:, None, None], gl.convert_layout(alpha, rows)[:, None, None], scale,
-        ],
-        dtype=(p.dtype, gl.float32), is_pure=False, pack=registers,
+    headroom: gl.constexpr = _headroom(p.dtype)
+    asm: gl.constexpr = _at_once_asm(registers, "bf16x2" if p.dtype == gl.bfloat16 else "f16x2", headroom)
+    constraints: gl.constexpr = _at_once_constraints(registers)
+    p, sums, m, alpha = gl.inline_asm_elementwise(
+        asm, constraints, [p, gl.expand_dims(sums, 1), gl.expand_dims(m, 1), _in_groups(s), scale],
+        dtype=(p.dtype, gl.float32, gl.float32, gl.float32), is_pure=False, pack=registers,
     )  # fmt: skip
-    return gl.convert_layout(gl.reshape(anew, [M, keys]), p.type.layout, assert_trivial=True), gl.reduce(copies, 1, _any)
+    p = gl.convert_layout(gl.reshape(p, [M, keys]), s.type.layout, assert_trivial=True)
+    return p, gl.reduce(sums, 1, _any), gl.reduce(m, 1, _any), gl.reduce(alpha, 1, _any)
 
 
 @gluon.constexpr_function

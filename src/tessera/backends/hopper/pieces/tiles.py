@@ -22,8 +22,8 @@ def keeps_p_during_softmax(config):
 
 
 @gluon.constexpr_function
-def takes_p_at_once(config, cut):
-    return config.overlap is Overlap.AT_ONCE and cut is None
+def takes_p_at_once(config):
+    return config.overlap in (Overlap.AT_ONCE, Overlap.SCORES)
 
 
 @gluon.constexpr_function
