@@ -1,6 +1,6 @@
 """The backward pass on Hopper: FlashAttention-2's Algorithm 2 (arXiv 2307.08691), its warps specialised as FlashAttention-3's
-(arXiv 2407.08608, section 3.1). One program a tile of keys, a `producer` warp, two or three consumer warpgroups and two warps
-that write dQ:
+(arXiv 2407.08608, section 3.1). A program has a tile of keys, or one tile after another; in it are a `producer` warp, two or
+three consumer warpgroups and two warps that write dQ where it has an order:
 
     producer    K, V, then for each block of rows that sees the tile: Q with lse, dO with D, by TMA into rings
     consumers   for each block of rows (of each query head that shares these keys):
@@ -16,9 +16,9 @@ that write dQ:
     writers     dQ of each block, added in float32 to the workspace by TMA
 
 Scores stand transposed so that P^T and dS^T are operands from registers, as wgmma leaves its results. How consumers share this
-work is backward_turns.py (head dim 64), backward_ahead.py (128; there a program takes tile after tile), backward_keys.py (both,
-with modifiers) and backward_products.py (256); the writer is backward_writer.py. lse and D come from backward_rows.py, in base 2
-and with lse +inf for rows that see nothing: their P is then 0 without a mask.
+work is backward_turns.py (head dim 64), backward_ahead.py (128), backward_keys.py (both, with modifiers) and
+backward_products.py (256); the writer is backward_writer.py. lse and D come from backward_rows.py, in base 2 and with lse +inf
+for rows that see nothing: their P is then 0 without a mask.
 """
 
 from tessera.backends.hopper.backward_ahead import consumer_ahead, make_pair
@@ -83,6 +83,22 @@ def _load_do(config: gl.constexpr, maps, stats_map, shared, call, tile, n, membe
 
 
 @gluon.jit
+def _uses(config: gl.constexpr, call, count):
+    """Blocks of Q and dO for a tile: where its gradients leave by their buffers, one even if no row sees it."""
+    if divided_by(config, "products"):
+        return gl.maximum(count * call.group, 1)
+    else:
+        return count * call.group
+
+
+@gluon.jit
+def _member_and_row(config: gl.constexpr, begin, count, n):
+    """Whose block the n-th of a tile is, and its first row."""
+    member = n // gl.maximum(count, 1)
+    return member, gl.where(count > 0, (begin + n - member * count) * config.rows, 0)
+
+
+@gluon.jit
 def producer(config: gl.constexpr, maps, stats_map, shared, call):
     """For a program of one tile."""
     tile = locate_keys(config, call, call.order.number)
@@ -91,18 +107,16 @@ def producer(config: gl.constexpr, maps, stats_map, shared, call):
     if count > 0:
         _load_keys(config, maps[1], shared.k, shared.k_full, tile.seq.keys(call.pitch.k), tile)
     wait_for_previous()  # for lse, D and dQ's zeros; keys were there before
-    if count > 0:
-        for n in range(count * call.group):
-            member = n // count
-            row = (begin + n - member * count) * config.rows
-            _load_q(config, maps, stats_map, shared, call, tile, n, member, row)
-            if n == 0:
-                _load_keys(config, maps[2], shared.v, shared.v_full, tile.seq.keys(call.pitch.v), tile)
-            _load_do(config, maps, stats_map, shared, call, tile, n, member, row)
+    for n in range(_uses(config, call, count)):
+        member, row = _member_and_row(config, begin, count, n)
+        _load_q(config, maps, stats_map, shared, call, tile, n, member, row)
+        if (n == 0) & (count > 0):
+            _load_keys(config, maps[2], shared.v, shared.v_full, tile.seq.keys(call.pitch.v), tile)
+        _load_do(config, maps, stats_map, shared, call, tile, n, member, row)
 
 
 @gluon.jit
-def producer_of_many(config: gl.constexpr, maps, stats_map, shared, pair, draws, call):
+def producer_of_many(config: gl.constexpr, maps, stats_map, shared, draws, call):
     """Tile after tile: the next one's first rows come while the consumers still work on this one, its K and V when no product
     reads those of this one any more."""
     number = call.order.number
@@ -120,25 +134,32 @@ def producer_of_many(config: gl.constexpr, maps, stats_map, shared, pair, draws,
     seen = 0  # tiles that any row sees
     turn = 0
     while number < draws.tiles:
-        if count > 0:
-            for n in range(count * call.group):
-                member = n // count
-                row = (begin + n - member * count) * config.rows
-                _load_q(config, maps, stats_map, shared, call, tile, done + n, member, row)
-                if (n == 0) & (turn > 0):
-                    mbarrier.wait(pair.k_free, (seen & 1) ^ 1)
+        uses = _uses(config, call, count)
+        for n in range(uses):
+            member, row = _member_and_row(config, begin, count, n)
+            _load_q(config, maps, stats_map, shared, call, tile, done + n, member, row)
+            if (n == 0) & (count > 0):
+                mbarrier.wait(shared.v_free, (seen & 1) ^ 1)  # before K's in every division
+                _load_keys(config, maps[2], shared.v, shared.v_full, tile.seq.keys(call.pitch.v), tile)
+                if turn > 0:
+                    mbarrier.wait(shared.k_free, (seen & 1) ^ 1)
                     _load_keys(config, maps[1], shared.k, shared.k_full, tile.seq.keys(call.pitch.k), tile)
-                _load_do(config, maps, stats_map, shared, call, tile, done + n, member, row)
-                if n == 0:
-                    mbarrier.wait(pair.v_free, (seen & 1) ^ 1)
-                    _load_keys(config, maps[2], shared.v, shared.v_full, tile.seq.keys(call.pitch.v), tile)
-            done += count * call.group
-            seen += 1
+            _load_do(config, maps, stats_map, shared, call, tile, done + n, member, row)
+        done += uses
+        seen += gl.where(count > 0, 1, 0)
         number = draws.draw()
         turn += 1
         draws.post(turn, number)
         tile = locate_keys(config, call, gl.minimum(number, draws.tiles - 1))
         begin, count = row_blocks(config, call.band, tile.seq, tile.first)
+
+
+@gluon.jit
+def _producer(config: gl.constexpr, maps, stats_map, shared, draws, call):
+    if config.takes_tile_after_tile:
+        producer_of_many(config, maps, stats_map, shared, draws, call)
+    else:
+        producer(config, maps, stats_map, shared, call)
 
 
 # ------------------------------------------------------------------------------------------------------------- kernel
@@ -153,13 +174,16 @@ def _allocate(config: gl.constexpr, maps, stats_map):
     do = allocate_tiles(do_map, config.do_stages)
     lse = allocate_tiles(stats_map, config.q_stages)
     d = allocate_tiles(stats_map, config.do_stages)
-    k_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(k_full, count=1)
-    mbarrier.init(v_full, count=1)
+    full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(2):
+        mbarrier.init(full.index(slot), count=1)
+        mbarrier.init(free.index(slot), count=config.v_readers if slot else config.k_readers)
     q_stream = make_stream(config.q_stages, config.readers, NAMED_BARRIER_K)
     do_stream = make_stream(config.do_stages, config.readers, NAMED_BARRIER_V)
-    return Shared(k, v, q, do, lse, d, k_full, v_full, q_stream, do_stream)
+    return Shared(
+        k, v, q, do, lse, d, full.index(0), full.index(1), free.index(0), free.index(1), q_stream, do_stream
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -189,6 +213,7 @@ def attention_backward(
     score = Score(scale, inner, factor, modifiers)
     out = (out_map, dq_pitch, factor)
     shared = _allocate(config, maps, stats_map)
+    draws = make_draws(config, marks_ptr, tiles, config.consumers)
     if divided_by(config, "keys"):
         halves = make_halves(config, dq_map, q_map.dtype)
         fence_async_shared()
@@ -201,12 +226,11 @@ def attention_backward(
         ], [4, 1, 1, 1], [240, 24, 24, 24])  # fmt: skip
     elif divided_by(config, "keys, P ahead"):
         pair = make_pair(config, dq_map, dk_map)
-        draws = make_draws(config, marks_ptr, tiles, config.consumers)
         fence_async_shared()
         gl.warp_specialize([
             (consumer_ahead, (config, 0, dq_map, dk_map, dv_map, shared, pair, draws, score, call)),
             (consumer_ahead, (config, 1, dq_map, dk_map, dv_map, shared, pair, draws, score, call)),
-            (producer_of_many, (config, maps, stats_map, shared, pair, draws, call)),
+            (producer_of_many, (config, maps, stats_map, shared, draws, call)),
             (writer_of_many, (config, 0, dq_map, out, pair.sums, draws, marks_ptr + 1, call)),
             (writer_of_many, (config, 1, dq_map, out, pair.sums, draws, marks_ptr + 1, call)),
         ], [4, 1, 1, 1], [240, 24, 24, 24])  # fmt: skip
@@ -215,18 +239,18 @@ def attention_backward(
         fence_async_shared()
         if config.consumers == 2:
             gl.warp_specialize([
-                (consumer_in_turn, (config, 0, dq_map, dk_map, dv_map, shared, parts, score, call)),
-                (consumer_in_turn, (config, 1, dq_map, dk_map, dv_map, shared, parts, score, call)),
-                (producer, (config, maps, stats_map, shared, call)),
+                (consumer_in_turn, (config, 0, dq_map, dk_map, dv_map, shared, parts, draws, score, call)),
+                (consumer_in_turn, (config, 1, dq_map, dk_map, dv_map, shared, parts, draws, score, call)),
+                (_producer, (config, maps, stats_map, shared, draws, call)),
                 (writer_of_dq, (config, 0, dq_map, out, parts.sums, marks_ptr + 1, call)),
                 (writer_of_dq, (config, 1, dq_map, out, parts.sums, marks_ptr + 1, call)),
             ], [4, 1, 1, 1], [240, 24, 24, 24])  # fmt: skip
         else:
             gl.warp_specialize([
-                (consumer_in_turn, (config, 0, dq_map, dk_map, dv_map, shared, parts, score, call)),
-                (consumer_in_turn, (config, 1, dq_map, dk_map, dv_map, shared, parts, score, call)),
-                (consumer_in_turn, (config, 2, dq_map, dk_map, dv_map, shared, parts, score, call)),
-                (producer, (config, maps, stats_map, shared, call)),
+                (consumer_in_turn, (config, 0, dq_map, dk_map, dv_map, shared, parts, draws, score, call)),
+                (consumer_in_turn, (config, 1, dq_map, dk_map, dv_map, shared, parts, draws, score, call)),
+                (consumer_in_turn, (config, 2, dq_map, dk_map, dv_map, shared, parts, draws, score, call)),
+                (_producer, (config, maps, stats_map, shared, draws, call)),
                 (writer_of_dq, (config, 0, dq_map, out, parts.sums, marks_ptr + 1, call)),
                 (writer_of_dq, (config, 1, dq_map, out, parts.sums, marks_ptr + 1, call)),
             ], [4, 4, 1, 1, 1], [160, 160, 24, 24, 24])  # fmt: skip
@@ -235,10 +259,10 @@ def attention_backward(
         exchange = make_exchange(config, dq_map, out_map)
         fence_async_shared()
         gl.warp_specialize([
-            (consumer_of_dv, (config, dv_map, shared, exchange, score, call)),
-            (consumer_of_dk, (config, dk_map, shared, exchange, score, call)),
-            (consumer_of_dq, (config, dq_map, shared, exchange, score, call)),
-            (producer, (config, maps, stats_map, shared, call)),
+            (consumer_of_dv, (config, dv_map, shared, exchange, draws, score, call)),
+            (consumer_of_dk, (config, dk_map, shared, exchange, draws, score, call)),
+            (consumer_of_dq, (config, dq_map, shared, exchange, draws, score, call)),
+            (_producer, (config, maps, stats_map, shared, draws, call)),
             (writer_of_dq, (config, 0, dq_map, out, exchange.sums, marks_ptr + 1, call)),
             (writer_of_dq, (config, 1, dq_map, out, exchange.sums, marks_ptr + 1, call)),
         ], [4, 4, 1, 1, 1], [208, 72, 24, 24, 24])  # fmt: skip

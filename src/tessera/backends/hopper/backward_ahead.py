@@ -46,25 +46,20 @@ from tessera.jit.compat import (
 @aggregate
 class Pair:
     """What the consumers tell each other and the producer: dS^T of two blocks, each as two tiles (64 keys, rows), and mbarriers
-    that both have written theirs; that both are done with the tile's K, and with its V; parts of dQ, half of the columns each,
-    and the same bytes as tiles of dK and dV.
+    that both have written theirs; parts of dQ, half of the columns each, and the same bytes as tiles of dK and dV.
 
     Nobody asks whether a tile of dS^T may be written again: a consumer has waited for the other's next one by then, and that was
     written after the product that reads this one."""
 
     ds: gl.shared_memory_descriptor
     full: gl.shared_memory_descriptor
-    k_free: gl.shared_memory_descriptor
-    v_free: gl.shared_memory_descriptor
     sums: Sums
     tiles: gl.shared_memory_descriptor
 
     @gluon.constexpr_function
-    def __init__(self, ds, full, k_free, v_free, sums, tiles):
+    def __init__(self, ds, full, sums, tiles):
         self.ds = ds
         self.full = full
-        self.k_free = k_free
-        self.v_free = v_free
         self.sums = sums
         self.tiles = tiles
 
@@ -75,14 +70,12 @@ def make_pair(config: gl.constexpr, dq_map, dk_map):
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, config.rows], dtype)
     ds = gl.allocate_shared_memory(dtype, [4, M, config.rows], layout)
     full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(2):
         mbarrier.init(full.index(slot), count=2)
-        mbarrier.init(free.index(slot), count=2)
     count: gl.constexpr = config.part_buffers
     tiles = allocate_tiles(dk_map, count)  # made as what needs the wider alignment
     parts = reinterpret(tiles, gl.float32, [count] + dq_map.block_type.shape, dq_map.layout)
-    return Pair(ds, full, free.index(0), free.index(1), sums_in(config, parts, parts), tiles)
+    return Pair(ds, full, sums_in(config, parts, parts), tiles)
 
 
 @aggregate
@@ -276,9 +269,9 @@ def _main_loop(me, dq_map, tile, begin, count, n):
             dk, dv = _last_turn(me, dq_map, n, before, state)
             before = block + count - 1
             n += 1
-    mbarrier.arrive(me.pair.v_free)
+    mbarrier.arrive(me.shared.v_free)
     _sum_dq(me, dq_map, n, before)
-    mbarrier.arrive(me.pair.k_free)
+    mbarrier.arrive(me.shared.k_free)
     return dk, dv, n
 
 

@@ -19,12 +19,10 @@ WORK_ROWS = 128
 
 
 FEW_KEYS = 512
-"""Up to so many keys under a diagonal dQ's zeros and the kernel that rounds it cost more than to add in order. Ours / FA3 at 512,
-with order and without: d128 1.149 and 0.983, d64 1.099 and 1.019; at 1k 1.012 and 0.974, 1.003 and 1.003 (H200, 2026-11-21)."""
-FEW_KEYS_IN_ORDER = 16
-"""Where an order is kept anyway, up to so many keys a column of V. Its time over that of order alone, in turn: d128 full 512
-0.917, 2k 0.993, 4k 1.016, 16k 1.042; causal 0.868, 0.967, 0.999, 1.027; d64 full 512 0.936, 1k 0.979, 2k 1.003, 16k 1.040 (same
-run). With P ahead order alone is faster: FEW_KEYS counts there (1k full 1.03, causal 1.02)."""
+"""Up to so many keys dQ's zeros and the kernel that rounds it cost more than that the last tile rounds: by default under a
+diagonal at head dim 128 (ours / FA3 at 512 1.146 and 1.002; at 64 tile after tile is faster, 1.146 and 1.093), and where an order
+is kept anyway (over order alone 1.10 and 1.03 under a diagonal, 1.04 and 0.99 without; at 1k 1.03 and 0.98, 1.00 and 0.92; H200,
+2026-11-21)."""
 MANY_TILES = 512
 """With fewer than about four for each multiprocessor those of a head begin together, and wait for one another."""
 
@@ -35,7 +33,7 @@ class Division(Enum):
     KEYS = "keys"
     """Two consumers in step, 64 keys each: all products of their keys, half of dQ. For head dims up to 128 with modifiers."""
     AHEAD = "keys, P ahead"
-    """The same, not in step: P a turn ahead, dQ a turn later; programs take tile after tile. For head dim 128."""
+    """The same, not in step: P a turn ahead, dQ a turn later. For head dim 128."""
     TURNS = "keys, dQ in turn"
     """Three consumers, 64 keys each, not in step: they take turns at dQ. For head dim 64."""
     PRODUCTS = "products"
@@ -88,14 +86,27 @@ class BackwardConfig:
         return 2 if self.division is Division.PRODUCTS else self.consumers
 
     @property
-    def adders(self) -> int:
-        """Consumers that compute parts of dQ."""
+    def takes_tile_after_tile(self) -> bool:
+        """Whether there is a program for each multiprocessor, else one for each tile. A tile then begins while the one before
+        ends: ours / FA3 at head dim 64 went from 1.017 to 1.146 (causal 512), 0.994 to 1.111 (causal 1k), 0.965 to 1.014 (full
+        1k), 0.945 to 1.011 (a window of 1024 at 16k), at 256 from 0.947 to 0.989 (causal 512), 0.975 to 0.988 (full 1k), 0.986
+        to 1.017 (causal 4k) and 1.029 to 1.085 (full 16k; H200, 2026-11-21). Beside the places of a bias it spills."""
+        fits = self.division is not Division.KEYS and Feature.BIAS not in self.features
+        return self.division is Division.AHEAD or (fits and self.adding is Adding.ANY_ORDER)
+
+    @property
+    def k_readers(self) -> int:
+        """Consumers that read a tile's K. (Divided by products one has dK, and reads V.)"""
+        return 2 if self.division is Division.PRODUCTS else self.consumers
+
+    @property
+    def v_readers(self) -> int:
         return 1 if self.division is Division.PRODUCTS else self.consumers
 
     @property
-    def takes_tile_after_tile(self) -> bool:
-        """Whether there is a program for each multiprocessor, else one for each tile."""
-        return self.division is Division.AHEAD
+    def adders(self) -> int:
+        """Consumers that compute parts of dQ."""
+        return 1 if self.division is Division.PRODUCTS else self.consumers
 
     @property
     def sections_take_turns(self) -> bool:
@@ -169,8 +180,7 @@ def backward_config(problem: Problem) -> BackwardConfig:
     if not rounded or not 0 < shape.seqlen_q <= shape.seqlen_k:  # else some rows may see no key
         return plain
     if problem.reproducibility is Reproducibility.BITWISE:
-        few = FEW_KEYS if plain.division is Division.AHEAD else FEW_KEYS_IN_ORDER * plain.dim_v
-        return rounded[0] if shape.seqlen_k <= few else plain
+        return rounded[0] if shape.seqlen_k <= FEW_KEYS else plain
     tiles = shape.batch * shape.heads_kv * -(-shape.seqlen_k // rounded[0].keys)
     return rounded[0] if shape.seqlen_k <= FEW_KEYS and tiles >= MANY_TILES else plain
 
@@ -185,7 +195,8 @@ def backward_family(problem: Problem) -> tuple[BackwardConfig, ...]:
     rounded = replace(ordered, adding=Adding.ROUNDED)
     if ordered.division is Division.AHEAD:
         rounded = replace(rounded, division=Division.TURNS)
-    pays = is_bitwise or (mask.right is not None and Feature.SOFTCAP not in plain.features)
+    is_slow = plain.division is not Division.TURNS and Feature.SOFTCAP not in plain.features
+    pays = is_bitwise or (mask.right is not None and is_slow)
     has_last_tile = problem.layout is Layout.DENSE and not mask.bounds and mask.left is None and (mask.right or 0) >= 0
     if pays and has_last_tile and rounded.division is Division.TURNS and Feature.DROPOUT not in ordered.features:
         return plain, rounded

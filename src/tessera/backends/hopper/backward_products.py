@@ -7,6 +7,10 @@ the products are divided among three, and nothing is computed twice:
 
 S of the next block runs beside dV of this one, dP of the next beside dK of this one. Products with 256 columns from registers do
 not compile in a block of 416 threads (C7602), so dK and dV are done in two products of 128.
+
+dV leaves through the buffer of the tile's last dO, dK through that of the last Q: so K and V are free as soon as no product reads
+them, and a program that takes tile after tile has the next ones before these gradients are out. A tile that no row sees takes one
+place of every ring all the same, for its zeros to leave by.
 """
 
 from tessera.backends.hopper.pieces.chain import chain_of
@@ -134,43 +138,105 @@ def _next_p(config: gl.constexpr, shared, exchange, score, bounds, s, n, row, is
 
 
 @gluon.jit
+def _places(call, count):
+    """How many places of the rings a tile takes, whose keys `count` blocks of rows see."""
+    return gl.maximum(count * call.group, 1)
+
+
+@gluon.jit
+def _next_block(config: gl.constexpr, block, member, count, n):
+    """The block of rows after `block`, the tile's n-th, and whose it is: the same member's of the heads' group, or the next one's
+    first. (To count along is a division less, and a number more in registers, where a bias leaves none.)"""
+    if config.takes_tile_after_tile:
+        is_last = block + 1 == count
+        return gl.where(is_last, 0, block + 1), gl.where(is_last, member + 1, member)
+    else:
+        return n % count, n // count
+
+
+@gluon.jit
 def _issue_s(shared, n):
     shared.q_stream.wait(n)
     return issue_transposed(matrix(shared.k.index(fresh_zero())), matrix(shared.q.index(shared.q_stream.slot(n))))
 
 
 @gluon.jit
-def consumer_of_dv(config: gl.constexpr, dv_map, shared, exchange, score, call):
-    tile = locate_keys(config, call, call.order.number)
-    begin, count = row_blocks(config, call.band, tile.seq, tile.first)
+def _do_of(config: gl.constexpr, shared, n):
+    """Block n's dO. (Of a ring of one place the place is known: over many tiles its descriptors would stay in registers.)"""
+    if config.takes_tile_after_tile:
+        return matrix(shared.do.index(shared.do_stream.slot(n) + fresh_zero()))
+    else:
+        return matrix(shared.do.index(shared.do_stream.slot(n)))
+
+
+@gluon.jit
+def _sum_dv(config: gl.constexpr, shared, exchange, score, call, tile, rows, done, seen):
+    """dV of a tile that `rows`, (begin, count) of its blocks, see. Its last dO is still held."""
+    begin, count = rows
     dv = _empty_sum(config.dim_v)
+    last = done + _places(call, count) - 1
     if count > 0:
         bounds = key_bounds(config, call.band, tile.seq, tile.first)
         cut, full = cut_and_full(config, call.band, tile.seq, tile.first, begin, count)
-        mbarrier.wait(shared.k_full, 0)
-        s = warpgroup_mma_wait(0, deps=(_issue_s(shared, 0),))
+        mbarrier.wait(shared.k_full, seen & 1)
+        s = warpgroup_mma_wait(0, deps=(_issue_s(shared, done),))
         scored = score_of_keys(config, score, tile.seq, tile.head * call.group, tile.first)
-        p = _next_p(config, shared, exchange, scored, bounds, s, 0, begin * config.rows, True)
-        for n in range(1, count * call.group):
-            do_slot = shared.do_stream.slot(n - 1)
-            shared.do_stream.wait(n - 1)
-            dv = _issue_sum(p, matrix(shared.do.index(do_slot)), dv)  # first: the next dO waits for its buffer
-            s = _issue_s(shared, n)
+        p = _next_p(config, shared, exchange, scored, bounds, s, done, begin * config.rows, True)
+        block = 0
+        member = 0
+        for n in range(done, last):
+            shared.do_stream.wait(n)
+            dv = _issue_sum(p, _do_of(config, shared, n), dv)  # first: the next dO waits for its buffer
+            s = _issue_s(shared, n + 1)
             dv = warpgroup_mma_wait(1, deps=(dv,))
-            shared.do_stream.release(n - 1)
+            shared.do_stream.release(n)
             s = warpgroup_mma_wait(0, deps=(s,))
-            block = n % count
-            scored = score_of_keys(config, score, tile.seq, tile.head * call.group + n // count, tile.first)
+            block, member = _next_block(config, block, member, count, n + 1 - done)
+            scored = score_of_keys(config, score, tile.seq, tile.head * call.group + member, tile.first)
             is_cut = (block < cut) | (block >= cut + full)
-            p = _next_p(config, shared, exchange, scored, bounds, s, n, (begin + block) * config.rows, is_cut)
-        last = count * call.group - 1
+            p = _next_p(config, shared, exchange, scored, bounds, s, n + 1, (begin + block) * config.rows, is_cut)
+        mbarrier.arrive(shared.k_free)
         shared.do_stream.wait(last)
-        dv = _issue_sum(p, matrix(shared.do.index(shared.do_stream.slot(last))), dv)
-        dv = warpgroup_mma_wait(0, deps=(dv,))
-    meet("arrive", BARRIER_K, 384)
-    meet("sync", BARRIER_V, 256)
-    store_gradient(dv_map, shared.v, 0, scaled_dv(config, score, dv), tile, tile.first)
+        dv = warpgroup_mma_wait(0, deps=(_issue_sum(p, _do_of(config, shared, last), dv),))
+    else:
+        shared.q_stream.wait(done)
+        shared.q_stream.release(done)
+        exchange.p_ring.acquire(done)
+        exchange.p_ring.publish(done)
+        shared.do_stream.wait(done)
+    return dv
+
+
+@gluon.jit
+def _differentiate_v(config: gl.constexpr, dv_map, shared, exchange, score, call, number, done, seen):
+    """dV of tile `number`, before which `done` places of the rings were taken and `seen` tiles were seen by any row; returns both
+    with this tile's."""
+    tile = locate_keys(config, call, number)
+    begin, count = row_blocks(config, call.band, tile.seq, tile.first)
+    dv = _sum_dv(config, shared, exchange, score, call, tile, (begin, count), done, seen)
+    end = done + _places(call, count)
+    exchange.p_ring.acquire(end - 1 + exchange.p_ring.slots)  # dk has taken the last P: it reads the last dO no more
+    meet("sync", BARRIER_V, 128)
+    store_gradient(dv_map, shared.do, shared.do_stream.slot(end - 1), scaled_dv(config, score, dv), tile, tile.first)
     tma_store_wait(0)
+    shared.do_stream.release(end - 1)
+    return end, seen + gl.where(count > 0, 1, 0)
+
+
+@gluon.jit
+def consumer_of_dv(config: gl.constexpr, dv_map, shared, exchange, draws, score, call):
+    if config.takes_tile_after_tile:
+        draws.read(0)
+        number = call.order.number  # the same, and a scalar
+        turn = 0
+        done = 0
+        seen = 0
+        while number < draws.tiles:
+            done, seen = _differentiate_v(config, dv_map, shared, exchange, score, call, number, done, seen)
+            turn += 1
+            number = draws.read(turn)
+    else:
+        _differentiate_v(config, dv_map, shared, exchange, score, call, call.order.number, 0, 0)
 
 
 # ----------------------------------------------------------------------------------------------------------- dK
@@ -199,57 +265,98 @@ def _next_ds(config: gl.constexpr, shared, exchange, score, dp, n, row):
 
 
 @gluon.jit
-def _issue_dp(shared, n):
+def _issue_dp(config: gl.constexpr, shared, n):
     shared.do_stream.wait(n)
-    return issue_transposed(matrix(shared.v.index(fresh_zero())), matrix(shared.do.index(shared.do_stream.slot(n))))
+    return issue_transposed(matrix(shared.v.index(fresh_zero())), _do_of(config, shared, n))
 
 
 @gluon.jit
-def consumer_of_dk(config: gl.constexpr, dk_map, shared, exchange, score, call):
-    tile = locate_keys(config, call, call.order.number)
-    begin, count = row_blocks(config, call.band, tile.seq, tile.first)
+def _sum_dk(config: gl.constexpr, shared, exchange, score, call, tile, rows, done, seen):
+    """dK of a tile, as _sum_dv. Its last Q is still held."""
+    begin, count = rows
     dk = _empty_sum(config.dim)
+    last = done + _places(call, count) - 1
     if count > 0:
-        mbarrier.wait(shared.v_full, 0)
-        dp = warpgroup_mma_wait(0, deps=(_issue_dp(shared, 0),))
+        mbarrier.wait(shared.v_full, seen & 1)
+        dp = warpgroup_mma_wait(0, deps=(_issue_dp(config, shared, done),))
         scored = score_of_keys(config, score, tile.seq, tile.head * call.group, tile.first)
-        ds = _next_ds(config, shared, exchange, scored, dp, 0, begin * config.rows)
-        for n in range(1, count * call.group):
-            shared.q_stream.wait(n - 1)
-            dk = _issue_sum(ds, matrix(shared.q.index(shared.q_stream.slot(n - 1))), dk)
-            dp = _issue_dp(shared, n)
+        ds = _next_ds(config, shared, exchange, scored, dp, done, begin * config.rows)
+        block = 0
+        member = 0
+        for n in range(done, last):
+            shared.q_stream.wait(n)
+            dk = _issue_sum(ds, matrix(shared.q.index(shared.q_stream.slot(n))), dk)
+            dp = _issue_dp(config, shared, n + 1)
             dk = warpgroup_mma_wait(1, deps=(dk,))
-            shared.q_stream.release(n - 1)
+            shared.q_stream.release(n)
             dp = warpgroup_mma_wait(0, deps=(dp,))
-            member = n // count
+            block, member = _next_block(config, block, member, count, n + 1 - done)
             scored = score_of_keys(config, score, tile.seq, tile.head * call.group + member, tile.first)
-            ds = _next_ds(config, shared, exchange, scored, dp, n, (begin + n - member * count) * config.rows)
-        last = count * call.group - 1
+            ds = _next_ds(config, shared, exchange, scored, dp, n + 1, (begin + block) * config.rows)
+        mbarrier.arrive(shared.v_free)
         shared.q_stream.wait(last)
-        dk = _issue_sum(ds, matrix(shared.q.index(shared.q_stream.slot(last))), dk)
-        dk = warpgroup_mma_wait(0, deps=(dk,))
-    meet("arrive", BARRIER_V, 256)
-    meet("sync", BARRIER_K, 384)
-    store_gradient(dk_map, shared.k, 0, dk * score.factor, tile, tile.first)
+        dk = warpgroup_mma_wait(0, deps=(_issue_sum(ds, matrix(shared.q.index(shared.q_stream.slot(last))), dk),))
+    else:
+        shared.do_stream.wait(done)
+        shared.do_stream.release(done)
+        exchange.p_ring.wait(done)
+        exchange.p_ring.release(done)
+        exchange.ds_ring.acquire(done)
+        exchange.ds_ring.publish(done)
+        shared.q_stream.wait(done)
+    return dk
+
+
+@gluon.jit
+def _differentiate_k(config: gl.constexpr, dk_map, shared, exchange, score, call, number, done, seen):
+    """The same of dK."""
+    tile = locate_keys(config, call, number)
+    begin, count = row_blocks(config, call.band, tile.seq, tile.first)
+    dk = _sum_dk(config, shared, exchange, score, call, tile, (begin, count), done, seen)
+    end = done + _places(call, count)
+    meet("sync", BARRIER_K, 128)  # dv has made the last P: it reads the last Q no more
+    store_gradient(dk_map, shared.q, shared.q_stream.slot(end - 1), dk * score.factor, tile, tile.first)
     tma_store_wait(0)
+    shared.q_stream.release(end - 1)
+    return end, seen + gl.where(count > 0, 1, 0)
+
+
+@gluon.jit
+def consumer_of_dk(config: gl.constexpr, dk_map, shared, exchange, draws, score, call):
+    if config.takes_tile_after_tile:
+        draws.read(0)
+        number = call.order.number  # the same, and a scalar
+        turn = 0
+        done = 0
+        seen = 0
+        while number < draws.tiles:
+            done, seen = _differentiate_k(config, dk_map, shared, exchange, score, call, number, done, seen)
+            turn += 1
+            number = draws.read(turn)
+    else:
+        _differentiate_k(config, dk_map, shared, exchange, score, call, call.order.number, 0, 0)
 
 
 # ----------------------------------------------------------------------------------------------------------- dQ
 
 
 @gluon.jit
-def consumer_of_dq(config: gl.constexpr, dq_map, shared, exchange, score, call):
+def _differentiate_q(config: gl.constexpr, dq_map, shared, exchange, score, call, number, done, seen):
+    """What tile `number` adds to dQ, part after part; returns as _differentiate_v."""
     part: gl.constexpr = config.part_columns
     parts: gl.constexpr = config.parts
     layout: gl.constexpr = accumulator_layout(part)
-    tile = locate_keys(config, call, call.order.number)
+    tile = locate_keys(config, call, number)
     begin, count = row_blocks(config, call.band, tile.seq, tile.first)
     chain = chain_of(config, call, tile, score.factor)
+    end = done + _places(call, count)
     if count > 0:
-        mbarrier.wait(shared.k_full, 0)
-        for n in range(count * call.group):
-            place = begin + n % count
-            block = row_block(call, tile, n // count, place)
+        mbarrier.wait(shared.k_full, seen & 1)
+        at = 0
+        member = 0
+        for n in range(done, end):
+            place = begin + at
+            block = row_block(call, tile, member, place)
             exchange.ds_ring.wait(n)
             ds = exchange.ds.index(exchange.ds_ring.slot(n)).permute((1, 0))
             for j in gl.static_range(parts):
@@ -259,5 +366,26 @@ def consumer_of_dq(config: gl.constexpr, dq_map, shared, exchange, score, call):
                 if j == parts - 1:
                     exchange.ds_ring.release(n)
                 add_part(config, dq_map, exchange.sums, n * parts + j, dq, block, j, chain, place * config.rows)
-    meet("arrive", BARRIER_K, 384)
+            at, member = _next_block(config, at, member, count, n + 1 - done)
+        mbarrier.arrive(shared.k_free)
+    else:
+        exchange.ds_ring.wait(done)
+        exchange.ds_ring.release(done)
+    return end, seen + gl.where(count > 0, 1, 0)
+
+
+@gluon.jit
+def consumer_of_dq(config: gl.constexpr, dq_map, shared, exchange, draws, score, call):
+    if config.takes_tile_after_tile:
+        draws.read(0)
+        number = call.order.number  # the same, and a scalar
+        turn = 0
+        done = 0
+        seen = 0
+        while number < draws.tiles:
+            done, seen = _differentiate_q(config, dq_map, shared, exchange, score, call, number, done, seen)
+            turn += 1
+            number = draws.read(turn)
+    else:
+        _differentiate_q(config, dq_map, shared, exchange, score, call, call.order.number, 0, 0)
     tma_store_wait(0)

@@ -111,11 +111,14 @@ def _sum_in_turn(config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, p
 
 
 @gluon.jit
-def _own_v(config: gl.constexpr, consumer: gl.constexpr, shared):
+def _own_v(config: gl.constexpr, consumer: gl.constexpr, shared, seen):
     """This consumer's V as dP's operand from registers; 0 where it is read from shared memory."""
-    mbarrier.wait(shared.v_full, 0)
+    mbarrier.wait(shared.v_full, seen & 1)
     if config.keeps_v:
-        return matrix(shared.v.index(consumer)).load(operand_layout(config.rows))
+        v = matrix(shared.v.index(consumer)).load(operand_layout(config.rows))
+        if config.takes_tile_after_tile:
+            mbarrier.arrive(shared.v_free)
+        return v
     else:
         return 0
 
@@ -205,8 +208,9 @@ def _seen_end(config: gl.constexpr, call, tile, first, begin, count):
 
 
 @gluon.jit
-def _main_loop(config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, parts, score, call, tile):
-    """dK and dV of 64 keys: the sums over all blocks of rows of all query heads that share them."""
+def _main_loop(config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, parts, score, call, tile, done, seen):
+    """dK and dV of 64 keys: the sums over all blocks of rows of all query heads that share them. `done` blocks came before, and
+    `seen` tiles that any row sees; both are returned with this tile's."""
     first = tile.first + consumer * M
     begin, count = row_blocks(config, call.band, tile.seq, tile.first)
     own_begin = first_row(config, call.band, tile.seq, first) // config.rows
@@ -215,13 +219,13 @@ def _main_loop(config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, par
     cut, full = cut_and_full(config, call.band, tile.seq, first, begin + unseen, gl.maximum(seen_end - unseen, 0))
     state = (empty_accumulator(shared.k), empty_accumulator(shared.v))
     if count > 0:
-        mbarrier.wait(shared.k_full, 0)
+        mbarrier.wait(shared.k_full, seen & 1)
         chain = chain_of(config, call, tile, score.factor)
-        own = (key_bounds(config, call.band, tile.seq, first), _own_v(config, consumer, shared), chain)
+        own = (key_bounds(config, call.band, tile.seq, first), _own_v(config, consumer, shared, seen), chain)
         rows: gl.constexpr = config.rows
         row = begin * rows
         for member in range(call.group):
-            n = member * count
+            n = done + member * count
             block = row_block(call, tile, member, begin)
             scored = score_of_keys(config, score, tile.seq, tile.head * call.group + member, first)
             for i in range(unseen):
@@ -238,15 +242,49 @@ def _main_loop(config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, par
                     state = _block(config, consumer, dq_map, shared, parts, scored, own, n + i, at, block + i, state, True)
                 for i in range(gl.maximum(seen_end, unseen), count):
                     _pass_over(config, consumer, dq_map, shared, parts, chain, n + i, row + i * rows, block + i)
-    return state
+        if config.takes_tile_after_tile:
+            mbarrier.arrive(shared.k_free)
+            if not config.keeps_v:
+                mbarrier.arrive(shared.v_free)
+    return state, done + count * call.group, seen + gl.where(count > 0, 1, 0)
 
 
 @gluon.jit
-def consumer_in_turn(config: gl.constexpr, consumer: gl.constexpr, dq_map, dk_map, dv_map, shared, parts, score, call):
+def _one_tile(config: gl.constexpr, consumer: gl.constexpr, dq_map, dk_map, dv_map, shared, parts, score, call):
+    """dK and dV leave through V's and K's buffers."""
     tile = locate_keys(config, call, call.order.number)
-    dk, dv = _main_loop(config, consumer, dq_map, shared, parts, score, call, tile)
+    state, _, _ = _main_loop(config, consumer, dq_map, shared, parts, score, call, tile, 0, 0)
+    dk, dv = state
     row = tile.first + consumer * M
     store_gradient(dv_map, shared.v, consumer, scaled_dv(config, score, dv), tile, row)  # nobody else reads these rows of V
     meet("sync", BARRIER_K, 2 * config.keys)
     store_gradient(dk_map, shared.k, consumer, dk * score.factor, tile, row)
+
+
+@gluon.jit
+def _tile_after_tile(config: gl.constexpr, consumer: gl.constexpr, dq_map, dk_map, dv_map, shared, parts, draws, score, call):
+    """They leave through the buffer of this consumer's part of dQ: nobody waits for anybody at a tile's end."""
+    draws.read(0)  # the program's own: as its number it stays a scalar
+    number = call.order.number
+    turn = 0
+    done = 0
+    seen = 0
+    while number < draws.tiles:
+        tile = locate_keys(config, call, number)
+        state, done, seen = _main_loop(config, consumer, dq_map, shared, parts, score, call, tile, done, seen)
+        dk, dv = state
+        row = tile.first + consumer * M
+        tma_store_wait(0)
+        store_gradient(dv_map, parts.sums.rounded, 2 * consumer, scaled_dv(config, score, dv), tile, row)
+        store_gradient(dk_map, parts.sums.rounded, 2 * consumer + 1, dk * score.factor, tile, row)
+        turn += 1
+        number = draws.read(turn)
+
+
+@gluon.jit
+def consumer_in_turn(config: gl.constexpr, consumer: gl.constexpr, dq_map, dk_map, dv_map, shared, parts, draws, score, call):
+    if config.takes_tile_after_tile:
+        _tile_after_tile(config, consumer, dq_map, dk_map, dv_map, shared, parts, draws, score, call)
+    else:
+        _one_tile(config, consumer, dq_map, dk_map, dv_map, shared, parts, score, call)
     tma_store_wait(0)

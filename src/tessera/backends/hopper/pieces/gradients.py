@@ -40,7 +40,8 @@ class Score:
 
 @aggregate
 class Shared:
-    """K and V of the tile in pieces of 64 keys; rings of Q with lse, and of dO with D."""
+    """K and V of the tile in pieces of 64 keys; rings of Q with lse, and of dO with D. `k_free`, `v_free`: their readers are done
+    with the tile's K, and with its V."""
 
     k: gl.shared_memory_descriptor
     v: gl.shared_memory_descriptor
@@ -50,11 +51,13 @@ class Shared:
     d: gl.shared_memory_descriptor
     k_full: gl.shared_memory_descriptor
     v_full: gl.shared_memory_descriptor
+    k_free: gl.shared_memory_descriptor
+    v_free: gl.shared_memory_descriptor
     q_stream: Stream
     do_stream: Stream
 
     @gluon.constexpr_function
-    def __init__(self, k, v, q, do, lse, d, k_full, v_full, q_stream, do_stream):
+    def __init__(self, k, v, q, do, lse, d, k_full, v_full, k_free, v_free, q_stream, do_stream):
         self.k = k
         self.v = v
         self.q = q
@@ -63,6 +66,8 @@ class Shared:
         self.d = d
         self.k_full = k_full
         self.v_full = v_full
+        self.k_free = k_free
+        self.v_free = v_free
         self.q_stream = q_stream
         self.do_stream = do_stream
 
@@ -187,6 +192,6 @@ def scaled_dv(config: gl.constexpr, score, dv):
 @gluon.jit
 def store_gradient(map_, buffer, slot, gradient, tile, row):
     """dK or dV of 64 keys through a buffer that nobody reads any more."""
-    matrix(buffer.index(slot)).store(to_16_bit(gradient, buffer.dtype))
+    matrix(buffer.index(slot)).store(to_16_bit(gradient, map_.dtype))
     fence_async_shared()
     store_rows((map_,), (buffer,), slot, tile.written, tile.head, row)

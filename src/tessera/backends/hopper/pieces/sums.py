@@ -50,7 +50,7 @@ def lies_in_rows(config):
 @aggregate
 class Sums:
     """Parts on their way, in float32: (slots, 64, columns) in rows, else (slots, 1, columns / 4, 256). `rounded` are the same
-    bytes as rows of 16 bits, two of (64, columns) a slot, of which the first is used.
+    bytes as rows of 16 bits, two of (64, columns) a slot, of which the first is used; or both, for dV and dK.
 
     Where the last tile rounds, the writer does not release a slot only: it may first have brought what has been added so far.
     `found`: an mbarrier of each writer, that it has found all parts of its block (backward_writer.py)."""
@@ -81,7 +81,8 @@ def sums_in(config: gl.constexpr, parts, rounded):
 def make_sums(config: gl.constexpr, dq_map, out_map=0):
     count: gl.constexpr = config.part_buffers
     shape: gl.constexpr = [count] + dq_map.block_type.shape
-    if rounds_last(config):  # made as what needs the wider alignment
+    if rounds_last(config) or (config.takes_tile_after_tile and not lies_in_rows(config)):
+        # made as what needs the wider alignment
         rounded = gl.allocate_shared_memory(out_map.dtype, [2 * count] + out_map.block_type.shape, out_map.layout)
         return sums_in(config, reinterpret(rounded, gl.float32, shape, dq_map.layout), rounded)
     else:
