@@ -138,7 +138,7 @@ def _config_alone(problem: Problem, keys: float) -> ForwardConfig:
     # over P after the maxima: d64 1.07 (512 1.03), d128 causal 1.03 at 512 and 1k, 1.07 from 2k on, full 1.05 to 1.08 (1.02 to
     # 1.07 over three consumers), d96 to 1k and 192/128 1.04, d192 1.04, d256 1.01; windows of 1024 at d128 1.05, at d64 0.99
     pairs = replace(pairs, overlap=Overlap.AT_ONCE if widest <= 192 else Overlap.SCORES)
-    triples = replace(pairs, consumers=3, consumer_registers=160, producer_registers=32)
+    triples = replace(pairs, overlap=Overlap.SCORES, consumers=3, consumer_registers=160, producer_registers=32)
     # Q ahead: 1.07 (d64), 1.04 (d128), 1.02 (d96) at 512 causal, 1.01 to 1.02 at 1k, 1.00 from 2k on; 0.99 of packed sequences
     pairs = replace(pairs, queries=1 if problem.layout is Layout.VARLEN else 2)
     window = {Feature.LEFT, Feature.RIGHT} <= set(features)
@@ -154,7 +154,8 @@ def _config_alone(problem: Problem, keys: float) -> ForwardConfig:
         if window:
             # a window of 1024 at 16k: 1.06 over two consumers, whose few blocks hide the time between tiles less
             return deepest(replace(triples, overlap=Overlap.NONE, queries=pairs.queries))
-        return deepest(replace(triples, overlap=Overlap.SCORES))
+        # float16 has to look at the greatest P and not at one bit of all, which spills in 160 registers
+        return deepest(triples if problem.dtype is torch.bfloat16 else replace(triples, overlap=Overlap.MAXIMA))
     ragged = _is_ragged(features)
     if widest <= 96 and keys > (2048 if ragged else 1536):
         # three over two: 1.06 at 2k, 1.07 at 4k and 16k full, 1.08 at 16k causal; 0.98 at 1k full, 0.97 at 2k causal
