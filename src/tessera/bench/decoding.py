@@ -245,7 +245,7 @@ class Graph:
     def seconds(self) -> float:
         """Of one call, over one replay."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(CudaClock.QUEUE_CYCLES)  # the host launches the graph meanwhile: on a busy host that takes 0.1 ms
+        torch.cuda._sleep(CudaClock.QUEUE_CYCLES)  # the host launches the graph meanwhile
         start.record()
         self.replay()
         end.record()
