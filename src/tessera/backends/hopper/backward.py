@@ -29,7 +29,7 @@ from tessera.backends.hopper.backward_writer import writer_of_dq, writer_of_many
 from tessera.backends.hopper.pieces.channel import NAMED_BARRIER_K, NAMED_BARRIER_V, make_stream
 from tessera.backends.hopper.pieces.draws import make_draws
 from tessera.backends.hopper.pieces.gradients import Score, Shared
-from tessera.backends.hopper.pieces.key_tiles import Call, Order, locate_keys
+from tessera.backends.hopper.pieces.key_tiles import Call, Order, first_place, locate_keys
 from tessera.backends.hopper.pieces.kv_source import Lengths, Pitch, load_rows
 from tessera.backends.hopper.pieces.masking import Band
 from tessera.backends.hopper.pieces.modifiers import make_modifiers
@@ -92,10 +92,12 @@ def _uses(config: gl.constexpr, call, count):
 
 
 @gluon.jit
-def _member_and_row(config: gl.constexpr, begin, count, n):
-    """Whose block the n-th of a tile is, and its first row."""
+def _member_and_row(config: gl.constexpr, begin, count, start, n):
+    """Whose block the n-th of a tile is, and its first row; `start`: the place of each member's first."""
     member = n // gl.maximum(count, 1)
-    return member, gl.where(count > 0, (begin + n - member * count) * config.rows, 0)
+    place = n - member * count + start
+    place = gl.where(place >= count, place - count, place)
+    return member, gl.where(count > 0, (begin + place) * config.rows, 0)
 
 
 @gluon.jit
@@ -107,8 +109,9 @@ def producer(config: gl.constexpr, maps, stats_map, shared, call):
     if count > 0:
         _load_keys(config, maps[1], shared.k, shared.k_full, tile.seq.keys(call.pitch.k), tile)
     wait_for_previous()  # for lse, D and dQ's zeros; keys were there before
+    start = first_place(config, call, tile, count)
     for n in range(_uses(config, call, count)):
-        member, row = _member_and_row(config, begin, count, n)
+        member, row = _member_and_row(config, begin, count, start, n)
         _load_q(config, maps, stats_map, shared, call, tile, n, member, row)
         if (n == 0) & (count > 0):
             _load_keys(config, maps[2], shared.v, shared.v_full, tile.seq.keys(call.pitch.v), tile)
@@ -135,8 +138,9 @@ def producer_of_many(config: gl.constexpr, maps, stats_map, shared, draws, call)
     turn = 0
     while number < draws.tiles:
         uses = _uses(config, call, count)
+        start = first_place(config, call, tile, count)
         for n in range(uses):
-            member, row = _member_and_row(config, begin, count, n)
+            member, row = _member_and_row(config, begin, count, start, n)
             _load_q(config, maps, stats_map, shared, call, tile, done + n, member, row)
             if (n == 0) & (count > 0):
                 mbarrier.wait(shared.v_free, (seen & 1) ^ 1)  # before K's in every division

@@ -95,6 +95,13 @@ class BackwardConfig:
         return self.division is Division.AHEAD or (fits and self.adding is Adding.ANY_ORDER)
 
     @property
+    def begins_apart(self) -> bool:
+        """Whether tiles that all rows see begin with different rows. Ours / FA3, full, without and with: head dim 64 at 1k 1.008
+        and 1.015, 4k 0.997 and 1.007, 16k 1.014 and 1.049; 256 at 1k 0.994 and 1.003, 2k 0.999 and 1.022, 4k 1.027 and 1.034, but
+        16k 1.070 and 1.025 (H200, 2026-11-21)."""
+        return self.takes_tile_after_tile and self.division is not Division.AHEAD
+
+    @property
     def k_readers(self) -> int:
         """Consumers that read a tile's K. (Divided by products one has dK, and reads V.)"""
         return 2 if self.division is Division.PRODUCTS else self.consumers

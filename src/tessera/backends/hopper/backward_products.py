@@ -32,7 +32,7 @@ from tessera.backends.hopper.pieces.gradients import (
     score_of_keys,
     store_gradient,
 )
-from tessera.backends.hopper.pieces.key_tiles import locate_keys
+from tessera.backends.hopper.pieces.key_tiles import first_place, locate_keys
 from tessera.backends.hopper.pieces.modifiers import add_to_dbias
 from tessera.backends.hopper.pieces.row_ranges import cut_and_full, key_bounds, row_blocks
 from tessera.backends.hopper.pieces.softmax import to_16_bit, to_32_bit
@@ -144,12 +144,12 @@ def _places(call, count):
 
 
 @gluon.jit
-def _next_block(config: gl.constexpr, block, member, count, n):
+def _next_block(config: gl.constexpr, block, member, count, start, n):
     """The block of rows after `block`, the tile's n-th, and whose it is: the same member's of the heads' group, or the next one's
-    first. (To count along is a division less, and a number more in registers, where a bias leaves none.)"""
+    first, `start`. (To count along is a division less, and a number more in registers, where a bias leaves none.)"""
     if config.takes_tile_after_tile:
-        is_last = block + 1 == count
-        return gl.where(is_last, 0, block + 1), gl.where(is_last, member + 1, member)
+        after = gl.where(block + 1 == count, 0, block + 1)
+        return after, gl.where(after == start, member + 1, member)
     else:
         return n % count, n // count
 
@@ -181,8 +181,9 @@ def _sum_dv(config: gl.constexpr, shared, exchange, score, call, tile, rows, don
         mbarrier.wait(shared.k_full, seen & 1)
         s = warpgroup_mma_wait(0, deps=(_issue_s(shared, done),))
         scored = score_of_keys(config, score, tile.seq, tile.head * call.group, tile.first)
-        p = _next_p(config, shared, exchange, scored, bounds, s, done, begin * config.rows, True)
-        block = 0
+        start = first_place(config, call, tile, count)
+        p = _next_p(config, shared, exchange, scored, bounds, s, done, (begin + start) * config.rows, True)
+        block = start
         member = 0
         for n in range(done, last):
             shared.do_stream.wait(n)
@@ -191,7 +192,7 @@ def _sum_dv(config: gl.constexpr, shared, exchange, score, call, tile, rows, don
             dv = warpgroup_mma_wait(1, deps=(dv,))
             shared.do_stream.release(n)
             s = warpgroup_mma_wait(0, deps=(s,))
-            block, member = _next_block(config, block, member, count, n + 1 - done)
+            block, member = _next_block(config, block, member, count, start, n + 1 - done)
             scored = score_of_keys(config, score, tile.seq, tile.head * call.group + member, tile.first)
             is_cut = (block < cut) | (block >= cut + full)
             p = _next_p(config, shared, exchange, scored, bounds, s, n + 1, (begin + block) * config.rows, is_cut)
@@ -280,8 +281,9 @@ def _sum_dk(config: gl.constexpr, shared, exchange, score, call, tile, rows, don
         mbarrier.wait(shared.v_full, seen & 1)
         dp = warpgroup_mma_wait(0, deps=(_issue_dp(config, shared, done),))
         scored = score_of_keys(config, score, tile.seq, tile.head * call.group, tile.first)
-        ds = _next_ds(config, shared, exchange, scored, dp, done, begin * config.rows)
-        block = 0
+        start = first_place(config, call, tile, count)
+        ds = _next_ds(config, shared, exchange, scored, dp, done, (begin + start) * config.rows)
+        block = start
         member = 0
         for n in range(done, last):
             shared.q_stream.wait(n)
@@ -290,7 +292,7 @@ def _sum_dk(config: gl.constexpr, shared, exchange, score, call, tile, rows, don
             dk = warpgroup_mma_wait(1, deps=(dk,))
             shared.q_stream.release(n)
             dp = warpgroup_mma_wait(0, deps=(dp,))
-            block, member = _next_block(config, block, member, count, n + 1 - done)
+            block, member = _next_block(config, block, member, count, start, n + 1 - done)
             scored = score_of_keys(config, score, tile.seq, tile.head * call.group + member, tile.first)
             ds = _next_ds(config, shared, exchange, scored, dp, n + 1, (begin + block) * config.rows)
         mbarrier.arrive(shared.v_free)
@@ -352,7 +354,8 @@ def _differentiate_q(config: gl.constexpr, dq_map, shared, exchange, score, call
     end = done + _places(call, count)
     if count > 0:
         mbarrier.wait(shared.k_full, seen & 1)
-        at = 0
+        start = first_place(config, call, tile, count)
+        at = start
         member = 0
         for n in range(done, end):
             place = begin + at
@@ -366,7 +369,7 @@ def _differentiate_q(config: gl.constexpr, dq_map, shared, exchange, score, call
                 if j == parts - 1:
                     exchange.ds_ring.release(n)
                 add_part(config, dq_map, exchange.sums, n * parts + j, dq, block, j, chain, place * config.rows)
-            at, member = _next_block(config, at, member, count, n + 1 - done)
+            at, member = _next_block(config, at, member, count, start, n + 1 - done)
         mbarrier.arrive(shared.k_free)
     else:
         exchange.ds_ring.wait(done)

@@ -23,7 +23,7 @@ from tessera.backends.hopper.pieces.gradients import (
     score_of_keys,
     store_gradient,
 )
-from tessera.backends.hopper.pieces.key_tiles import locate_keys
+from tessera.backends.hopper.pieces.key_tiles import first_place, locate_keys, next_place, place_of
 from tessera.backends.hopper.pieces.masking import has_lower_bound
 from tessera.backends.hopper.pieces.row_ranges import cut_and_full, end_row, first_row, key_bounds, row_blocks
 from tessera.backends.hopper.pieces.softmax import to_16_bit
@@ -228,14 +228,21 @@ def _main_loop(config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, par
             n = done + member * count
             block = row_block(call, tile, member, begin)
             scored = score_of_keys(config, score, tile.seq, tile.head * call.group + member, first)
+            place = first_place(config, call, tile, count)
             for i in range(unseen):
-                _pass_over(config, consumer, dq_map, shared, parts, chain, n + i, row + i * rows, block + i)
+                at = place_of(config, place, i)
+                _pass_over(config, consumer, dq_map, shared, parts, chain, n + i, row + at * rows, block + at)
+                place = next_place(config, place, count)
             for i in range(unseen, unseen + cut):
-                at = row + i * rows
-                state = _block(config, consumer, dq_map, shared, parts, scored, own, n + i, at, block + i, state, True)
+                at = place_of(config, place, i)
+                there = row + at * rows
+                state = _block(config, consumer, dq_map, shared, parts, scored, own, n + i, there, block + at, state, True)
+                place = next_place(config, place, count)
             for i in range(unseen + cut, unseen + cut + full):
-                at = row + i * rows
-                state = _block(config, consumer, dq_map, shared, parts, scored, own, n + i, at, block + i, state, False)
+                at = place_of(config, place, i)
+                there = row + at * rows
+                state = _block(config, consumer, dq_map, shared, parts, scored, own, n + i, there, block + at, state, False)
+                place = next_place(config, place, count)
             if has_lower_bound(config):
                 for i in range(unseen + cut + full, seen_end):
                     at = row + i * rows

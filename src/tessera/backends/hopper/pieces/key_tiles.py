@@ -7,7 +7,7 @@ cu_q[b] / 128 + b: that is never fewer blocks than the sequences before it need,
 
 from tessera.backends.hopper.backward_plan import WORK_ROWS
 from tessera.backends.hopper.pieces.kv_source import Lengths, Pitch, Sequence, Span, dense_sequence, packed_sequence
-from tessera.backends.hopper.pieces.masking import Band
+from tessera.backends.hopper.pieces.masking import Band, has_lower_bound
 from tessera.backends.hopper.pieces.sums import adds_in_order, from_last_to_first
 from tessera.backends.hopper.pieces.tiles import has
 from tessera.jit.compat import aggregate, gl, gluon
@@ -176,6 +176,43 @@ def locate_keys(config: gl.constexpr, call, number):
         return _packed_tile(config, number, call)
     else:
         return _dense_tile(config, number, call)
+
+
+@gluon.constexpr_function
+def _begins_apart(config):
+    """Whether the tiles of a head begin with different rows: where all see the same ones, and add to dQ in any order."""
+    cut = has(config, "right") or has_lower_bound(config) or has(config, "varlen")
+    return config.begins_apart and not cut
+
+
+@gluon.jit
+def first_place(config: gl.constexpr, call, tile, count):
+    """Which of the `count` blocks of rows that see a tile comes first. If it were the same for all, programs at work on a head
+    would add to the same rows of dQ at a time. It is where four heads do not fit in L2's share: there they read together."""
+    if _begins_apart(config):
+        step = gl.maximum(count // call.order.blocks, 1)
+        place = tile.first // config.keys * step % gl.maximum(count, 1)
+        return gl.where(_heads_together(call, call.seqlen_q) < 4, 0, place)
+    else:
+        return 0
+
+
+@gluon.jit
+def place_of(config: gl.constexpr, place, i):
+    """Which comes i-th, where `place` is counted along by `next_place`."""
+    if _begins_apart(config):
+        return place
+    else:
+        return i
+
+
+@gluon.jit
+def next_place(config: gl.constexpr, place, count):
+    """Which comes after `place`."""
+    if _begins_apart(config):
+        return gl.where(place + 1 == count, 0, place + 1)
+    else:
+        return place
 
 
 @gluon.jit
