@@ -7,12 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 from gluon_in_python import in_python
+from references import far_below, rising
 from torch import Tensor
 
 from tessera import reference
 from tessera.backends.hopper.config import ForwardConfig, Overlap, Pairing, Staging
 from tessera.backends.hopper.launch import ForwardLaunch, counters
-from tessera.backends.hopper.plan import deepest, forward_config
+from tessera.backends.hopper.plan import deepest, features_of, forward_config
 from tessera.cases import CASES, Case
 from tessera.operands import Request, bind
 from tessera.verify import compare
@@ -114,15 +115,12 @@ def test_many_tiles(case: Case, division: str, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("window", [(None, None), (None, 0), (300, 0)], ids=str)
 def test_outgrown_references(window: tuple[int | None, int | None], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From block to block, last keys first, scores of some rows of a warp rise by up to 2^2885 and of others fall: P about the
-    reference so far is then infinite, or infinite in float16 alone, and has to be taken anew."""
-    case = Case("rising", head_dim=128, seqlen_q=600, seqlen_k=600, heads_q=2, heads_kv=2, window=window)
-    request = case.request("cpu", dtype)
-    rise = torch.tensor([2000.0, -2000.0, 200.0, -40.0, 40.0, 10.0, 3.0, 0.0]) * 128**0.5
-    sign = torch.tensor([1.0, 0.0, -0.05])[torch.randint(0, 3, (600, 2), generator=torch.Generator().manual_seed(3))]
-    with torch.no_grad():
-        request.k[..., -1] = rise.repeat_interleave(75)[:, None]
-        request.q[..., -1] = sign
-    config = forward_config(bind(request)[0])
+    request = rising(128, window, "cpu", dtype)
+    config = replace(forward_config(bind(rising(128, (None, 0), "cpu", dtype))[0]), features=features_of(bind(request)[0]))
     assert config.overlap is Overlap.AT_ONCE
     check(request, monkeypatch, config)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_keys_far_below_the_greatest(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(far_below(128, "cpu", dtype), monkeypatch)

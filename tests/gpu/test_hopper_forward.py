@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from references import far_below, rising
 from torch import Tensor
 
 from tessera import dropout_mask, reference
@@ -138,6 +139,14 @@ def test_nan_in_padding_stays_there(dim: int, causal: bool) -> None:
             x[b, : case.key_start[b]] = NAN
             x[b, case.key_end[b] :] = NAN
     check(clean._replace(q=q, k=k, v=v), clean)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp16"])
+@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
+def test_references(dim: int, dtype: torch.dtype) -> None:
+    for window in ((None, None), (None, 0), (300, 0)):
+        check(rising(dim, window, "cuda", dtype))
+    check(far_below(dim, "cuda", dtype))
 
 
 @pytest.mark.parametrize("dim", [64, 128, 256])
