@@ -63,6 +63,8 @@ ROOT = Path(__file__).resolve().parents[2]
 GQA = {"heads_q": 16, "heads_kv": 4, "head_dim": 128}
 LATENT = {"latent": True, "head_dim": 576, "head_dim_v": 512, "heads_kv": 1}
 ALONE = {"batch": 1, "heads_q": 1, "heads_kv": 1}
+EIGHT = {"heads_q": 8, "heads_kv": 8}
+"""Heads enough for a program to have several tiles."""
 PLANE = {"seqlen_q": 200, "seqlen_k": 200, "heads_kv": 2}
 
 FORWARD = (
@@ -73,6 +75,8 @@ FORWARD = (
     Case("three consumers", head_dim=128, seqlen_q=200, seqlen_k=2000, **ALONE),
     *(Case(f"three consumers, d{d}", head_dim=d, seqlen_q=4000, seqlen_k=4000, causal=d == 64, **ALONE) for d in (64, 96)),
     Case("three consumers, window", window=(1024, 0), seqlen_q=4000, seqlen_k=4000, **ALONE),
+    *(Case(f"tall and low tiles, d{d}", head_dim=d, seqlen_q=5000, seqlen_k=1700, **ALONE | EIGHT) for d in (64, 96)),
+    Case("tall and low tiles, window", window=(100, 0), seqlen_q=5000, seqlen_k=5000, **ALONE | EIGHT),
     *(Case(f"d{d}, window", head_dim=d, window=(100, 0), seqlen_q=300, seqlen_k=300, **ALONE) for d in (128, 192, 256)),
     Case("d192, full", head_dim=192, seqlen_q=300, seqlen_k=300, **ALONE),
 )  # fmt: skip
