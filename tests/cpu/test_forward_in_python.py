@@ -44,6 +44,7 @@ MANY_TILES = (
     Case("dropout, causal", dropout_p=0.1, causal=True, **MANY), Case("alibi, window", alibi="head", window=(200, 20), **MANY),
 )  # fmt: skip
 """Problems of many more tiles than programs, so that every ring goes from lap to lap."""
+SHALLOW = {"queries": 1, "stages": 2, "held": 0, "staging": Staging.OWN}
 DEEP = {"queries": 2, "stages": 4, "staging": Staging.QUERY}
 DIVISIONS = {
     "two": {"consumers": 2, "overlap": Overlap.WHOLE},
@@ -107,9 +108,19 @@ def test_programs_in_pairs(case: Case, pairing: Pairing, monkeypatch: pytest.Mon
 def test_many_tiles(case: Case, division: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the plan would take: two consumers and three, in turn or not, with little and with much in flight."""
     request = case.request("cpu", torch.bfloat16)
-    planned = replace(forward_config(bind(request)[0]), **{"queries": 1, "stages": 2, "held": 0} | DIVISIONS[division])
+    planned = replace(forward_config(bind(request)[0]), **SHALLOW | DIVISIONS[division])
     for config in dict.fromkeys((planned, deepest(replace(planned, queries=2)))):
         check(request, monkeypatch, config)
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in MANY_TILES if not case.dropout_p and not case.alibi], ids=lambda case: case.name
+)
+def test_many_tiles_adrift(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """P at once, without turns, as short windows have it at head_dim 64."""
+    request = case.request("cpu", torch.bfloat16)
+    adrift = {"consumers": 3, "overlap": Overlap.SCORES_DRIFTING, "keys": 64, "stages": 5}
+    check(request, monkeypatch, replace(forward_config(bind(request)[0]), **SHALLOW | adrift))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -51,6 +51,8 @@ class Overlap(Enum):
     """The row maxima alone: P dies before the exponentials are taken, which fits 160 registers (three consumers)."""
     DRIFTING = "maxima, without turns"
     """The same, and consumers take no turns: each goes through its own blocks of a window at its own pace."""
+    SCORES_DRIFTING = "scores, P at once, without turns"
+    """SCORES, as DRIFTING has it: at head_dim 64."""
     NONE = "no softmax of its own"
     """None: a block's S, softmax and P V follow one another, and the other consumers' work fills the tensor cores. S and P
     never live together, so three consumers fit at head_dim 128."""

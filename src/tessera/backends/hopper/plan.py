@@ -143,25 +143,22 @@ def _config_alone(problem: Problem, keys: float) -> ForwardConfig:
     pairs = replace(pairs, queries=1 if problem.layout is Layout.VARLEN else 2)
     window = {Feature.LEFT, Feature.RIGHT} <= set(features)
     if widest <= 64:
-        if window and keys <= 640:
-            # 64 keys over 128, 17 blocks for a window of 1024 where those take 9 of twice the keys: 1.26 at 256, 1.09 at 512, but
-            # 0.96 at 1024. Consumers stand a block apart, so three stages would not load ahead: 1.02 for five
-            short = replace(triples, keys=64, overlap=Overlap.NONE, queries=pairs.queries)
-            return replace(short, held=len(dims), stages=5)
+        exact = problem.dtype is torch.float16  # looks at the greatest P and not at one bit of all: spills in 160 registers
+        if window and keys <= (640 if exact else 2048):
+            # 64 keys over 128: 17 blocks for a window of 1024 where those take 9 of twice. 1.23 at 256, 1.11 at 512, 1.05 at
+            # 1024 (P after the maxima: 1.26, 1.05, 0.96). Consumers stand a block apart: three stages would not load ahead
+            overlap = Overlap.NONE if exact else Overlap.SCORES_DRIFTING
+            return replace(triples, keys=64, overlap=overlap, queries=pairs.queries, held=len(dims), stages=5)
         if Feature.RIGHT in features and keys <= 640:
             # 128 rows over 192: causal 1.08 at 1k, 0.97 at 2k, 0.92 at 4k. Q held: 1.015 at 512, 1.02 at 1k
             return deepest(replace(pairs, held=len(dims)))
         if window:
             # a window of 1024 at 16k: 1.06 over two consumers, whose few blocks hide the time between tiles less
             return deepest(replace(triples, overlap=Overlap.NONE, queries=pairs.queries))
-        # float16 has to look at the greatest P and not at one bit of all, which spills in 160 registers
-        return deepest(triples if problem.dtype is torch.bfloat16 else replace(triples, overlap=Overlap.MAXIMA))
+        return deepest(replace(triples, overlap=Overlap.MAXIMA) if exact else triples)
     ragged = _is_ragged(features)
     if widest <= 96 and keys > (2048 if ragged else 1536):
         # three over two: 1.06 at 2k, 1.07 at 4k and 16k full, 1.08 at 16k causal; 0.98 at 1k full, 0.97 at 2k causal
-        if dims == dims_v and problem.layout is Layout.DENSE:
-            # O by Q's buffer makes room for Q ahead and a third stage: causal 1.01 at 4k and 16k
-            return replace(triples, overlap=Overlap.NONE, queries=2, staging=Staging.QUERY)
         return replace(triples, overlap=Overlap.NONE, stages=2)
     if dims == dims_v == (128,) and window and keys <= 640 and problem.layout is Layout.DENSE:
         # three of 64 keys over two of 128: a window of 256 1.09, 1024 1.00, 4096 0.96
