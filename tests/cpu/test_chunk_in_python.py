@@ -37,7 +37,9 @@ MORE = (
     CacheCase("latent, 128 heads", cached=(200, 70), heads_q=128, **LATENT),
     CacheCase("latent, splits, sinks", cached=(330, 70, 3), heads_q=128, num_splits=3, page_size=64, sinks=True, **LATENT),
     CacheCase("latent, packed, window", cached=(200, 70, 9), heads_q=16, lengths_q=(5, 0, 9), window=(100, 0), **LATENT),
-    CacheCase("latent, pairs of tiles", cached=(4170,), heads_q=128, num_splits=1, **LATENT),
+    CacheCase("chunk by two programs", cached=(4170, 70), seqlen_q=64, heads_q=8, head_dim=128, num_splits=1),
+    CacheCase("latent by two programs", cached=(4170, 70), heads_q=128, num_splits=1, **LATENT),
+    CacheCase("latent, pairs of tiles", cached=(4170,), heads_q=128, num_splits=1, page_size=64, **LATENT),
     CacheCase("latent, pairs of tiles, 2 queries, window, pages", cached=(4170,), heads_q=64, seqlen_q=2, num_splits=1,
               window=(900, 0), page_size=64, **LATENT),
     CacheCase("latent, softcap", cached=(150,), heads_q=24, seqlen_q=5, softcap=20.0, **LATENT),
@@ -73,6 +75,11 @@ def test_long_latent_caches_are_read_two_tiles_at_a_time() -> None:
         if isinstance(config, LatentConfig):
             turns[case.name] = config.turns
     assert {name for name, turn in turns.items() if turn is Turns.PAIRS} == {name for name in turns if "pairs" in name}
+
+
+def test_long_caches_are_read_once_for_two_programs() -> None:
+    configs = {case.name: chunk_plan(describe(case.request("meta", torch.bfloat16)), MULTIPROCESSORS).config for case in MORE}
+    assert {name for name, config in configs.items() if config.pairing} == {name for name in configs if "two programs" in name}
 
 
 @pytest.mark.parametrize("splits", [2, 5, 64])

@@ -4,7 +4,8 @@ The loop is the forward's own (pieces/blocks.py): a producer warp, and consumer 
 one block under the products of another. What differs is what it runs over. Rows are packed, all query heads of a key/value head
 times a few positions (pieces/packed_rows.py), so that a tile of keys is loaded once for the whole group; keys come from the
 cache, box by box where it has pages (pieces/cache_rows.py); and a tile's keys may be split over several programs, whose float32
-parts combine.py puts together (Flash-Decoding), or two programs by themselves (pieces/joining.py).
+parts combine.py puts together (Flash-Decoding), or two programs by themselves (pieces/joining.py). Two tiles over the same keys
+may load them once for both (pieces/cluster.py).
 
 One program does one tile: the grid is fixed by shapes, lengths are read on the device.
 """
@@ -29,10 +30,11 @@ from tessera.backends.hopper.pieces.channel import (
     NAMED_BARRIER_V,
     Ring,
     Stream,
+    make_paired_stream,
     make_ring,
-    make_stream,
     pass_turn,
 )
+from tessera.backends.hopper.pieces.cluster import make_peers, size_of
 from tessera.backends.hopper.pieces.epilogue import LOG2_E, normaliser
 from tessera.backends.hopper.pieces.joining import join, make_meeting, store_rows
 from tessera.backends.hopper.pieces.masking import has_lower_bound, row_bounds
@@ -235,11 +237,12 @@ def _allocate(config: gl.constexpr, maps, given):
     k, k_boxes = allocate_parts(dtype, config.stages, config.keys, parts, box)
     v, v_boxes = allocate_parts(dtype, config.stages, config.keys, parts_v, box)
     q_ring = make_ring(config.consumers, 1)
-    k_stream = make_stream(config.stages, config.consumers, NAMED_BARRIER_K, producer_warps(config))
-    v_stream = make_stream(config.stages, config.consumers, NAMED_BARRIER_V, producer_warps(config))
+    k_peer, v_peer = make_peers(config)
+    k_stream = make_paired_stream(config.stages, config.consumers, NAMED_BARRIER_K, producer_warps(config), k_peer)
+    v_stream = make_paired_stream(config.stages, config.consumers, NAMED_BARRIER_V, producer_warps(config), v_peer)
     meeting = make_meeting(config, given)
     fence_async_shared()
-    if is_joined(config):
+    if size_of(config) > 1:
         meet_cluster()
     return Shared(q, k, v, (q_boxes, k_boxes, v_boxes), q_ring, k_stream, v_stream), meeting
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from enum import Enum
 
-from tessera.backends.hopper.config import ROWS, Feature, Overlap
+from tessera.backends.hopper.config import ROWS, Feature, Overlap, Pairing
 
 COLUMNS = 64
 """Columns of one TMA box of the caches and of the queries: 128 bytes, the widest swizzle."""
@@ -93,8 +94,37 @@ class Parts:
         return 2 * sum(self.dims)
 
 
+class Together(ABC):
+    """What follows from how programs pair to load keys once for both (pieces/cluster.py), for both kernels' configurations."""
+
+    pairing: Pairing | None
+
+    @property
+    @abstractmethod
+    def positions(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def head_tiles(self) -> int: ...
+
+    @property
+    def tiles_together(self) -> int:
+        """Tiles that programs of a cluster do, one each, over the same keys."""
+        return 1 if self.pairing is None else 2
+
+    @property
+    def positions_together(self) -> int:
+        """Query positions of those tiles."""
+        return self.positions * (2 if self.pairing is Pairing.ROWS else 1)
+
+    @property
+    def head_tiles_together(self) -> int:
+        """Such groups of tiles that share a position and a key/value head."""
+        return self.head_tiles // (2 if self.pairing is Pairing.HEADS else 1)
+
+
 @dataclass(frozen=True)
-class ChunkConfig:
+class ChunkConfig(Together):
     """One variant of chunk.py. `box`: cache rows that are copied at once, `keys` where the cache is contiguous.
     `widths`: the columns that there are of the keys and of the values; the parts' others are zeros."""
 
@@ -112,6 +142,7 @@ class ChunkConfig:
     consumer_registers: int
     producer_registers: int
     features: Features = ()
+    pairing: Pairing | None = None
 
     @property
     def rows(self) -> int:
@@ -125,8 +156,8 @@ class ChunkConfig:
 
     @property
     def cluster(self) -> int:
-        """Programs that share a tile's keys and put their sums together."""
-        return 2 if self.result is Result.JOINED else 1
+        """Programs that load their keys together, or share a tile's keys and put their sums together."""
+        return 2 if self.result is Result.JOINED else self.tiles_together
 
     @property
     def width_v(self) -> int:
@@ -148,7 +179,7 @@ class ChunkConfig:
 
 
 @dataclass(frozen=True)
-class LatentConfig:
+class LatentConfig(Together):
     """One variant of latent.py. `parts`: the latent's two halves, which are the values too, then what positions turn.
     `consumer_registers`: of `right`; `left` has what the others leave."""
 
@@ -164,9 +195,15 @@ class LatentConfig:
     consumer_registers: int
     producer_registers: int
     features: Features = ()
+    pairing: Pairing | None = None
 
     rows = ROWS
-    consumers = cluster = 1
+    consumers = 1
+
+    @property
+    def cluster(self) -> int:
+        """Programs that load their keys together."""
+        return self.tiles_together
 
     @property
     def outer(self) -> Parts:
@@ -207,4 +244,5 @@ def _described(config: ChunkConfig | LatentConfig, work: str) -> str:
     if config.reading is Reading.ROWS:
         boxes = " row by row"
     text = f"{config.rows}x{config.keys}{boxes} d{dim}, {work}, {config.stages} stages, {config.packing}, {config.result.value}"
+    text += f", pairs of {config.pairing.value}" if config.pairing else ""
     return text + "".join(f", {feature.value}" for feature in config.features)

@@ -27,8 +27,14 @@ _INTEGERS = (
     "batch", "heads", "group", "seqlen_q", "splits", "lines", "left_reach", "right_reach", "capacity", "appended",
     "table_stride", "pages_per_sequence", "page_count", "page_size",
 )  # fmt: skip
-COMBINE_ROWS, COMBINE_COLUMNS, COMBINE_PARTS = 4, 128, 32
-"""Rows and columns of a program of combine.py, and parts that it reads at once at most."""
+COMBINE_COLUMNS, COMBINE_PARTS, COMBINE_LOADS = 128, 32, 32
+"""Columns of a program of combine.py, parts that it reads at once at most, rows times parts that it reads at once at least."""
+
+
+def _combine_shape(splits: int) -> tuple[int, int]:
+    """Rows of a program of combine.py, four at least, a warp each; and parts that it reads at once."""
+    parts = min(1 << (splits - 1).bit_length(), COMBINE_PARTS)
+    return max(4, COMBINE_LOADS // parts), parts
 
 
 def kernel_spec(config: ChunkConfig | LatentConfig, dtype: torch.dtype) -> jit.KernelSpec:
@@ -65,14 +71,14 @@ def kernel_spec(config: ChunkConfig | LatentConfig, dtype: torch.dtype) -> jit.K
 
 def combine_spec(splits: int, dtype: torch.dtype, sinks: str) -> jit.KernelSpec:
     """combine.py's kernel for about that many parts; `sinks` as its SINKS."""
-    parts = 1 << (splits - 1).bit_length()
+    rows, parts = _combine_shape(splits)
     arguments: dict[str, jit.Tiles | jit.Pointer | jit.Scalar] = {
         "parts": jit.Pointer("fp32"), "lses": jit.Pointer("fp32"), "sinks": jit.Pointer("fp32", align=4),
         "total_q": jit.Pointer("i32", align=4),
         "out": jit.Pointer(ELEMENTS[dtype]), "lse": jit.Pointer("fp32", align=4),
         **{name: jit.Scalar("i32") for name in ("lines", "splits", "heads", "seqlen_q", "width")},
     }  # fmt: skip
-    constants = {"ROWS": COMBINE_ROWS, "AT_ONCE": min(parts, COMBINE_PARTS), "SINKS": sinks}
+    constants = {"ROWS": rows, "AT_ONCE": parts, "SINKS": sinks}
     kernel = "tessera.backends.hopper.combine:combine"
     return jit.KernelSpec(kernel, tuple(arguments.items()), tuple(constants.items()), early=True)
 
@@ -115,8 +121,8 @@ class ChunkLaunch:
     @cached_property
     def grid(self) -> tuple[int, int, int]:
         x, y, z = programs_of(self.problem, self.config)
-        cluster = self.config.cluster
-        return x * cluster, y * (self.plan.splits // cluster), z
+        parts = 1 if self.config.result is Result.JOINED else self.plan.splits
+        return x * self.config.cluster, y * parts, z
 
     @cached_property
     def lines(self) -> int:
@@ -150,7 +156,7 @@ class ChunkLaunch:
         if bound.combine is not None:
             shape, starts = problem.shape, operands.cu_seqlens_q
             total_q = 0 if starts is None else starts.data_ptr() + shape.batch * starts.element_size()
-            grid = (-(-self.lines // COMBINE_ROWS), -(-shape.head_dim_v // COMBINE_COLUMNS), 1)
+            grid = (-(-self.lines // _combine_shape(self.plan.splits)[0]), -(-shape.head_dim_v // COMBINE_COLUMNS), 1)
             bound.combine(
                 stream, *grid, parts.data_ptr(), lses.data_ptr(), address(sinks), total_q, out.data_ptr(), lse.data_ptr(),
                 self.lines, self.plan.splits, shape.heads_q, shape.seqlen_q, shape.head_dim_v,

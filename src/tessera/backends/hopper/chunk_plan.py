@@ -16,7 +16,7 @@ from tessera.backends.hopper.chunk_config import (
     Result,
     Turns,
 )
-from tessera.backends.hopper.config import ROWS, Feature, Overlap
+from tessera.backends.hopper.config import ROWS, Feature, Overlap, Pairing
 from tessera.backends.hopper.launch import ELEMENTS
 from tessera.backends.hopper.plan import SHARED_LIMIT
 from tessera.errors import Reason
@@ -133,18 +133,20 @@ def config_for(problem: CacheProblem, result: Result) -> ChunkConfig | LatentCon
     reading, box = reading_of(problem, keys)
     consumer, producer = _registers(problem, reading, box)
     if latent:
-        turns = _turns(problem, reading, result)
+        pairing = _pairing(problem, packing.blocks, reading, box, result)
+        turns = Turns.SINGLE if pairing else _turns(problem, reading, result)
         if turns is Turns.PAIRS:
             consumer = RIGHT_OF_PAIRS
         return LatentConfig(
             keys=keys, stages=2, reading=reading, box=box, parts=Parts.of(dims), widths=widths, packing=packing, result=result,
-            turns=turns, consumer_registers=consumer, producer_registers=producer, features=features,
+            turns=turns, pairing=pairing, consumer_registers=consumer, producer_registers=producer, features=features,
         )  # fmt: skip
+    tiles = -(-problem.shape.seqlen_q // (2 * packing.positions)) if packing.blocks == 1 else 0
     room = SHARED_LIMIT // 2 - sum(dims) * 2 * ROWS
     return ChunkConfig(
         consumers=2, keys=keys, stages=min(3, room // (keys * (sum(dims) + sum(dims_v)))), reading=reading, box=box,
         parts=Parts.of(dims), parts_v=Parts.of(dims_v), widths=widths, packing=packing, result=result,
-        overlap=_overlap(widest),
+        overlap=_overlap(widest), pairing=_pairing(problem, tiles, reading, box, result),
         consumer_registers=consumer, producer_registers=producer, features=features,
     )  # fmt: skip
 
@@ -164,10 +166,25 @@ def _registers(problem: CacheProblem, reading: Reading, box: int) -> tuple[int, 
     return (232, 40) if box >= 64 else (224, 56)
 
 
+def _pairing(problem: CacheProblem, tiles: int, reading: Reading, box: int, result: Result) -> Pairing | None:
+    """Whether two programs read the same keys by TMA, and so from L2 once; `tiles` share a position or a head.
+
+    (H200, 2026-11-21, with rest before each launch, and at the power limit: 64 queries over 16 x 16k 1.024 and 1.004; parts 1.01
+    and 0.99, in pages of 16 0.98; MLA contiguous 1.02 and 0.964, so 1.017 and 1.003 of FlashAttention-3, where two tiles at a
+    time have 0.996 and 1.04; MLA in pages 1.01 and 0.95, two queries 0.98 and 0.93; 1024 queries, many tiles, 0.99.)
+    """
+    long = result is Result.WHOLE and problem.shape.seqlen_k >= LONG
+    if tiles != 2 or not long or reading is not Reading.BOXES or problem.layout is Layout.VARLEN:
+        return None
+    if is_latent(problem):
+        return Pairing.HEADS if problem.cache.pages is None and problem.shape.seqlen_q == 1 else None
+    return Pairing.ROWS if box >= 64 and problem.shape.head_dim == problem.shape.head_dim_v == 128 else None
+
+
 RIGHT_OF_PAIRS = 200
 """Registers of `right` under Turns.PAIRS, where `left` needs all 255 that a thread can have."""
 LONG = 4096
-"""Keys from which on pairs of tiles pay."""
+"""Keys from which on pairs of tiles, or of programs, pay."""
 
 
 def _turns(problem: CacheProblem, reading: Reading, result: Result) -> Turns:
@@ -180,12 +197,12 @@ def _turns(problem: CacheProblem, reading: Reading, result: Result) -> Turns:
 
 
 def programs_of(problem: CacheProblem, config: ChunkConfig | LatentConfig) -> tuple[int, int, int]:
-    """The grid of one split: tiles of positions, key/value heads x tiles of heads, sequences."""
+    """The grid of one split: tiles of positions, key/value heads x tiles of heads, sequences; pairs of tiles count once."""
     shape = problem.shape
-    heads = shape.heads_kv * config.head_tiles
+    heads = shape.heads_kv * config.head_tiles_together
     if problem.layout is Layout.VARLEN:  # each sequence's tiles rounded up, and what lies after the last one
         return shape.seqlen_q // config.positions + shape.batch + 1, heads, 1
-    return -(-shape.seqlen_q // config.positions), heads, shape.batch
+    return -(-shape.seqlen_q // config.positions_together), heads, shape.batch
 
 
 def splits_for(problem: CacheProblem, config: ChunkConfig | LatentConfig, multiprocessors: int) -> int:
@@ -200,11 +217,12 @@ def splits_for(problem: CacheProblem, config: ChunkConfig | LatentConfig, multip
     if problem.layout is Layout.VARLEN:
         x = max(1, x - 1 - problem.shape.batch // 2)  # half of the sequences' last tiles, on average, are not there
 
-    if x * y * z >= _FULL_WAVES * multiprocessors:
+    programs = x * y * z * config.tiles_together
+    if programs >= _FULL_WAVES * multiprocessors:
         return 1
 
     def turns(splits: int) -> float:
-        waves = -(-x * y * z * splits // multiprocessors)
+        waves = -(-programs * splits // multiprocessors)
         each = -(-blocks // splits) + _FIXED_BLOCKS
         if splits == 1 or joins(problem, splits):
             return waves * (each + (splits - 1) * _JOIN_BLOCKS)

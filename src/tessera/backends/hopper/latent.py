@@ -9,7 +9,7 @@ One program does 64 query rows (packed_rows.py). A tile of 64 keys x 576 columns
 
 An accumulator of 64 x 512 is too wide for one warpgroup: each holds half. While `left` takes the exponentials of one tile,
 `right` still multiplies with the last one's. Where nothing but the tensor cores bounds it, `left` takes two tiles at a time, and
-they never wait for a softmax (Turns.PAIRS).
+they never wait for a softmax (Turns.PAIRS). Or two programs, 64 heads each, load the rows once for both (pieces/cluster.py).
 """
 
 from tessera.backends.hopper.chunk import finish_rows
@@ -28,7 +28,8 @@ from tessera.backends.hopper.pieces.cache_rows import (
     producer_warps,
     query_box,
 )
-from tessera.backends.hopper.pieces.channel import NAMED_BARRIER_K, NAMED_BARRIER_V, Ring, Stream, make_ring, make_stream
+from tessera.backends.hopper.pieces.channel import NAMED_BARRIER_K, NAMED_BARRIER_V, Ring, Stream, make_paired_stream, make_ring
+from tessera.backends.hopper.pieces.cluster import make_peers, size_of
 from tessera.backends.hopper.pieces.gradients import meet
 from tessera.backends.hopper.pieces.masking import has_lower_bound, mask_scores, row_bounds
 from tessera.backends.hopper.pieces.modifiers import no_modifiers
@@ -61,6 +62,7 @@ from tessera.jit.compat import (
     gl,
     gluon,
     let_next_begin,
+    meet_cluster,
     wait_for_previous,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -336,9 +338,12 @@ def _allocate(config: gl.constexpr, maps):
     p = gl.allocate_shared_memory(dtype, [1, M, config.keys], _p_layout(dtype, config.keys))
     factors = gl.allocate_shared_memory(gl.float32, [1, M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_ring = make_ring(1, 1)
-    outer = make_stream(config.stages, 1, NAMED_BARRIER_K, producer_warps(config))
-    right = make_stream(config.stages, 1, NAMED_BARRIER_V, producer_warps(config))
+    outer_peer, right_peer = make_peers(config)
+    outer = make_paired_stream(config.stages, 1, NAMED_BARRIER_K, producer_warps(config), outer_peer)
+    right = make_paired_stream(config.stages, 1, NAMED_BARRIER_V, producer_warps(config), right_peer)
     fence_async_shared()
+    if size_of(config) > 1:
+        meet_cluster()
     return Shared(q, k, (q_boxes, k_boxes), (p, factors), q_ring, outer, right)
 
 

@@ -18,7 +18,7 @@ from tessera.backends.hopper.chunk_config import COLUMNS as BOX_COLUMNS
 from tessera.backends.hopper.chunk_config import Reading
 from tessera.backends.hopper.pieces.kv_source import WRAP, Sequence
 from tessera.backends.hopper.pieces.tiles import has
-from tessera.jit.compat import aggregate, copy_to_shared, gl, gluon, reinterpret, tma_load
+from tessera.jit.compat import aggregate, copy_to_shared, gl, gluon, reinterpret, tma_load, tma_load_as
 
 COLUMNS = gl.constexpr(BOX_COLUMNS)
 
@@ -241,19 +241,23 @@ def _from_lane(value, lane):
 
 
 @gluon.jit
-def _load_box(tiles, boxes, place, bar, where, parts: gl.constexpr):
-    """One box of rows, 64 columns at a time: box `place` = (slot, boxes a block of columns, box), rows `where` of the map."""
+def _load_box(tiles, boxes, place, bar, where, parts: gl.constexpr, HOW: gl.constexpr):
+    """One box of rows, 64 columns at a time: box `place` = (slot, boxes a block of columns, box), rows `where` of the map. `HOW`:
+    as tma_load_as has it, or None."""
     slot, count, box = place
     head, end, row = where
     for part in gl.static_range(len(boxes)):
         for block in gl.static_range(_blocks(parts, part)):
             box_of_part = (slot * _blocks(parts, part) + block) * count + box
             column = parts.columns[part] + block * COLUMNS
-            tma_load(tiles, [WRAP, end, head, row, column], bar, boxes[part].index(box_of_part))
+            if HOW is None:
+                tma_load(tiles, [WRAP, end, head, row, column], bar, boxes[part].index(box_of_part))
+            else:
+                tma_load_as(HOW, tiles, [WRAP, end, head, row, column], bar, boxes[part].index(box_of_part))
 
 
 @gluon.jit
-def _load_boxes(config: gl.constexpr, tiles, source, boxes, place, parts: gl.constexpr):
+def _load_boxes(config: gl.constexpr, tiles, source, boxes, place, parts: gl.constexpr, HOW: gl.constexpr):
     """`place` = (slot, barrier, the tile's first row in the sequence, its `find_rows`)."""
     slot, bar, row, own = place
     if has(config, "pages"):
@@ -261,11 +265,11 @@ def _load_boxes(config: gl.constexpr, tiles, source, boxes, place, parts: gl.con
         for box in gl.static_range(count):
             first = _from_lane(own, box)
             valid = gl.minimum(gl.maximum(source.count - row - box * config.box, 0), config.box)
-            _load_box(tiles, boxes, (slot, count, box), bar, (source.head, first + valid, WRAP - valid), parts)
+            _load_box(tiles, boxes, (slot, count, box), bar, (source.head, first + valid, WRAP - valid), parts, HOW)
     else:
         first = source.entry * source.rows.pitch + source.first
         where = (source.head, first + source.count, WRAP - source.count + row)
-        _load_box(tiles, boxes, (slot, 1, 0), bar, where, parts)
+        _load_box(tiles, boxes, (slot, 1, 0), bar, where, parts, HOW)
 
 
 # --------------------------------------------------------------------------------------------------- rows, by cp.async
@@ -303,7 +307,10 @@ def load_keys(config: gl.constexpr, stream, tiles, source, boxes, turn, parts: g
         stream.publish(n)
     else:
         bar = stream.expect(n, parts.row_bytes * config.keys)
-        _load_boxes(config, tiles, source, boxes, (stream.slot(n), bar, row, where), parts)
+        if len(stream.peer) == 0:
+            _load_boxes(config, tiles, source, boxes, (stream.slot(n), bar, row, where), parts, None)
+        elif stream.peer[0].may_load(stream.slot(n), n // stream.slots):
+            _load_boxes(config, tiles, source, boxes, (stream.slot(n), bar, row, where), parts, "multicast 3")
 
 
 # ------------------------------------------------------------------------------------------------------------- queries

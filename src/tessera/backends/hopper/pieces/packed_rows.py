@@ -1,12 +1,13 @@
 """Tiles over a KV cache: which query rows and which of their keys one program does, and where its results go.
 
-The grid is fixed by shapes alone: (tiles of positions, key/value heads x tiles of heads x splits, batch), or, where two programs
-join, (tiles of positions x 2, key/value heads x tiles of heads, batch). Lengths are read on the device, so a captured graph
-serves them as they grow; a program whose rows or keys are none ends at once.
+The grid is fixed by shapes alone: (tiles of positions, key/value heads x tiles of heads x splits, batch); clusters of two lie
+along x, whether they share a tile's keys and join, or are neighbouring tiles of positions or of heads over the same keys. Lengths
+are read on the device, so a captured graph serves them as they grow; a program whose rows or keys are none ends at once.
 """
 
 from tessera.backends.hopper.chunk_config import Result
 from tessera.backends.hopper.pieces.cache_rows import Cache, cache_sequence
+from tessera.backends.hopper.pieces.cluster import is_pair_of_heads, is_pair_of_rows, program_of_pair, size_of
 from tessera.backends.hopper.pieces.kv_source import Sequence
 from tessera.backends.hopper.pieces.masking import block_range, full_block_range, has_lower_bound
 from tessera.backends.hopper.pieces.tiles import M, has
@@ -105,11 +106,13 @@ def is_joined(config):
 
 @gluon.jit
 def _program(config: gl.constexpr, call):
-    """This program's (tile of positions, of how many; tile of heads over all heads of keys; split)."""
+    """This program's (tile of positions, of how many; tile of heads over all heads of keys; split). Pairs count once."""
+    size: gl.constexpr = size_of(config)
+    number, numbers, place = gl.program_id(0) // size, gl.num_programs(0) // size, gl.program_id(1)
     if is_joined(config):
-        return gl.program_id(0) // 2, gl.num_programs(0) // 2, gl.program_id(1), gl.program_id(0) % 2
+        return number, numbers, place, program_of_pair()
     else:
-        return gl.program_id(0), gl.num_programs(0), gl.program_id(1) // call.splits, gl.program_id(1) % call.splits
+        return number, numbers, place // call.splits, place % call.splits
 
 
 @gluon.jit
@@ -177,11 +180,13 @@ def locate_cache_tile(config: gl.constexpr, call):
         seq, position = _packed(config, call, number)
     else:
         seq = cache_sequence(config, call.cache, call.cu_q, gl.program_id(2), call.seqlen_q)
-        position = number * config.positions
-    head = place // config.head_tiles
-    first_head = (place - head * config.head_tiles) * config.rows
+        position = number * config.positions_together
+    head = place // config.head_tiles_together
+    first_head = (place - head * config.head_tiles_together) * config.rows
+    if is_pair_of_heads(config):
+        first_head = first_head * 2 + program_of_pair() * config.rows
     first = gl.minimum(position, gl.maximum(seq.q_rows - 1, 0))
-    last = gl.maximum(gl.minimum(position + config.positions, seq.q_rows) - 1, first)
+    last = gl.maximum(gl.minimum(position + config.positions_together, seq.q_rows) - 1, first)
     begin, end = block_range(config, call.reach, seq, first, last)
     parts = split * 0 + 1
     if is_part(config) or is_joined(config):
@@ -190,6 +195,8 @@ def locate_cache_tile(config: gl.constexpr, call):
         end = gl.minimum(begin + (split + 1) * share, end)
         begin = gl.minimum(begin + split * share, end)
     end = gl.where(position < seq.q_rows, end, begin)
+    if is_pair_of_rows(config):  # the keys are those that either tile needs
+        position += program_of_pair() * config.positions
     return CacheTile(seq, position, head, first_head, split, parts, begin, end)
 
 
