@@ -38,12 +38,12 @@ from tessera.verify import trainable
 
 TOOLS = ("memcheck", "racecheck")
 NO_CLUSTERS = ("racecheck",)
-"""Tools that are given no clusters: racecheck never ends of two programs that load for each other, though it does of kernels that
-only meet and arrive at each other's mbarriers (H200, CUDA 13, 2026-11-21). memcheck and synccheck see them."""
+"""Tools that are given no clusters: racecheck never ends of a cluster that meets before its warps specialise, which a kernel that
+does nothing else shows (H200, CUDA 13, 2026-11-21). memcheck and synccheck see them."""
 EXPLAINED = {
     "Triton's own words to its partitions, between two barrier.sync of the whole block": (
-        "def attention_", "def decode(", "gl.warp_specialize([", "if config.consumers == 2:", "if divided_by(config, ",
-        "elif divided_by(config, ",
+        "def attention_", "def _start_ahead(", "def decode(", "gl.warp_specialize([", "if config.consumers == 2:",
+        "if divided_by(config, ", "elif divided_by(config, ",
     ),
     "the posted tile, between the arrives and the waits of an mbarrier pair": (
         "numbers.index(place).store(", "posted = numbers.index(place).load(",
