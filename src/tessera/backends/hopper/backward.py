@@ -1,6 +1,6 @@
 """The backward pass on Hopper: FlashAttention-2's Algorithm 2 (arXiv 2307.08691), its warps specialised as FlashAttention-3's
 (arXiv 2407.08608, section 3.1). A program has a tile of keys, or one tile after another; in it are a `producer` warp, two or
-three consumer warpgroups and two warps that write dQ where it has an order:
+three consumer warpgroups and one warp or two that write dQ where it has an order:
 
     producer    K, V, then for each block of rows that sees the tile: Q with lse, dO with D, by TMA into rings
     consumers   for each block of rows (of each query head that shares these keys):
@@ -249,9 +249,8 @@ def attention_backward(
             (consumer_of_keys, (config, 0, dq_map, dk_map, dv_map, shared, halves, score, call)),
             (consumer_of_keys, (config, 1, dq_map, dk_map, dv_map, shared, halves, score, call)),
             (producer, (config, maps, stats_map, shared, call)),
-            (writer_of_dq, (config, 0, dq_map, out, halves.sums, marks_ptr + 1, call)),
-            (writer_of_dq, (config, 1, dq_map, out, halves.sums, marks_ptr + 1, call)),
-        ], [4, 1, 1, 1], [240, 24, 24, 24])  # fmt: skip
+            (writer_of_dq, (config, dq_map, out, halves.sums, marks_ptr + 1, call)),
+        ], [4, 1, 1], [240, 24, 24])  # fmt: skip
     elif divided_by(config, "keys, P ahead"):
         _start_ahead(config, maps, (stats_map, dq_map, dk_map, dv_map), out, marks_ptr + 1, (shared, draws), score, call)
     elif divided_by(config, "keys, dQ in turn"):
@@ -262,18 +261,16 @@ def attention_backward(
                 (consumer_in_turn, (config, 0, dq_map, dk_map, dv_map, shared, parts, draws, score, call)),
                 (consumer_in_turn, (config, 1, dq_map, dk_map, dv_map, shared, parts, draws, score, call)),
                 (_producer, (config, maps, stats_map, shared, draws, call)),
-                (writer_of_dq, (config, 0, dq_map, out, parts.sums, marks_ptr + 1, call)),
-                (writer_of_dq, (config, 1, dq_map, out, parts.sums, marks_ptr + 1, call)),
-            ], [4, 1, 1, 1], [240, 24, 24, 24])  # fmt: skip
+                (writer_of_dq, (config, dq_map, out, parts.sums, marks_ptr + 1, call)),
+            ], [4, 1, 1], [240, 24, 24])  # fmt: skip
         else:
             gl.warp_specialize([
                 (consumer_in_turn, (config, 0, dq_map, dk_map, dv_map, shared, parts, draws, score, call)),
                 (consumer_in_turn, (config, 1, dq_map, dk_map, dv_map, shared, parts, draws, score, call)),
                 (consumer_in_turn, (config, 2, dq_map, dk_map, dv_map, shared, parts, draws, score, call)),
                 (_producer, (config, maps, stats_map, shared, draws, call)),
-                (writer_of_dq, (config, 0, dq_map, out, parts.sums, marks_ptr + 1, call)),
-                (writer_of_dq, (config, 1, dq_map, out, parts.sums, marks_ptr + 1, call)),
-            ], [4, 4, 1, 1, 1], [160, 160, 24, 24, 24])  # fmt: skip
+                (writer_of_dq, (config, dq_map, out, parts.sums, marks_ptr + 1, call)),
+            ], [4, 4, 1, 1], [160, 160, 24, 24])  # fmt: skip
     else:
         # Of the splits of the registers 208/208/72 is clean, 200/200/88 serialises the products (Triton 3.6, d256).
         exchange = make_exchange(config, dq_map, out_map)
@@ -283,6 +280,5 @@ def attention_backward(
             (consumer_of_dk, (config, dk_map, shared, exchange, draws, score, call)),
             (consumer_of_dq, (config, dq_map, shared, exchange, draws, score, call)),
             (_producer, (config, maps, stats_map, shared, draws, call)),
-            (writer_of_dq, (config, 0, dq_map, out, exchange.sums, marks_ptr + 1, call)),
-            (writer_of_dq, (config, 1, dq_map, out, exchange.sums, marks_ptr + 1, call)),
-        ], [4, 4, 1, 1, 1], [208, 72, 24, 24, 24])  # fmt: skip
+            (writer_of_dq, (config, dq_map, out, exchange.sums, marks_ptr + 1, call)),
+        ], [4, 4, 1, 1], [208, 72, 24, 24])  # fmt: skip

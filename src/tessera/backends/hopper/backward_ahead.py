@@ -14,13 +14,14 @@ carried, in 16 bits: 192 accumulators and one operand are what fits in 240 regis
 dK and dV leave through the buffers of dQ's parts, so that K, V and the rings are free for the next tile before they have.
 """
 
+from tessera.backends.hopper.pieces.channel import make_ring
 from tessera.backends.hopper.pieces.gradients import Score, Shared, issue_transposed, probabilities, row_values
 from tessera.backends.hopper.pieces.key_tiles import Call, locate_keys
 from tessera.backends.hopper.pieces.kv_source import store_rows
 from tessera.backends.hopper.pieces.masking import has_lower_bound
 from tessera.backends.hopper.pieces.row_ranges import cut_and_full, first_row, key_bounds, row_blocks
 from tessera.backends.hopper.pieces.softmax import to_16_bit, to_32_bit
-from tessera.backends.hopper.pieces.sums import Sums, add_part, adds_in_order, row_block, sums_in
+from tessera.backends.hopper.pieces.sums import Sums, add_part, adds_in_order, row_block
 from tessera.backends.hopper.pieces.tiles import (
     M,
     accumulator_layout,
@@ -75,7 +76,7 @@ def make_pair(config: gl.constexpr, dq_map, dk_map):
     count: gl.constexpr = config.part_buffers
     tiles = allocate_tiles(dk_map, count)  # made as what needs the wider alignment
     parts = reinterpret(tiles, gl.float32, [count] + dq_map.block_type.shape, dq_map.layout)
-    return Pair(ds, full, sums_in(config, parts, parts), tiles)
+    return Pair(ds, full, Sums(parts, parts, make_ring(count, 1)), tiles)
 
 
 @aggregate

@@ -19,10 +19,12 @@ WORK_ROWS = 128
 
 
 FEW_KEYS = 512
-"""Up to so many keys dQ's zeros and the kernel that rounds it cost more than that the last tile rounds: by default under a
-diagonal at head dim 128 (ours / FA3 at 512 1.146 and 1.002; at 64 tile after tile is faster, 1.146 and 1.093), and where an order
-is kept anyway (over order alone 1.10 and 1.03 under a diagonal, 1.04 and 0.99 without; at 1k 1.03 and 0.98, 1.00 and 0.92; H200,
-2026-11-21)."""
+"""Up to so many keys under a diagonal dQ's zeros and the kernel that rounds it cost more than to add in order, at head dim 128:
+ours / FA3 at 512 1.146 with order and 1.002 without (at 64 tile after tile is faster, 1.146 and 1.093; H200, 2026-11-21)."""
+FEW_KEYS_IN_ORDER = 16
+"""Where an order is kept anyway, up to so many keys a column of V. Its time over that of order alone, in turn: d128 full 512
+0.917, 2k 0.993, 4k 1.016, 16k 1.042; causal 0.868, 0.967, 0.999, 1.027; d64 full 512 0.936, 1k 0.979, 2k 1.003, 16k 1.040 (same
+run). With P ahead order alone is faster: FEW_KEYS counts there (1k full 1.03, causal 1.02)."""
 MANY_TILES = 512
 """With fewer than about four for each multiprocessor those of a head begin together, and wait for one another."""
 
@@ -187,7 +189,8 @@ def backward_config(problem: Problem) -> BackwardConfig:
     if not rounded or not 0 < shape.seqlen_q <= shape.seqlen_k:  # else some rows may see no key
         return plain
     if problem.reproducibility is Reproducibility.BITWISE:
-        return rounded[0] if shape.seqlen_k <= FEW_KEYS else plain
+        few = FEW_KEYS if plain.division is Division.AHEAD else FEW_KEYS_IN_ORDER * plain.dim_v
+        return rounded[0] if shape.seqlen_k <= few else plain
     tiles = shape.batch * shape.heads_kv * -(-shape.seqlen_k // rounded[0].keys)
     return rounded[0] if shape.seqlen_k <= FEW_KEYS and tiles >= MANY_TILES else plain
 

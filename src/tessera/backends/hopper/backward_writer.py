@@ -1,14 +1,15 @@
-"""The backward's two warps that add dQ up in a fixed order (see pieces/sums.py and chain.py): part after part from the consumers.
+"""The backward's warps that add dQ up in a fixed order (see pieces/sums.py and chain.py): part after part from the consumers.
 
-They take blocks of rows in turn. To wait until additions are complete, to tell the next tile and to hear from the one before take
-longer than a block has: with one warp an order cost 1.22 to 1.31 at head dim 256 and 16k, with two 1.06 and 1.18 (H200,
-2026-11-21).
+One warp, or, where programs take tile after tile, two that take blocks of rows in turn: to wait until additions are complete, to
+tell the next tile and to hear from the one before take longer than a block has. (Two where a program has one tile would cost 1.06
+to 1.18 instead of 1.22 to 1.31 at head dim 256 and 16k, but one in a hundred runs then had other bits, in d64's and d256's
+divisions, and it is not known why; H200, 2026-11-21.)
 
 A tile only waits for tiles with lower numbers. Blocks are dispatched in the order of their numbers (CUB's single-pass scan counts
 on that too), so those are running, and every wait ends. (Programs that take tile after tile: pieces/draws.py.)
 
-Where the last tile rounds, one warp does it all. It brings what has been added so far into the slot that the consumers' last
-part will take, while they still compute it; they add, round, and hand back 16 bits.
+Where the last tile rounds, the warp brings what has been added so far into the slot that the consumers' last part will take,
+while they still compute it; they add, round, and hand back 16 bits.
 """
 
 from tessera.backends.hopper.pieces.chain import Chain, chain_of
@@ -28,21 +29,12 @@ from tessera.jit.compat import (
     aggregate,
     gl,
     gluon,
-    mbarrier,
     tma_load,
     tma_reduce_add,
     tma_store,
     tma_store_wait,
     wait_for_previous,
 )
-
-
-@gluon.constexpr_function
-def _writers(config):
-    """How many of the two have anything to do; where there is no order, the consumers add."""
-    if rounds_last(config):
-        return 1
-    return 2 if adds_in_order(config) else 0
 
 
 @aggregate
@@ -82,7 +74,7 @@ def _release(config: gl.constexpr, dq_map, sums, call, task, m):
     """Slot m to the consumers; if theirs is the last part to come to its rows, with what has been added before."""
     n = m // config.parts
     row = task.row(n)
-    if task.chain.closes(row) and not task.chain.opens(row):
+    if rounds_last(config) and task.chain.closes(row) and not task.chain.opens(row):
         place = task.place(call, n)
         index = m - n * config.parts
         if index == 0:
@@ -111,30 +103,18 @@ def _send(config: gl.constexpr, dq_map, out, sums, call, task, n, j: gl.constexp
         tma_reduce_add(dq_map, where, part)
 
 
-@gluon.constexpr_function
-def _has_own_slots(config):
-    """Whether the parts of every other block always lie in the same slots."""
-    return config.part_buffers == 2 * config.parts
-
-
 @gluon.jit
 def _write_in_turn(config: gl.constexpr, writer: gl.constexpr, dq_map, out, sums, call, task):
-    """Every other block. A warp looks for a block's parts when the other one has found all of the block before: an mbarrier tells
-    this lap from the last, not from the one before that."""
+    """Every other block, whose parts lie in slots of this warp's own."""
     parts: gl.constexpr = config.parts
     number = task.tile.first // config.keys + 1
     for n in range((task.done + writer) & 1, task.count * call.group, 2):
-        use = task.done + n
         mark = task.marks + task.place(call, n)
         if not task.chain.opens(task.row(n)):
             await_mark(mark, task.chain.before + 1)
-        if not _has_own_slots(config) and use > 0:
-            mbarrier.wait(sums.found.index(1 - writer), ((use - 1) // 2) & 1)
         for j in gl.static_range(parts):
-            m = use * parts + j
+            m = (task.done + n) * parts + j
             sums.ring.wait(m)
-            if j == parts - 1 and not _has_own_slots(config):
-                mbarrier.arrive(sums.found.index(writer))
             _send(config, dq_map, out, sums, call, task, n, j)
             tma_store_wait(0)
             sums.ring.release(m)
@@ -142,17 +122,18 @@ def _write_in_turn(config: gl.constexpr, writer: gl.constexpr, dq_map, out, sums
 
 
 @gluon.jit
-def _write_and_round(config: gl.constexpr, dq_map, out, sums, call, task):
-    """Every block. Its mark is set when the first part of the next is under way, so that nobody waits for complete stores."""
+def _write_in_order(config: gl.constexpr, dq_map, out, sums, call, task):
+    """A row block's mark is set when the next one's first part is under way, so that nobody waits for stores to be complete."""
     parts: gl.constexpr = config.parts
     slots: gl.constexpr = config.part_buffers
     number = task.tile.first // config.keys + 1
     total = task.count * call.group * parts
-    for m in range(gl.minimum(total, slots)):
-        _release(config, dq_map, sums, call, task, m)
+    if rounds_last(config):
+        for m in range(gl.minimum(total, slots)):
+            _release(config, dq_map, sums, call, task, m)
     for n in range(task.count * call.group):
-        row = task.row(n)
-        if not (task.chain.opens(row) or task.chain.closes(row)):  # where it closes, _release has waited
+        is_there = rounds_last(config) and task.chain.closes(task.row(n))  # then _release has waited
+        if not (task.chain.opens(task.row(n)) or is_there):
             await_mark(task.marks + task.place(call, n), task.chain.before + 1)
         for j in gl.static_range(parts):
             m = n * parts + j
@@ -160,7 +141,9 @@ def _write_and_round(config: gl.constexpr, dq_map, out, sums, call, task):
             _send(config, dq_map, out, sums, call, task, n, j)
             if m > 0:  # by now the part before has been read
                 tma_store_wait(1)
-                if m - 1 + slots < total:
+                if not rounds_last(config):
+                    sums.ring.release(m - 1)
+                elif m - 1 + slots < total:
                     _release(config, dq_map, sums, call, task, m - 1 + slots)
             if j == 0 and n > 0:
                 set_mark(task.marks + task.place(call, n - 1), number, 1)
@@ -169,35 +152,30 @@ def _write_and_round(config: gl.constexpr, dq_map, out, sums, call, task):
 
 
 @gluon.jit
-def writer_of_dq(config: gl.constexpr, writer: gl.constexpr, dq_map, out, sums, marks, call):
-    """Writer 0 or 1."""
-    if writer < _writers(config):
+def writer_of_dq(config: gl.constexpr, dq_map, out, sums, marks, call):
+    if adds_in_order(config):  # else the consumers add
         tile = locate_keys(config, call, call.order.number)
         begin, count = row_blocks(config, call.band, tile.seq, tile.first)
         wait_for_previous()  # for the marks
         if count > 0:
             task = Task(tile, begin, count, chain_of(config, call, tile, out[2]), marks, begin * 0)
-            if rounds_last(config):
-                _write_and_round(config, dq_map, out, sums, call, task)
-            else:
-                _write_in_turn(config, writer, dq_map, out, sums, call, task)
+            _write_in_order(config, dq_map, out, sums, call, task)
         tma_store_wait(0)
 
 
 @gluon.jit
 def writer_of_many(config: gl.constexpr, writer: gl.constexpr, dq_map, out, sums, draws, marks, call):
-    """The same for tile after tile."""
-    if writer < _writers(config):
-        wait_for_previous()
-        number = draws.read(0)
-        turn = 0
-        done = 0
-        while number < draws.tiles:
-            tile = locate_keys(config, call, number)
-            begin, count = row_blocks(config, call.band, tile.seq, tile.first)
-            task = Task(tile, begin, count, chain_of(config, call, tile, out[2]), marks, done)
-            _write_in_turn(config, writer, dq_map, out, sums, call, task)
-            done += count * call.group
-            turn += 1
-            number = draws.read(turn)
-        tma_store_wait(0)
+    """Writer 0 or 1 of a program that takes tile after tile."""
+    wait_for_previous()
+    number = draws.read(0)
+    turn = 0
+    done = 0
+    while number < draws.tiles:
+        tile = locate_keys(config, call, number)
+        begin, count = row_blocks(config, call.band, tile.seq, tile.first)
+        task = Task(tile, begin, count, chain_of(config, call, tile, out[2]), marks, done)
+        _write_in_turn(config, writer, dq_map, out, sums, call, task)
+        done += count * call.group
+        turn += 1
+        number = draws.read(turn)
+    tma_store_wait(0)

@@ -16,7 +16,7 @@ from tessera.backends.hopper.pieces.channel import Ring, make_ring
 from tessera.backends.hopper.pieces.masking import has_lower_bound
 from tessera.backends.hopper.pieces.softmax import to_16_bit
 from tessera.backends.hopper.pieces.tiles import has, matrix
-from tessera.jit.compat import aggregate, fence_async_shared, gl, gluon, mbarrier, reinterpret, tma_reduce_add, tma_store_wait
+from tessera.jit.compat import aggregate, fence_async_shared, gl, gluon, reinterpret, tma_reduce_add, tma_store_wait
 
 PART_ROWS = gl.constexpr(ROWS)
 """Rows of a part, and of a mark."""
@@ -52,29 +52,17 @@ class Sums:
     """Parts on their way, in float32: (slots, 64, columns) in rows, else (slots, 1, columns / 4, 256). `rounded` are the same
     bytes as rows of 16 bits, two of (64, columns) a slot, of which the first is used; or both, for dV and dK.
 
-    Where the last tile rounds, the writer does not release a slot only: it may first have brought what has been added so far.
-    `found`: an mbarrier of each writer, that it has found all parts of its block (backward_writer.py)."""
+    Where the last tile rounds, the writer does not release a slot only: it may first have brought what has been added so far."""
 
     parts: gl.shared_memory_descriptor
     rounded: gl.shared_memory_descriptor
     ring: Ring
-    found: gl.shared_memory_descriptor
 
     @gluon.constexpr_function
-    def __init__(self, parts, rounded, ring, found):
+    def __init__(self, parts, rounded, ring):
         self.parts = parts
         self.rounded = rounded
         self.ring = ring
-        self.found = found
-
-
-@gluon.jit
-def sums_in(config: gl.constexpr, parts, rounded):
-    """Sums whose parts lie in these buffers."""
-    found = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for writer in gl.static_range(2):
-        mbarrier.init(found.index(writer), count=1)
-    return Sums(parts, rounded, make_ring(config.part_buffers, 1), found)
 
 
 @gluon.jit
@@ -84,10 +72,10 @@ def make_sums(config: gl.constexpr, dq_map, out_map=0):
     if rounds_last(config) or (config.takes_tile_after_tile and not lies_in_rows(config)):
         # made as what needs the wider alignment
         rounded = gl.allocate_shared_memory(out_map.dtype, [2 * count] + out_map.block_type.shape, out_map.layout)
-        return sums_in(config, reinterpret(rounded, gl.float32, shape, dq_map.layout), rounded)
+        return Sums(reinterpret(rounded, gl.float32, shape, dq_map.layout), rounded, make_ring(count, 1))
     else:
         parts = gl.allocate_shared_memory(gl.float32, shape, dq_map.layout)
-        return sums_in(config, parts, parts)
+        return Sums(parts, parts, make_ring(count, 1))
 
 
 @gluon.jit
