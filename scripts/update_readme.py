@@ -234,7 +234,10 @@ def _grid_line(report: Report, grid: str, cells: dict[str, CellResult]) -> str:
     line = f"- {grid} ({GRIDS[grid].about}): {mean}"
     entries = (cell.entries.get(f"{report.ours}-deterministic") for cell in mine)
     ordered = [entry.speedup.median for entry in entries if entry is not None and entry.speedup is not None]
-    return line + (f"; deterministic costs {geomean(ordered):.2f}, at most {max(ordered):.2f}." if ordered else ".")
+    if not ordered:
+        return line + "."
+    where = "" if len(ordered) == len(mine) else f" in {len(ordered)} of them"
+    return line + f"; deterministic costs {geomean(ordered):.2f}, at most {max(ordered):.2f}{where}."
 
 
 def training() -> str:
