@@ -16,6 +16,7 @@ import multiprocessing
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -133,6 +134,17 @@ def collect(providers: Iterable[str] = PROVIDERS, words: Sequence[str] = ()) -> 
     return tuple(variant for variant in found if all(word in variant.name for word in words))
 
 
+def one_in(every: int, variants: Iterable[Variant]) -> tuple[Variant, ...]:
+    """Of each kernel's variants the first and every `every`-th after it."""
+    met: Counter[str] = Counter()
+    found = []
+    for variant in variants:
+        if met[variant.spec.kernel] % every == 0:
+            found.append(variant)
+        met[variant.spec.kernel] += 1
+    return tuple(found)
+
+
 def table(verdicts: Sequence[Verdict]) -> str:
     """The verdicts as text, a line each, the faults below."""
     width = max((len(verdict.name) for verdict in verdicts), default=4)
@@ -170,11 +182,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("words", nargs="*", help="only variants whose names hold all of these")
     parser.add_argument("--json", type=Path, help="also write the verdicts to this file")
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile at the same time")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="only every N-th variant of each kernel")
     parser.add_argument(
         "--variants", action="append", help=f"module:function that returns variants (default: {' and '.join(PROVIDERS)})"
     )
     chosen = parser.parse_args(arguments)
-    variants = collect(chosen.variants or PROVIDERS, chosen.words)
+    variants = one_in(chosen.every, collect(chosen.variants or PROVIDERS, chosen.words))
     if not variants:
         print("no variant has such a name", file=sys.stderr)
         return 2
