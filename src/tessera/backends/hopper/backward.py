@@ -23,7 +23,7 @@ for rows that see nothing: their P is then 0 without a mask.
 
 from tessera.backends.hopper.backward_ahead import consumer_ahead, make_pair
 from tessera.backends.hopper.backward_keys import consumer_of_keys, make_halves
-from tessera.backends.hopper.backward_products import consumer_of_dk, consumer_of_dq, consumer_of_dv, make_exchange
+from tessera.backends.hopper.backward_products import consumer_of_dk, consumer_of_dq, consumer_of_dv, make_exchange, places
 from tessera.backends.hopper.backward_turns import consumer_in_turn, make_parts
 from tessera.backends.hopper.backward_writer import writer_of_dq, writer_of_many
 from tessera.backends.hopper.pieces.channel import NAMED_BARRIER_K, NAMED_BARRIER_V, make_stream
@@ -86,7 +86,7 @@ def _load_do(config: gl.constexpr, maps, stats_map, shared, call, tile, n, membe
 def _uses(config: gl.constexpr, call, count):
     """Blocks of Q and dO for a tile: where its gradients leave by their buffers, one even if no row sees it."""
     if divided_by(config, "products"):
-        return gl.maximum(count * call.group, 1)
+        return places(call, count)
     else:
         return count * call.group
 

@@ -99,6 +99,30 @@ def _issue_sum(operand, rows, gradient):
     return warpgroup_mma(gl.convert_layout(operand, layout), rows, gradient, is_async=True)
 
 
+@gluon.jit
+def _each_tile(config: gl.constexpr, differentiate: gl.constexpr, map_, shared, exchange, draws, score, call):
+    """A consumer's work on the program's tile, or on one after another: `differentiate` is told how many places of the rings were
+    taken before a tile, and how many tiles any row saw, and returns both with that tile's."""
+    if config.takes_tile_after_tile:
+        draws.read(0)
+        number = call.order.number  # the same, and a scalar
+        turn = 0
+        done = 0
+        seen = 0
+        while number < draws.tiles:
+            done, seen = differentiate(config, map_, shared, exchange, score, call, number, done, seen)
+            turn += 1
+            number = draws.read(turn)
+    else:
+        differentiate(config, map_, shared, exchange, score, call, call.order.number, 0, 0)
+
+
+@gluon.jit
+def places(call, count):
+    """How many places of the rings a tile takes, whose keys `count` blocks of rows see."""
+    return gl.maximum(count * call.group, 1)
+
+
 # ----------------------------------------------------------------------------------------------------------- dV
 
 
@@ -138,12 +162,6 @@ def _next_p(config: gl.constexpr, shared, exchange, score, bounds, s, n, row, is
 
 
 @gluon.jit
-def _places(call, count):
-    """How many places of the rings a tile takes, whose keys `count` blocks of rows see."""
-    return gl.maximum(count * call.group, 1)
-
-
-@gluon.jit
 def _next_block(config: gl.constexpr, block, member, count, start, n):
     """The block of rows after `block`, the tile's n-th, and whose it is: the same member's of the heads' group, or the next one's
     first, `start`. (To count along is a division less, and a number more in registers, where a bias leaves none.)"""
@@ -174,7 +192,7 @@ def _sum_dv(config: gl.constexpr, shared, exchange, score, call, tile, rows, don
     """dV of a tile that `rows`, (begin, count) of its blocks, see. Its last dO is still held."""
     begin, count = rows
     dv = _empty_sum(config.dim_v)
-    last = done + _places(call, count) - 1
+    last = done + places(call, count) - 1
     if count > 0:
         bounds = key_bounds(config, call.band, tile.seq, tile.first)
         cut, full = cut_and_full(config, call.band, tile.seq, tile.first, begin, count)
@@ -210,12 +228,11 @@ def _sum_dv(config: gl.constexpr, shared, exchange, score, call, tile, rows, don
 
 @gluon.jit
 def _differentiate_v(config: gl.constexpr, dv_map, shared, exchange, score, call, number, done, seen):
-    """dV of tile `number`, before which `done` places of the rings were taken and `seen` tiles were seen by any row; returns both
-    with this tile's."""
+    """dV of tile `number` (see _each_tile)."""
     tile = locate_keys(config, call, number)
     begin, count = row_blocks(config, call.band, tile.seq, tile.first)
     dv = _sum_dv(config, shared, exchange, score, call, tile, (begin, count), done, seen)
-    end = done + _places(call, count)
+    end = done + places(call, count)
     exchange.p_ring.acquire(end - 1 + exchange.p_ring.slots)  # dk has taken the last P: it reads the last dO no more
     meet("sync", BARRIER_V, 128)
     store_gradient(dv_map, shared.do, shared.do_stream.slot(end - 1), scaled_dv(config, score, dv), tile, tile.first)
@@ -226,18 +243,7 @@ def _differentiate_v(config: gl.constexpr, dv_map, shared, exchange, score, call
 
 @gluon.jit
 def consumer_of_dv(config: gl.constexpr, dv_map, shared, exchange, draws, score, call):
-    if config.takes_tile_after_tile:
-        draws.read(0)
-        number = call.order.number  # the same, and a scalar
-        turn = 0
-        done = 0
-        seen = 0
-        while number < draws.tiles:
-            done, seen = _differentiate_v(config, dv_map, shared, exchange, score, call, number, done, seen)
-            turn += 1
-            number = draws.read(turn)
-    else:
-        _differentiate_v(config, dv_map, shared, exchange, score, call, call.order.number, 0, 0)
+    _each_tile(config, _differentiate_v, dv_map, shared, exchange, draws, score, call)
 
 
 # ----------------------------------------------------------------------------------------------------------- dK
@@ -276,7 +282,7 @@ def _sum_dk(config: gl.constexpr, shared, exchange, score, call, tile, rows, don
     """dK of a tile, as _sum_dv. Its last Q is still held."""
     begin, count = rows
     dk = _empty_sum(config.dim)
-    last = done + _places(call, count) - 1
+    last = done + places(call, count) - 1
     if count > 0:
         mbarrier.wait(shared.v_full, seen & 1)
         dp = warpgroup_mma_wait(0, deps=(_issue_dp(config, shared, done),))
@@ -315,7 +321,7 @@ def _differentiate_k(config: gl.constexpr, dk_map, shared, exchange, score, call
     tile = locate_keys(config, call, number)
     begin, count = row_blocks(config, call.band, tile.seq, tile.first)
     dk = _sum_dk(config, shared, exchange, score, call, tile, (begin, count), done, seen)
-    end = done + _places(call, count)
+    end = done + places(call, count)
     meet("sync", BARRIER_K, 128)  # dv has made the last P: it reads the last Q no more
     store_gradient(dk_map, shared.q, shared.q_stream.slot(end - 1), dk * score.factor, tile, tile.first)
     tma_store_wait(0)
@@ -325,18 +331,7 @@ def _differentiate_k(config: gl.constexpr, dk_map, shared, exchange, score, call
 
 @gluon.jit
 def consumer_of_dk(config: gl.constexpr, dk_map, shared, exchange, draws, score, call):
-    if config.takes_tile_after_tile:
-        draws.read(0)
-        number = call.order.number  # the same, and a scalar
-        turn = 0
-        done = 0
-        seen = 0
-        while number < draws.tiles:
-            done, seen = _differentiate_k(config, dk_map, shared, exchange, score, call, number, done, seen)
-            turn += 1
-            number = draws.read(turn)
-    else:
-        _differentiate_k(config, dk_map, shared, exchange, score, call, call.order.number, 0, 0)
+    _each_tile(config, _differentiate_k, dk_map, shared, exchange, draws, score, call)
 
 
 # ----------------------------------------------------------------------------------------------------------- dQ
@@ -344,14 +339,14 @@ def consumer_of_dk(config: gl.constexpr, dk_map, shared, exchange, draws, score,
 
 @gluon.jit
 def _differentiate_q(config: gl.constexpr, dq_map, shared, exchange, score, call, number, done, seen):
-    """What tile `number` adds to dQ, part after part; returns as _differentiate_v."""
+    """What tile `number` adds to dQ, part after part."""
     part: gl.constexpr = config.part_columns
     parts: gl.constexpr = config.parts
     layout: gl.constexpr = accumulator_layout(part)
     tile = locate_keys(config, call, number)
     begin, count = row_blocks(config, call.band, tile.seq, tile.first)
     chain = chain_of(config, call, tile, score.factor)
-    end = done + _places(call, count)
+    end = done + places(call, count)
     if count > 0:
         mbarrier.wait(shared.k_full, seen & 1)
         start = first_place(config, call, tile, count)
@@ -379,16 +374,5 @@ def _differentiate_q(config: gl.constexpr, dq_map, shared, exchange, score, call
 
 @gluon.jit
 def consumer_of_dq(config: gl.constexpr, dq_map, shared, exchange, draws, score, call):
-    if config.takes_tile_after_tile:
-        draws.read(0)
-        number = call.order.number  # the same, and a scalar
-        turn = 0
-        done = 0
-        seen = 0
-        while number < draws.tiles:
-            done, seen = _differentiate_q(config, dq_map, shared, exchange, score, call, number, done, seen)
-            turn += 1
-            number = draws.read(turn)
-    else:
-        _differentiate_q(config, dq_map, shared, exchange, score, call, call.order.number, 0, 0)
+    _each_tile(config, _differentiate_q, dq_map, shared, exchange, draws, score, call)
     tma_store_wait(0)
