@@ -29,7 +29,7 @@ test-gpu: $(VENV)/.dev
 sanitize: $(VENV)/.dev
 	$(BIN)/python tests/gpu/sanitize.py
 
-check: test lint types rules gate
+check: test lint types rules gate-half
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check src tests scripts

@@ -121,8 +121,7 @@ class ChunkLaunch:
     @cached_property
     def grid(self) -> tuple[int, int, int]:
         x, y, z = programs_of(self.problem, self.config)
-        parts = 1 if self.config.result is Result.JOINED else self.plan.splits
-        return x * self.config.cluster, y * parts, z
+        return x * self.config.cluster, y * max(1, self.plan.stored), z
 
     @cached_property
     def lines(self) -> int:
@@ -136,8 +135,8 @@ class ChunkLaunch:
         problem, device = self.problem, operands.q.device
         out = torch.empty(problem.out_shape, dtype=problem.dtype, device=device)
         lse = torch.empty(problem.lse_shape, dtype=torch.float32, device=device)
-        parts, lses, stored = out, lse, 1 if self.config.result is Result.JOINED else self.plan.splits
-        if self.plan.splits > 1:
+        parts, lses, stored = out, lse, self.plan.stored
+        if stored:
             parts = torch.empty((stored, self.lines, problem.shape.head_dim_v), dtype=torch.float32, device=device)
             lses = torch.empty((stored, self.lines), dtype=torch.float32, device=device)
         addresses = [tensor.data_ptr() for _, tensor in self._caches(operands)]

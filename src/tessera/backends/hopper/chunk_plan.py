@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 from tessera.backends.hopper.chunk_config import (
     CacheFeature,
@@ -37,10 +38,14 @@ class ChunkPlan:
     config: ChunkConfig | LatentConfig
     splits: int
 
+    @cached_property
+    def stored(self) -> int:
+        """Parts of each row that go through memory: two programs that join give each other half of one."""
+        return {Result.WHOLE: 0, Result.JOINED: 1, Result.PART: self.splits}[self.config.result]
+
     def workspace_bytes(self, problem: CacheProblem) -> int:
         """The parts and their log-sum-exps, float32."""
-        rows, stored = math.prod(problem.out_shape[:-1]), {Result.WHOLE: 0, Result.JOINED: 1, Result.PART: self.splits}
-        return 4 * stored[self.config.result] * rows * (problem.shape.head_dim_v + 1)
+        return 4 * self.stored * math.prod(problem.out_shape[:-1]) * (problem.shape.head_dim_v + 1)
 
     def __str__(self) -> str:
         return f"{self.config}" + (f", {self.splits} splits and a combine" if self.config.result is Result.PART else "")
