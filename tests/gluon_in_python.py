@@ -629,6 +629,9 @@ class Kernel:
 
             cluster.run(program)
 
+    def prepare(self, grid: tuple[int, int, int], last: tuple[Any, ...] = ()) -> Callable[..., None]:
+        return lambda stream, *first: self(stream, *grid, *first, *last)
+
     @staticmethod
     def _received(kind: object, value: Any) -> Any:
         if isinstance(kind, jit.Pointer):

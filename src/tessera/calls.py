@@ -17,9 +17,7 @@ from torch import Tensor
 
 from tessera import dispatch
 from tessera.device import Device
-from tessera.mask import Mask
 from tessera.operands import (
-    NO_LENGTHS,
     NO_OTHERS,
     TENSORS,
     Operands,
@@ -45,7 +43,7 @@ class Prepared:
 
 
 _known: dict[tuple[object, ...], Prepared] = {}
-_plain: dict[tuple[Hashable, ...], tuple[Prepared, Mask]] = {}
+_plain: dict[tuple[Hashable, ...], dispatch.Shortcut] = {}
 
 
 def prepare(request: Request) -> tuple[Prepared, Operands]:
@@ -87,22 +85,22 @@ def _seen(tensor: object) -> tuple[object, ...] | None:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
 
 
-def recall(q: Tensor, k: Tensor, v: Tensor, options: tuple[Hashable, ...]) -> tuple[Prepared, Operands] | None:
-    """What `remember` was told of such tensors and options, with these as its operands."""
+def recall(q: Tensor, k: Tensor, v: Tensor, options: tuple[Hashable, ...]) -> dispatch.Shortcut | None:
+    """What `remember` was told of such tensors and options."""
     try:
-        found = _plain.get(_plain_key(q, k, v, options))
+        return _plain.get(_plain_key(q, k, v, options))
     except (TypeError, AttributeError, RuntimeError):  # no hash, no tensor, no strides: `prepare` says so in words
         return None
-    return None if found is None else (found[0], Operands(q, k, v, NO_LENGTHS, found[1], None, None, None, 0))
 
 
-def remember(request: Request, options: tuple[Hashable, ...], prepared: Prepared, operands: Operands) -> None:
+def remember(request: Request, options: tuple[Hashable, ...], shortcut: dispatch.Shortcut) -> None:
     """For `recall`: a dense request of q, k and v alone, and the options in the caller's own form, which fix all else of it."""
-    keep(_plain, _plain_key(request.q, request.k, request.v, options), (prepared, operands.mask))
+    keep(_plain, _plain_key(request.q, request.k, request.v, options), shortcut)
 
 
 def _plain_key(q: Tensor, k: Tensor, v: Tensor, options: tuple[Hashable, ...]) -> tuple[Hashable, ...]:
+    """Strides as True where they follow from the shape, which is quicker to see; those of dimensions of size 1 mean nothing."""
     return (
-        q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(),
-        q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, options,
+        q.shape, q.is_contiguous() or q.stride(), k.shape, k.is_contiguous() or k.stride(),
+        v.shape, v.is_contiguous() or v.stride(), q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, options,
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib import import_module
@@ -50,6 +50,10 @@ class InputGradients:
     dsinks: Tensor | None = None
 
 
+Shortcut = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""out of q, k and v."""
+
+
 class Runner(Protocol):
     """A planned problem, ready to be run on tensors: what depends on the plan alone has been worked out.
 
@@ -61,8 +65,8 @@ class Runner(Protocol):
         """(out, lse) as Problem.out_shape and Problem.lse_shape say, contiguous."""
         ...
 
-    def output(self, operands: Operands) -> Tensor:
-        """The forward's out alone."""
+    def shortcut(self, others: tuple[Any, ...]) -> Shortcut | None:
+        """A short way to out alone, for calls whose operands behind q, k and v are `others`; None while there is none."""
         ...
 
     def backward(self, operands: Operands, upstream: Upstream) -> InputGradients: ...

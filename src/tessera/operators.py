@@ -49,9 +49,10 @@ def forward(request: Request, options: tuple[Hashable, ...] | None = None) -> tu
         if request.requires_grad:
             return _Attention.apply(request[TENSORS:], *request[:TENSORS])
         prepared, operands = calls.prepare(request)
-        if options is not None:
-            calls.remember(request, options, prepared, operands)
-        return prepared.runner.forward(operands)
+        results = prepared.runner.forward(operands)
+        if options is not None and (shortcut := prepared.runner.shortcut(operands[3:])) is not None:
+            calls.remember(request, options, shortcut)
+        return results
     _refuse_forward_mode(request)
     check_scalars(request)
     if torch._C._are_functorch_transforms_active():
@@ -59,17 +60,21 @@ def forward(request: Request, options: tuple[Hashable, ...] | None = None) -> tu
     return torch.ops.tessera.forward(*request)
 
 
+_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+_transforms, _autocasts = torch._C._are_functorch_transforms_active, torch._C._is_any_autocast_enabled
+
+
 def recall(q: Tensor, k: Tensor, v: Tensor, options: tuple[Hashable, ...]) -> Tensor | None:
     """out, where such a call has been made before and nothing but out is wanted of it now."""
     if (
         torch.compiler.is_compiling()
         or not is_unwatched(q, k, v)
-        or torch._C._is_any_autocast_enabled()
+        or _autocasts()
         or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
     ):
         return None
-    found = calls.recall(q, k, v, options)
-    return None if found is None else found[0].runner.output(found[1])
+    shortcut = calls.recall(q, k, v, options)
+    return None if shortcut is None else shortcut(q, k, v)
 
 
 def is_unwatched(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -78,9 +83,9 @@ def is_unwatched(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return (
         type(q) is type(k) is type(v) is Tensor
         and not q.is_meta
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._len_torch_function_stack()
-        and not torch._C._are_functorch_transforms_active()
+        and not _modes()
+        and not _function_modes()
+        and not _transforms()
         and forward_ad._current_level < 0
     )
 

@@ -90,10 +90,37 @@ def test_grid_stream_and_arguments_arrive(cuda):
     assert second[2][1] == BLOB[::-1][:128]
 
 
+@pytest.mark.parametrize("last", range(6))
+def test_a_prepared_launch_passes_the_same(cuda, last: int):
+    """However many of its arguments are given once; it keeps them beside others, from thread to thread too."""
+    kernel, arguments = Kernel(SPEC, a_binary(), 0), (-5, BLOB, 2**63, 0.375, -(2**40))
+    kernel(0x77, 10, 20, 30, *arguments)
+    first, rest = arguments[: 5 - last], arguments[5 - last :]
+    launch, other = (kernel.prepare(grid, rest) for grid in ((10, 20, 30), (1, 1, 1)))
+    other(1, *first)
+    thread = threading.Thread(target=launch, args=(0x77, *first))
+    thread.start()
+    thread.join()
+    launch(0x77, *first)
+    wanted, another, *found = cuda.launches
+    assert found == [wanted, wanted]
+    assert another == ((1, 1, 1, *wanted[0][3:]), 1, *wanted[2:])
+
+
+def test_what_does_not_fit_a_prepared_launch_is_named(cuda):
+    kernel = Kernel(SPEC, a_binary(), 0)
+    with pytest.raises(TypeError, match=r"takes \(n: Scalar.*got \(str\)"):
+        kernel.prepare((1, 1, 1), ("1",))
+    launch = kernel.prepare((1, 1, 1), (1.0, 0))
+    with pytest.raises(TypeError, match=r"takes \(n: Scalar.*got \(int, bytes\)"):
+        launch(0, 1, BLOB)
+    assert cuda.launches == []
+
+
 def test_tensor_maps_lie_on_64_bytes(cuda):
     places = []
     kernel = Kernel(SPEC, a_binary(), 0)
-    kernel._enqueue = lambda *passed: places.append(passed[2]._obj[1]) or 0
+    kernel._launcher._enqueue = lambda *passed: places.append(passed[2]._obj[1]) or 0
     kernel(0, 1, 1, 1, 1, BLOB, 0, 1.0, 0)
     assert places[0] % 64 == 0
 
@@ -162,7 +189,7 @@ def test_threads_never_share_memory(cuda):
     for shape, stream, passed, _ in cuda.launches:
         assert shape[0] == stream == passed[1][0] == passed[0][0]
         assert set(passed[1]) == {stream}
-    assert len(kernel._slots) <= 4
+    assert len(kernel._launcher._slots) <= 4
 
 
 def test_a_kernel_that_wants_scratch_is_refused(cuda):
@@ -184,12 +211,15 @@ def test_load_asks_the_compiler_once_a_device(cuda, monkeypatch):
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_child_refuses_in_words(cuda, monkeypatch):
     kernel = Kernel(SPEC, a_binary(), 0)
+    launch = kernel.prepare((1, 1, 1), (1.0, 0))
     monkeypatch.setattr(driver, "_process_that_used_cuda", os.getpid())
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         said = []
-        for attempt in (lambda: kernel(0, 1, 1, 1, 1, BLOB, 0, 1.0, 0), lambda: jit.load(SPEC, 7)):
+        for attempt in (
+            lambda: kernel(0, 1, 1, 1, 1, BLOB, 0, 1.0, 0), lambda: launch(0, 1, BLOB, 0), lambda: jit.load(SPEC, 7),
+        ):  # fmt: skip
             try:
                 attempt()
             except RuntimeError as error:
@@ -198,7 +228,7 @@ def test_a_forked_child_refuses_in_words(cuda, monkeypatch):
         os._exit(0)
     os.waitpid(child, 0)
     said = os.read(reader, 10_000).decode().split("|")
-    assert len(said) == 2
+    assert len(said) == 3
     assert all("'spawn'" in words for words in said)
     kernel(0, 1, 1, 1, 1, BLOB, 0, 1.0, 0)
     assert len(cuda.launches) == 1, "the parent goes on"

@@ -14,7 +14,7 @@ from tessera.backends.hopper import BACKEND
 from tessera.backends.hopper.launch import ForwardLaunch
 from tessera.cases import CASES, Case
 from tessera.device import Device
-from tessera.operands import Operands, Request, bind
+from tessera.operands import TENSORS, Operands, Request, bind
 from tessera.plan import Plan
 from tessera.problem import Problem
 from tessera.verify import compare
@@ -195,10 +195,21 @@ def test_repeats_bit_for_bit(case: Case) -> None:
 
 @pytest.mark.parametrize("case", MANY_TILES, ids=lambda case: case.name)
 def test_out_without_lse(case: Case) -> None:
-    """A call that wants no lse writes none, and the same out."""
-    _, operands, plan = prepared(case.request("cuda", torch.bfloat16))
+    """A call that wants no lse writes none, and the same out, also of copies that TMA can't reach."""
+    request = case.request("cuda", torch.bfloat16)
+    _, operands, plan = prepared(request)
     runner = BACKEND.prepare(plan)
-    assert torch.equal(runner.output(operands), runner.forward(operands)[0])
+    assert runner.shortcut(operands[3:]) is None, "nothing has been launched"
+    out, _ = runner.forward(operands)
+    shortcut = runner.shortcut(operands[3:])
+    if case.dropout_p or any(x is not None for x in request[3:TENSORS]):
+        assert shortcut is None
+        return
+    assert shortcut is not None
+    inputs = operands[:3]
+    assert torch.equal(shortcut(*inputs), out)
+    misaligned = [torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)[1:].view(x.shape).copy_(x) for x in inputs]
+    assert torch.equal(shortcut(*misaligned), out)
 
 
 def test_two_streams_at_once() -> None:

@@ -38,6 +38,7 @@ def close(out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) 
 
 def test_sizes_and_strides_never_compile():
     attend(*inputs())
+    jit.settle()  # what other lengths need is compiled beside the program
     before = jit.compiles()
     for batch, seqlen, heads, heads_kv in [(1, 1, 1, 1), (3, 77, 4, 1), (1, 1025, 2, 2), (2, 16, 12, 4), (5, 128, 4, 2)]:
         q, k, v = inputs(batch, seqlen, heads, heads_kv)

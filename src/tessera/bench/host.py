@@ -57,7 +57,8 @@ class HostClock:
 
 @dataclass(frozen=True)
 class FirstCall:
-    """A first call in a process that has imported torch and tessera and used the device: what it took, and what it compiled."""
+    """A first call in a process that has imported torch and tessera and used the device: what it took; and how many kernels were
+    compiled, those beside the program (for other lengths) included."""
 
     seconds: float
     compiled: int
@@ -121,7 +122,9 @@ def _first_call(device: str, cache: Path) -> FirstCall:
     with torch.no_grad():
         attention(q, q, q, causal=True)
     wait()
-    return FirstCall(time.perf_counter() - start, jit.compiles(), "triton" in sys.modules)
+    taken = time.perf_counter() - start
+    jit.settle()
+    return FirstCall(taken, jit.compiles(), "triton" in sys.modules)
 
 
 def _kinds(device: str, fa3_folder: Path | None) -> Iterator[tuple[str, dict[str, Call]]]:

@@ -43,6 +43,11 @@ def obtain(spec: KernelSpec) -> Binary:
         return found
 
 
+def is_ready(spec: KernelSpec) -> bool:
+    """Whether this process has the spec's binary in memory."""
+    return spec in _binaries
+
+
 def warmup(specs: Iterable[KernelSpec], threads: int | None = None) -> int:
     """Puts the binaries of all specs into memory and on disk, without a GPU; returns how many had to be compiled.
 
@@ -60,6 +65,10 @@ def warmup(specs: Iterable[KernelSpec], threads: int | None = None) -> int:
 def compiles() -> int:
     """Compilations since this process started; what memory or disk had does not count."""
     return _compiled
+
+
+if hasattr(os, "register_at_fork"):  # a lock that another thread held at the fork is held for ever
+    os.register_at_fork(after_in_child=_locks.clear)
 
 
 def _from_disk_or_compile(spec: KernelSpec) -> Binary:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import struct
 import threading
+from collections.abc import Iterable
 from functools import cache
 from typing import Any, TypeVar
 
@@ -118,6 +119,22 @@ class Place(dict[int, bytes]):
             argument = encoder._scratch.moved(self._template[:TENSOR_MAP_BYTES], address) + self._template[TENSOR_MAP_BYTES:]
             _remember(self, address, argument, ADDRESSES)
             return argument
+
+
+class Maps(dict[int, tuple[bytes, ...]]):
+    """The descriptor arguments of one tensor for all the tiles that a kernel reads it by: `maps[tensor.data_ptr()]`."""
+
+    __slots__ = ("_places",)
+
+    def __init__(self, places: Iterable[Place]):
+        super().__init__()
+        self._places = tuple(places)
+
+    def __missing__(self, address: int) -> tuple[bytes, ...]:
+        if len(self) >= ADDRESSES:
+            self.clear()
+        found = self[address] = tuple(place[address] for place in self._places)
+        return found
 
 
 class _AlignedMap:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tessera.backends.cpu import aten, tiled
 from tessera.device import Device
-from tessera.dispatch import Choices, InputGradients, Runner, Upstream
+from tessera.dispatch import Choices, InputGradients, Runner, Shortcut, Upstream
 from tessera.errors import Reason
 from tessera.jit import KernelSpec
 from tessera.operands import Operands
@@ -59,8 +60,8 @@ class TiledRunner:
         with _own_dtypes(operands):
             return tiled.forward(self.problem, operands, self.tiles)
 
-    def output(self, operands: Operands) -> Tensor:
-        return self.forward(operands)[0]
+    def shortcut(self, others: tuple[Any, ...]) -> Shortcut:
+        return lambda q, k, v: self.forward(Operands(q, k, v, *others))[0]
 
     def backward(self, operands: Operands, upstream: Upstream) -> InputGradients:
         with _own_dtypes(operands):
@@ -83,8 +84,8 @@ class AtenRunner:
     def forward(self, operands: Operands) -> tuple[Tensor, Tensor]:
         return aten.forward(self.problem, operands, self.whole)
 
-    def output(self, operands: Operands) -> Tensor:
-        return self.forward(operands)[0]
+    def shortcut(self, others: tuple[Any, ...]) -> Shortcut:
+        return lambda q, k, v: self.forward(Operands(q, k, v, *others))[0]
 
     def backward(self, operands: Operands, upstream: Upstream) -> InputGradients:
         if upstream.dlse is not None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from tessera.backends.hopper.config import ForwardConfig
 from tessera.backends.hopper.launch import ELEMENTS, ForwardLaunch, kernel_spec
 from tessera.backends.hopper.plan import forward_config, forward_family
 from tessera.device import Device
-from tessera.dispatch import Choices, InputGradients, Runner, Upstream
+from tessera.dispatch import Choices, InputGradients, Runner, Shortcut, Upstream
 from tessera.errors import Reason
 from tessera.operands import Operands
 from tessera.plan import Choice, Plan
@@ -65,16 +64,16 @@ class HopperBackend:
     def prepare(self, plan: Plan) -> Runner:
         if not isinstance(plan.forward.config, ForwardConfig):
             raise TypeError(f"plan.forward.config={plan.forward.config}: a plan of this backend carries a ForwardConfig")
-        _compile_together(_forward_kernels(plan.problem))
         multiprocessors = plan.device.multiprocessors
         forward = ForwardLaunch(plan.problem, plan.forward.config, multiprocessors)
-        if plan.backward is None:
-            return HopperRunner(plan.problem, forward, None)
-        if not isinstance(plan.backward.config, BackwardConfig):
-            raise TypeError(f"plan.backward.config={plan.backward.config}: a plan of this backend carries a BackwardConfig")
-        if len(backward_family(plan.problem)) > 1:
-            _compile_together(_backward_kernels(plan.problem, multiprocessors))
-        return HopperRunner(plan.problem, forward, BackwardLaunch(plan.problem, plan.backward.config, multiprocessors))
+        backward = None
+        if plan.backward is not None:
+            if not isinstance(plan.backward.config, BackwardConfig):
+                raise TypeError(f"plan.backward.config={plan.backward.config}: a plan of this backend carries a BackwardConfig")
+            backward = BackwardLaunch(plan.problem, plan.backward.config, multiprocessors)
+        jit.obtain(forward.spec)  # what this call waits for; beside the program then its backward's, and those of other lengths
+        jit.compile_later(dict.fromkeys((*(() if backward is None else backward.specs), *self.kernels(plan))))
+        return HopperRunner(plan.problem, forward, backward)
 
     def kernels(self, plan: Plan) -> tuple[jit.KernelSpec, ...]:
         forward = _forward_kernels(plan.problem)
@@ -90,13 +89,6 @@ def _forward_kernels(problem: Problem) -> tuple[jit.KernelSpec, ...]:
 def _backward_kernels(problem: Problem, multiprocessors: int) -> tuple[jit.KernelSpec, ...]:
     launches = (BackwardLaunch(problem, config, multiprocessors) for config in backward_family(problem))
     return tuple(dict.fromkeys(spec for launch in launches for spec in launch.specs))
-
-
-@cache
-def _compile_together(specs: tuple[jit.KernelSpec, ...]) -> None:
-    """Compile all of a family at the first call of one, side by side: two kernels take little longer than one."""
-    if len(specs) > 1:
-        jit.warmup(specs)
 
 
 def _without_bias_gradient(problem: Problem, bias: Bias) -> list[Reason]:
@@ -122,10 +114,8 @@ class HopperRunner:
             return self._without_scores(operands)
         return self.launch(operands)
 
-    def output(self, operands: Operands) -> Tensor:
-        if operands.q.numel() == 0 or operands.k.numel() == 0:
-            return self._without_scores(operands)[0]
-        return self.launch.output(operands)
+    def shortcut(self, others: tuple[Any, ...]) -> Shortcut | None:
+        return self.launch.shortcut(others)
 
     def backward(self, operands: Operands, upstream: Upstream) -> InputGradients:
         if operands.q.numel() == 0 or operands.k.numel() == 0:

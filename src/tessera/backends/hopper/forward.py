@@ -458,7 +458,7 @@ def _parts(whole, tail):
 @gluon.jit
 def attention_forward(
     q_map, q_tail, k_map, k_tail, v_map, v_tail, o_map, o_tail,
-    lse_ptr, sinks_ptr, cu_q, cu_k, used_q, used_k, key_start, key_end, query_end, document_begin, document_end, counter,
+    lse_ptr, counter, sinks_ptr, cu_q, cu_k, used_q, used_k, key_start, key_end, query_end, document_begin, document_end,
     batch, heads, group, seqlen_q, seqlen_k, left, right, document_stride, tiles, blocks, tall, section,
     q_pitch, k_pitch, v_pitch, o_pitch, scale, inner,
     slopes, slopes_stride, bias, bias_batch, bias_head, bias_row, key_low, key_high, threshold, keep_scale,

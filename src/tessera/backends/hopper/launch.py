@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from tessera.backends.hopper import modifiers
 from tessera.backends.hopper.arguments import FAR, WRAP_STRIDE, reach, score_scales
 from tessera.backends.hopper.config import ROWS, Feature, ForwardConfig
 from tessera.backends.hopper.plan import tall_blocks
+from tessera.dispatch import Shortcut
 from tessera.operands import Operands
 from tessera.problem import Layout, Problem
 
@@ -45,6 +46,7 @@ def kernel_spec(config: ForwardConfig, dtype: torch.dtype) -> jit.KernelSpec:
         else:
             constants[f"{name}_tail"] = None
     arguments["lse_ptr"] = jit.Pointer("fp32", align=4)
+    arguments["counter"] = jit.Pointer("i32", align=4)
     arguments["sinks_ptr"] = jit.Pointer("fp32", align=4)
     for name in _POINTERS:
         arguments[name] = jit.Pointer("i32", align=4)
@@ -56,10 +58,9 @@ def kernel_spec(config: ForwardConfig, dtype: torch.dtype) -> jit.KernelSpec:
     return replace(spec, cluster=config.cluster)
 
 
-_POINTERS = (
-    "cu_q", "cu_k", "used_q", "used_k", "key_start", "key_end", "query_end", "document_begin", "document_end", "counter",
-)  # fmt: skip
-_NO_POINTERS = (0,) * len(_POINTERS)
+_POINTERS = ("cu_q", "cu_k", "used_q", "used_k", "key_start", "key_end", "query_end", "document_begin", "document_end")
+_NO_POINTERS = (0, *(0 for _ in _POINTERS))
+"""Of sinks too."""
 _WITHOUT_POINTERS = frozenset({Feature.LEFT, Feature.RIGHT, Feature.SOFTCAP})
 _INTEGERS = (
     "batch", "heads", "group", "seqlen_q", "seqlen_k", "left", "right", "document_stride", "tiles", "blocks", "tall", "section",
@@ -68,13 +69,14 @@ _INTEGERS = (
 
 
 class Bound(NamedTuple):
-    """What a runner's one set of shapes and strides decides: the kernel, how out is made from q, the tensor maps' places (each
-    with the index of its tensor among q, k, v, out: a head dim in two parts has two), and all the kernel's numbers."""
+    """What a runner's one set of shapes and strides decides: how out is made from q, the tensor maps of q, k, v and out, all the
+    kernel's numbers, and its launch on `device` with a stream, the maps, lse, a counter and what is not `fixed`."""
 
-    kernel: jit.Kernel
+    device: int
     allocate: Callable[[Tensor], Tensor]
-    places: tuple[tuple[jit.Place, int], ...]
+    maps: tuple[jit.Maps, ...]
     numbers: tuple[int | float, ...]
+    launch: Callable[..., None]
 
 
 @dataclass(frozen=True)
@@ -153,9 +155,25 @@ class ForwardLaunch:
         lse = torch.empty(self.problem.lse_shape, dtype=torch.float32, device=operands.q.device)
         return self._run(operands, lse.data_ptr()), lse
 
-    def output(self, operands: Operands) -> Tensor:
-        """out alone: no lse is allocated or written."""
-        return self._run(operands, 0)
+    def shortcut(self, others: tuple[Any, ...]) -> Shortcut | None:
+        """For what needs no more than q, k and v, and has been launched: nothing is worked out in a call but what depends on
+        addresses and on the stream."""
+        if self.takes_more or not self.bound:
+            return None
+        device, allocate, (q_maps, k_maps, v_maps, out_maps), _, launch = self.bound[0]
+        current_stream, counter = jit.current_stream, counters.address
+
+        def output(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q_place, k_place, v_place = q.data_ptr(), k.data_ptr(), v.data_ptr()
+            if (q_place | k_place | v_place) & 15:
+                return self._run(Operands(q, k, v, *others), 0)
+            out = allocate(q)
+            stream = current_stream(device)
+            maps = (*q_maps[q_place], *k_maps[k_place], *v_maps[v_place], *out_maps[out.data_ptr()])
+            launch(stream, *maps, 0, counter(device, stream))
+            return out
+
+        return output
 
     def _run(self, operands: Operands, lse: int) -> Tensor:
         q, k, v = operands[:3]
@@ -169,27 +187,36 @@ class ForwardLaunch:
                 self.bound[:] = [bound]
             addresses = tuple(row.address for row in rows)
             kept += [row.tensor for row in rows]
-        device = bound.kernel.device
-        stream = jit.current_stream(device)
-        bound.kernel(
-            stream, self.programs, 1, 1, *[place[addresses[index]] for place, index in bound.places],
-            lse, *self._pointers(operands, kept), counters.address(device, stream), *bound.numbers,
-            *(modifiers.values(self.problem.score, operands, kept) if self.is_modified else ()),
-        )  # fmt: skip
+        stream = jit.current_stream(bound.device)
+        maps = [one for place, address in zip(bound.maps, addresses, strict=True) for one in place[address]]
+        bound.launch(stream, *maps, lse, counters.address(bound.device, stream), *self._more(operands, bound, kept))
         return out
 
     def _bind(self, operands: Operands, out: Tensor) -> tuple[Bound, tuple[Rows, ...]]:
         """The kernel and its arguments for these strides, and the tensors as their maps see them."""
         kernel = jit.load(self.spec, out.device.index)
         rows = tuple(Rows.of(tensor) for tensor in (operands.q, operands.k, operands.v, out))
-        parts = (self.config.dims, self.config.dims, self.config.dims_v, self.config.dims_v)
-        indices = [index for index, dims in enumerate(parts) for _ in dims]
-        places = tuple(
-            (encode.bind(rows[index].shape, rows[index].strides), index)
-            for encode, index in zip(kernel.tiles, indices, strict=True)
-        )
+        encoders = iter(kernel.tiles)
+        maps = [
+            jit.Maps(next(encoders).bind(row.shape, row.strides) for _ in dims)
+            for row, dims in zip(rows, (self.config.dims, self.config.dims, self.config.dims_v, self.config.dims_v), strict=True)
+        ]
         numbers = (*self._integers(operands), *(row.pitch for row in rows), *score_scales(self.problem.score))
-        return Bound(kernel, allocator(operands.q, self.problem.out_shape), places, numbers), rows
+        launch = kernel.prepare((self.programs, 1, 1), () if self.takes_more else (*_NO_POINTERS, *numbers))
+        bound = Bound(kernel.device, allocator(operands.q, self.problem.out_shape), (*maps,), numbers, launch)
+        return bound, rows
+
+    @property
+    def takes_more(self) -> bool:
+        """Whether a launch has tensors beside q, k, v, out and lse."""
+        return self.has_pointers or self.is_modified
+
+    def _more(self, operands: Operands, bound: Bound, kept: list[Tensor | None]) -> tuple[int | float, ...]:
+        """The arguments behind the counter, where they are not the same in every call."""
+        if not self.takes_more:
+            return ()
+        modified = modifiers.values(self.problem.score, operands, kept) if self.is_modified else ()
+        return (*self._pointers(operands, kept), *bound.numbers, *modified)
 
     def _pointers(self, operands: Operands, kept: list[Tensor | None]) -> Sequence[int]:
         """Addresses of sinks, lengths, padding and documents; 0 for what there is not (the kernel has no code for it)."""
