@@ -68,9 +68,14 @@ _INTEGERS = (
 )  # fmt: skip
 
 
+Copied = tuple[bool, ...]
+"""Which of a call's tensors TMA reads from a copy: what follows from strides follows from this too."""
+AS_THEY_ARE = (False,) * 3
+
+
 class Bound(NamedTuple):
     """What a runner's one set of shapes and strides decides: how out is made from q, the tensor maps of q, k, v and out, all the
-    kernel's numbers, and its launch on `device` with a stream, the maps, lse, a counter and what is not `fixed`."""
+    kernel's numbers, and its launch on `device`, called with a stream, the maps, lse, a counter, and what `_more` gives."""
 
     device: int
     allocate: Callable[[Tensor], Tensor]
@@ -86,7 +91,7 @@ class ForwardLaunch:
     problem: Problem
     config: ForwardConfig
     multiprocessors: int
-    bound: list[Bound] = field(default_factory=list, init=False, repr=False, compare=False)
+    bound: dict[Copied, Bound] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
     def spec(self) -> jit.KernelSpec:
@@ -158,9 +163,9 @@ class ForwardLaunch:
     def shortcut(self, others: tuple[Any, ...]) -> Shortcut | None:
         """For what needs no more than q, k and v, and has been launched: nothing is worked out in a call but what depends on
         addresses and on the stream."""
-        if self.takes_more or not self.bound:
+        if self.takes_more or AS_THEY_ARE not in self.bound:
             return None
-        device, allocate, (q_maps, k_maps, v_maps, out_maps), _, launch = self.bound[0]
+        device, allocate, (q_maps, k_maps, v_maps, out_maps), _, launch = self.bound[AS_THEY_ARE]
         current_stream, counter = jit.current_stream, counters.address
 
         def output(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -177,14 +182,14 @@ class ForwardLaunch:
 
     def _run(self, operands: Operands, lse: int) -> Tensor:
         q, k, v = operands[:3]
-        bound = self.bound[0] if self.bound else None
+        bound = self.bound.get(AS_THEY_ARE)
         out = q.new_empty(self.problem.out_shape) if bound is None else bound.allocate(q)
         addresses: tuple[int, ...] = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
         kept: list[Tensor | None] = []  # copies that must live until the kernel is in the stream
         if bound is None or (addresses[0] | addresses[1] | addresses[2]) % 16:
-            bound, rows = self._bind(operands, out)
-            if all(row.tensor is tensor for row, tensor in zip(rows, (q, k, v), strict=False)):
-                self.bound[:] = [bound]
+            rows = tuple(map(Rows.of, (q, k, v, out)))
+            copied = tuple(row.tensor is not tensor for row, tensor in zip(rows, (q, k, v), strict=False))
+            bound = self.bound.get(copied) or self.bound.setdefault(copied, self._bind(operands, rows))
             addresses = tuple(row.address for row in rows)
             kept += [row.tensor for row in rows]
         stream = jit.current_stream(bound.device)
@@ -192,10 +197,9 @@ class ForwardLaunch:
         bound.launch(stream, *maps, lse, counters.address(bound.device, stream), *self._more(operands, bound, kept))
         return out
 
-    def _bind(self, operands: Operands, out: Tensor) -> tuple[Bound, tuple[Rows, ...]]:
-        """The kernel and its arguments for these strides, and the tensors as their maps see them."""
-        kernel = jit.load(self.spec, out.device.index)
-        rows = tuple(Rows.of(tensor) for tensor in (operands.q, operands.k, operands.v, out))
+    def _bind(self, operands: Operands, rows: tuple[Rows, ...]) -> Bound:
+        """The kernel and its arguments for these strides of q, k, v and out."""
+        kernel = jit.load(self.spec, operands.q.device.index)
         encoders = iter(kernel.tiles)
         maps = [
             jit.Maps(next(encoders).bind(row.shape, row.strides) for _ in dims)
@@ -203,8 +207,7 @@ class ForwardLaunch:
         ]
         numbers = (*self._integers(operands), *(row.pitch for row in rows), *score_scales(self.problem.score))
         launch = kernel.prepare((self.programs, 1, 1), () if self.takes_more else (*_NO_POINTERS, *numbers))
-        bound = Bound(kernel.device, allocator(operands.q, self.problem.out_shape), (*maps,), numbers, launch)
-        return bound, rows
+        return Bound(kernel.device, allocator(operands.q, self.problem.out_shape), (*maps,), numbers, launch)
 
     @property
     def takes_more(self) -> bool:
