@@ -9,8 +9,9 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 # One thread a test process: two processes with two threads each wait for each other more than they compute.
+# glibc is to keep memory that is freed, or every large tensor comes page by page from the kernel: a tenth of the time.
 TEST_WORKERS ?= 2
-PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+PYTEST := OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=268435456 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
 .PHONY: demo test test-gpu sanitize check lint types rules gate gate-half gate-others gate-all fuzz matrix bench-cpu clean
 

@@ -2,49 +2,27 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-
-
-def run_together(jobs: Sequence[Callable[[], None]]) -> None:
-    """Every job in a thread of its own, at once; when all have ended, the first error of any of them is raised."""
-    errors: list[BaseException] = []
-
-    def one(job: Callable[[], None]) -> None:
-        try:
-            job()
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=one, args=(job,)) for job in jobs]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
+from gluon_turns import Meeting, run_together
 
 
 class Cluster:
     """What its programs share: a place to meet, and where each has allocated what. The same program runs in all of them, so the
     i-th allocation of one is the i-th of another."""
 
-    def __init__(self, size: int, patience: float) -> None:
+    def __init__(self, size: int) -> None:
         self.size = size
         self._allocated: list[list[Any]] = [[] for _ in range(size)]
-        self._meeting = threading.Barrier(size, timeout=patience)
+        self.meet = Meeting(size).meet
 
     def allocated(self, rank: int, memory: Any) -> Any:
         self._allocated[rank].append(memory)
         return memory
-
-    def meet(self) -> None:
-        self._meeting.wait()
 
     def there(self, rank: int, memory: Any, further: int = 0) -> Any:
         """What program `rank` has in the place of this one's `memory`: a view of tiles, or a barrier, or one `further` on."""

@@ -24,14 +24,13 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
-from gluon_clusters import Cluster, Place, Words, run_together
+from gluon_clusters import Cluster, Place, Words
 from gluon_tensors import associative_scan, div_rn, mma_v2, unpack_e4m3
+from gluon_turns import give_way, run_together, wait_until
 from torch import Tensor
 
 from tessera import jit
 
-PATIENCE = 20.0
-"""Seconds after which a wait counts as a deadlock."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "i32": torch.int32, "i16": torch.int16,
           "fp8e4nv": torch.float8_e4m3fn}  # fmt: skip
 REACH = 1 << 30
@@ -93,7 +92,6 @@ class Mbarrier:
     """A phase ends when every arrival has come and every expected byte has landed."""
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
         self._phase = self._bytes = self.behind = 0
 
     def init(self, count: int) -> None:
@@ -106,19 +104,15 @@ class Mbarrier:
         self._note(0, -count)
 
     def _note(self, arrivals: int, change: int) -> None:
-        with self._changed:
-            self._pending -= arrivals
-            self._bytes += change
-            assert self._pending >= 0, "an mbarrier got more arrivals than it was made for"
-            if self._pending == 0 and self._bytes == 0:
-                self._phase ^= 1
-                self._pending = self._count
-                self._changed.notify_all()
+        self._pending -= arrivals
+        self._bytes += change
+        assert self._pending >= 0, "an mbarrier got more arrivals than it was made for"
+        if self._pending == 0 and self._bytes == 0:
+            self._phase ^= 1
+            self._pending = self._count
 
     def wait(self, parity: int) -> None:
-        with self._changed:
-            if not self._changed.wait_for(lambda: self._phase != parity, PATIENCE):
-                raise RuntimeError("deadlock at an mbarrier")
+        wait_until(lambda: self._phase != parity, "an mbarrier")
 
 
 class Mbarriers:
@@ -141,20 +135,17 @@ class NamedBarrier:
     """bar.sync and bar.arrive of one number."""
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
         self._arrived = self._generation = 0
 
     def meet(self, total: int, waits: bool) -> None:
-        with self._changed:
-            generation = self._generation
-            self._arrived += _here.threads
-            assert self._arrived <= total, f"{self._arrived} threads at a barrier of {total}"
-            if self._arrived == total:
-                self._arrived = 0
-                self._generation += 1
-                self._changed.notify_all()
-            elif waits and not self._changed.wait_for(lambda: self._generation != generation, PATIENCE):
-                raise RuntimeError("deadlock at a named barrier")
+        generation = self._generation
+        self._arrived += _here.threads
+        assert self._arrived <= total, f"{self._arrived} threads at a barrier of {total}"
+        if self._arrived == total:
+            self._arrived = 0
+            self._generation += 1
+        elif waits:
+            wait_until(lambda: self._generation != generation, "a named barrier")
 
 
 # -------------------------------------------------------------------------------------------------------------- memory
@@ -256,9 +247,8 @@ def _store(pointer: Pointer, value: Any, mask: Any = None) -> None:
 
 def _atomic_add(pointer: Pointer, value: Any, sem: str, scope: str = "gpu") -> Any:
     if isinstance(pointer.offset, Tensor):
-        with _adding:
-            flat = value.expand(pointer.offset.shape).reshape(-1)
-            return pointer.memory.index_put_((pointer.offset.reshape(-1),), flat, accumulate=True)
+        flat = value.expand(pointer.offset.shape).reshape(-1)
+        return pointer.memory.index_put_((pointer.offset.reshape(-1),), flat, accumulate=True)
     before = int(pointer.memory[pointer.offset])
     pointer.memory[pointer.offset] += value
     return Integer(before)
@@ -272,27 +262,29 @@ class TensorMap:
         self.block_type = SimpleNamespace(shape=list(tiles.block))
         self.memory, self._sizes, self._strides = _at(address, self.dtype), tuple(shape), tuple(strides)
 
-    def elements(self, where: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Which elements of memory the block at `where` covers, and which of them are in bounds."""
-        block, first = self.block_type.shape, 0
-        places, inside = torch.zeros([1] * len(block), dtype=torch.int64), torch.ones([1] * len(block), dtype=torch.bool)
-        for dim, (begin, size, stride, length) in enumerate(zip(where, self._sizes, self._strides, block, strict=True)):
-            view = [length if i == dim else 1 for i in range(len(block))]
-            steps = torch.arange(length).view(view)
-            first += int(begin) * stride
-            places = places + (steps * stride if length > 1 else 0)
-            inside = inside & (steps + begin >= 0) & (steps + begin < size)
-        width = self.dtype.itemsize
+    def inside(self, where: Sequence[int], shared: Shared) -> tuple[Tensor, Tensor]:
+        """What of the block at `where` is in bounds: in memory, and in shared memory."""
+        bounds = list(zip(where, self.block_type.shape, self._sizes, self._strides, strict=True))
+        first = sum(max(int(begin), 0) * stride for begin, _, _, stride in bounds)
+        width, tile = self.dtype.itemsize, shared.data
+        lengths = []
+        for dim, (begin, length, size, _) in enumerate(bounds):
+            low, high = min(max(-int(begin), 0), length), max(min(size - int(begin), length), 0)
+            lengths.append(max(high - low, 0))
+            tile = tile.narrow(dim, low, lengths[-1])
         wrapped = (first * width + (1 << 63)) % (1 << 64) - (1 << 63)
-        return (places + wrapped // width).expand(block), inside.expand(block)
+        if not tile.numel():
+            return tile, tile
+        return torch.as_strided(self.memory, lengths, self._strides, wrapped // width), tile
 
 
 def _tma_load(tiles: TensorMap, where: Sequence[int], bar: Mbarrier, shared: Shared) -> None:
-    places, inside = tiles.elements(where)
-    block = torch.zeros(places.shape, dtype=tiles.dtype)
-    block[inside] = tiles.memory[places[inside]]
-    shared.store(block)
-    bar.land(block.numel() * tiles.dtype.itemsize)
+    assert (shared.shape, shared.dtype) == (tiles.block_type.shape, tiles.dtype)
+    memory, tile = tiles.inside(where, shared)
+    if tile.numel() < shared.data.numel():
+        shared.data.zero_()
+    tile.copy_(memory)
+    bar.land(shared.data.numel() * tiles.dtype.itemsize)
 
 
 def _tma_load_as(how: str, tiles: TensorMap, where: Sequence[int], bar: Mbarrier, shared: Shared) -> None:
@@ -309,26 +301,14 @@ def _init_for_cluster(bar: Mbarrier | Mbarriers, count: int) -> Place:
     return Place(_here.cluster, bar)
 
 
-_adding = threading.Lock()
-
-
 def _tma_store(tiles: TensorMap, where: Sequence[int], shared: Shared) -> None:
-    places, inside = tiles.elements(where)
-
-    def write() -> None:
-        tiles.memory[places[inside]] = shared.data[inside]
-
-    _here.stores.append(write)
+    memory, tile = tiles.inside(where, shared)
+    _here.stores.append(lambda: memory.copy_(tile))
 
 
 def _tma_reduce_add(tiles: TensorMap, where: Sequence[int], shared: Shared) -> None:
-    places, inside = tiles.elements(where)
-
-    def add() -> None:
-        with _adding:
-            tiles.memory[places[inside]] += shared.data[inside]
-
-    _here.stores.append(add)
+    memory, tile = tiles.inside(where, shared)
+    _here.stores.append(lambda: memory.add_(tile))
 
 
 def _tma_store_wait(left: int) -> None:
@@ -454,13 +434,13 @@ def _assembly(text: str, constraints: str, arguments: list[Any], dtype: Any, is_
     if text.startswith("shfl."):
         return Integer(arguments[0])
     if "atom.global.add" in text:  # scheduler.take
-        with _adding:
-            drawn = _load(arguments[0])
-            _store(arguments[0], drawn + 1)
+        drawn = _load(arguments[0])
+        _store(arguments[0], drawn + 1)
         return drawn
     if text.startswith(("{ .reg .pred never;", "fence.")):  # softmax.finish_before
         return Integer(0)
-    if text.startswith("ld.acquire"):  # sums.read_mark
+    if text.startswith("ld.acquire"):  # sums.read_mark: again and again, until another has set it
+        give_way()
         return _load(arguments[0])
     if "st.release" in text:  # sums.set_mark
         _tma_store_wait(0)
@@ -620,7 +600,7 @@ class Kernel:
         size, grid = self._spec.cluster, (grid_x, grid_y, grid_z)
         assert grid_x % size == 0, "a grid of whole clusters"
         for z, y, x in itertools.product(range(grid_z), range(grid_y), range(0, grid_x, size)):
-            cluster = Cluster(size, PATIENCE)
+            cluster = Cluster(size)
 
             def program(rank: int, cluster: Cluster = cluster, place: tuple[int, int, int] = (x, y, z)) -> None:
                 _here.grid, _here.threads, _here.named = grid, 32 * self._spec.num_warps, [NamedBarrier() for _ in range(16)]
@@ -639,18 +619,23 @@ class Kernel:
         return Integer(value) if isinstance(value, int) else value
 
 
-def _is_kernel_code(module: ModuleType | None) -> bool:
-    return module is not None and module.__name__.startswith("tessera.backends.") and hasattr(module, "gluon")
+COMPAT = "tessera.jit.compat"
+_kernel_code: dict[str, ModuleType] = {COMPAT: _compat()}
+"""The modules of kernels as they are in here, kept from one time to the next."""
+
+
+def _taken_out() -> dict[str, ModuleType]:
+    """The modules of kernels, and compat, taken out of sys.modules."""
+    names = [name for name, module in sys.modules.items()
+             if name == COMPAT or (name.startswith("tessera.backends.") and hasattr(module, "gluon"))]  # fmt: skip
+    return {name: sys.modules.pop(name) for name in names}
 
 
 @contextmanager
 def in_python() -> Iterator[None]:
     """While this lasts, launches of Hopper kernels on CPU tensors run here."""
-    outside = {name: module for name, module in sys.modules.items() if _is_kernel_code(module)}
-    for name in outside:
-        del sys.modules[name]
-    real = {"compat": sys.modules.get("tessera.jit.compat"), "load": jit.load, "stream": jit.current_stream}
-    sys.modules["tessera.jit.compat"] = _compat()
+    outside, real = _taken_out(), (jit.load, jit.current_stream)
+    sys.modules.update(_kernel_code)
     of_tensors = torch.Tensor.type
     torch.Tensor.type = property(lambda self: SimpleNamespace(layout=Layout()))  # type: ignore[assignment, method-assign]
     jit.load, jit.current_stream = lambda spec, index: Kernel(spec), lambda index: 0  # type: ignore[assignment, return-value]
@@ -658,10 +643,6 @@ def in_python() -> Iterator[None]:
         yield
     finally:
         torch.Tensor.type = of_tensors  # type: ignore[method-assign]
-        jit.load, jit.current_stream = real["load"], real["stream"]
-        for name in [name for name, module in sys.modules.items() if _is_kernel_code(module)]:
-            del sys.modules[name]
+        jit.load, jit.current_stream = real
+        _kernel_code.update(_taken_out())
         sys.modules.update(outside)
-        del sys.modules["tessera.jit.compat"]
-        if real["compat"] is not None:
-            sys.modules["tessera.jit.compat"] = real["compat"]

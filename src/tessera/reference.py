@@ -87,8 +87,7 @@ def _softmax_attention(
     """out (batch, heads, seqlen_q, head_dim_v) and lse (batch, heads, seqlen_q); keep (batch, seqlen_q, seqlen_k)."""
     score = problem.score
     q, k, v = (t.to(dtype).transpose(1, 2) for t in qkv)  # (batch, heads, seqlen, head_dim)
-    k, v = (t.repeat_interleave(problem.shape.group, dim=1) for t in (k, v))
-    x = score.scale * (q @ k.transpose(-1, -2))  # (batch, heads, seqlen_q, seqlen_k)
+    x = score.scale * _by_group(q, k.transpose(-1, -2))  # (batch, heads, seqlen_q, seqlen_k)
     if score.softcap:
         x = score.softcap * torch.tanh(x / score.softcap)
     if slopes is not None:
@@ -110,4 +109,11 @@ def _softmax_attention(
     lse = torch.logsumexp(x, dim=-1).masked_fill(empty, float("-inf"))
     # a masked value row may hold NaN: 0 * NaN must not reach out
     seen = keep.any(dim=1)[:, None, :, None]
-    return p @ v.masked_fill(~seen, 0.0), lse
+    return _by_group(p, v.masked_fill(~seen, 0.0)), lse
+
+
+def _by_group(x: Tensor, shared: Tensor) -> Tensor:
+    """x (batch, heads, rows, n) by the matrix (batch, heads_kv, n, m) that its head's group shares: (batch, heads, rows, m)."""
+    batch, heads, rows, n = x.shape
+    heads_kv, m = shared.shape[1], shared.shape[3]
+    return (x.reshape(batch, heads_kv, heads // heads_kv * rows, n) @ shared).reshape(batch, heads, rows, m)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from gluon_in_python import in_python
+from gluon_turns import Meeting
 from torch import Tensor
 
 from tessera.backends.hopper import decode_launch, decode_plan
@@ -133,7 +133,9 @@ READ_EARLY = ["one query", "pages of 16", "indexed", "packed", "left padding, wi
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("schedule", ["split", "stream_k"])
 @pytest.mark.parametrize("name", READ_EARLY)
-def test_what_is_read_before_the_kernel_before_ends_can_be_anything(name: str, schedule: str, seed: int) -> None:
+def test_what_is_read_before_the_kernel_before_ends_can_be_anything(
+    name: str, schedule: str, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A program brings its first tiles on their way by lengths, pages and places that may still be written."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -149,12 +151,19 @@ def test_what_is_read_before_the_kernel_before_ends_can_be_anything(name: str, s
                 noise = torch.randint(-9, 3000, tensor.shape, generator=generator, dtype=torch.int32)
                 kept = torch.rand(tensor.shape, generator=generator) < 0.5
                 tensor.copy_(torch.where(kept, value, noise))
-            met = threading.Barrier(len(partitions), action=lambda: [t.copy_(v) for t, v in zip(numbers, right, strict=True)])
+            met = Meeting(len(partitions))
+
+            def wait_for_previous() -> None:
+                met.meet()
+                for tensor, value in zip(numbers, right, strict=True):
+                    tensor.copy_(value)
+
             for part in ("decode", "decode_producer"):
-                vars(sys.modules[f"tessera.backends.hopper.{part}"])["wait_for_previous"] = met.wait
+                module = sys.modules[f"tessera.backends.hopper.{part}"]
+                monkeypatch.setattr(module, "wait_for_previous", wait_for_previous)
             specialize(partitions, *rest)
 
-        compat.gl.warp_specialize = begin
+        monkeypatch.setattr(compat.gl, "warp_specialize", begin)
 
     request = CACHE_CASES[name].request("cpu", torch.bfloat16)
     check(request._replace(schedule=schedule), before=unfinished)
