@@ -109,9 +109,15 @@ def compile(spec: KernelSpec) -> Binary:
         shared=lowered.shared,
         scratch=lowered.scratch,
         descriptors=lowered.descriptors,
-        messages=assembled.messages,
+        messages=_complaints(lowered.unused_barriers) + assembled.messages,
         toolchain=toolchain_key(),
         ptx=lowered.ptx,
+    )
+
+
+def _complaints(unused_barriers: Iterable[str]) -> str:
+    return "".join(
+        f"warning: {name}: barriers that are made and never used; their memory is given away\n" for name in unused_barriers
     )
 
 
