@@ -28,7 +28,7 @@ from tessera.backends.hopper.backward_turns import consumer_in_turn, make_parts
 from tessera.backends.hopper.backward_writer import writer_of_dq, writer_of_many
 from tessera.backends.hopper.pieces.channel import NAMED_BARRIER_K, NAMED_BARRIER_V, make_stream
 from tessera.backends.hopper.pieces.draws import make_draws
-from tessera.backends.hopper.pieces.gradients import Score, Shared
+from tessera.backends.hopper.pieces.gradients import Score, Shared, place_of_k, place_of_v
 from tessera.backends.hopper.pieces.key_tiles import Call, Order, first_place, locate_keys
 from tessera.backends.hopper.pieces.kv_source import Lengths, Pitch, load_rows
 from tessera.backends.hopper.pieces.masking import Band
@@ -49,11 +49,22 @@ def divided_by(config, name):
 
 
 @gluon.jit
-def _load_keys(config: gl.constexpr, map_, buffer, full, span, tile):
-    """Start the copies of the tile's K or V, all of which `full` awaits."""
+def _load_keys(config: gl.constexpr, map_, buffer, place, full, span, tile):
+    """Start the copies of the tile's K or V to `place` on, all of which `full` awaits."""
     mbarrier.expect(full, config.keys * 2 * buffer.shape[-1])
     for part in gl.static_range(config.keys // M):
-        load_rows((map_,), (buffer,), part, full, span, tile.head, tile.first + part * M)
+        load_rows((map_,), (buffer,), place + part, full, span, tile.head, tile.first + part * M)
+
+
+@gluon.jit
+def _load_k(config: gl.constexpr, maps, shared, call, tile, seen):
+    """K of a tile, before which the program had `seen` that any row sees."""
+    _load_keys(config, maps[1], shared.k, place_of_k(config, seen), shared.k_full, tile.seq.keys(call.pitch.k), tile)
+
+
+@gluon.jit
+def _load_v(config: gl.constexpr, maps, shared, call, tile, seen):
+    _load_keys(config, maps[2], shared.v, place_of_v(config, seen), shared.v_full, tile.seq.keys(call.pitch.v), tile)
 
 
 @gluon.jit
@@ -107,15 +118,29 @@ def producer(config: gl.constexpr, maps, stats_map, shared, call):
     begin, count = row_blocks(config, call.band, tile.seq, tile.first)
     let_next_begin()
     if count > 0:
-        _load_keys(config, maps[1], shared.k, shared.k_full, tile.seq.keys(call.pitch.k), tile)
+        _load_k(config, maps, shared, call, tile, 0)
     wait_for_previous()  # for lse, D and dQ's zeros; keys were there before
     start = first_place(config, call, tile, count)
     for n in range(_uses(config, call, count)):
         member, row = _member_and_row(config, begin, count, start, n)
         _load_q(config, maps, stats_map, shared, call, tile, n, member, row)
         if (n == 0) & (count > 0):
-            _load_keys(config, maps[2], shared.v, shared.v_full, tile.seq.keys(call.pitch.v), tile)
+            _load_v(config, maps, shared, call, tile, 0)
         _load_do(config, maps, stats_map, shared, call, tile, n, member, row)
+
+
+@gluon.jit
+def _load_later_keys(config: gl.constexpr, maps, shared, call, tile, seen, turn):
+    """What of K and V does not come before a tile's first Q."""
+    if config.swaps_keys:
+        mbarrier.wait(shared.k_free, (seen & 1) ^ 1)  # the last tile's, whose place V takes
+        _load_v(config, maps, shared, call, tile, seen)
+    else:
+        mbarrier.wait(shared.v_free, (seen & 1) ^ 1)  # before K's in every division
+        _load_v(config, maps, shared, call, tile, seen)
+        if turn > 0:
+            mbarrier.wait(shared.k_free, (seen & 1) ^ 1)
+            _load_k(config, maps, shared, call, tile, seen)
 
 
 @gluon.jit
@@ -131,7 +156,7 @@ def producer_of_many(config: gl.constexpr, maps, stats_map, shared, draws, call)
     tile = locate_keys(config, call, gl.minimum(number, draws.tiles - 1))
     begin, count = row_blocks(config, call.band, tile.seq, tile.first)
     if (count > 0) & (number < draws.tiles):
-        _load_keys(config, maps[1], shared.k, shared.k_full, tile.seq.keys(call.pitch.k), tile)
+        _load_k(config, maps, shared, call, tile, 0)
     wait_for_previous()
     done = 0  # blocks of rows
     seen = 0  # tiles that any row sees
@@ -143,11 +168,7 @@ def producer_of_many(config: gl.constexpr, maps, stats_map, shared, draws, call)
             member, row = _member_and_row(config, begin, count, start, n)
             _load_q(config, maps, stats_map, shared, call, tile, done + n, member, row)
             if (n == 0) & (count > 0):
-                mbarrier.wait(shared.v_free, (seen & 1) ^ 1)  # before K's in every division
-                _load_keys(config, maps[2], shared.v, shared.v_full, tile.seq.keys(call.pitch.v), tile)
-                if turn > 0:
-                    mbarrier.wait(shared.k_free, (seen & 1) ^ 1)
-                    _load_keys(config, maps[1], shared.k, shared.k_full, tile.seq.keys(call.pitch.k), tile)
+                _load_later_keys(config, maps, shared, call, tile, seen, turn)
             _load_do(config, maps, stats_map, shared, call, tile, done + n, member, row)
         done += uses
         seen += gl.where(count > 0, 1, 0)
@@ -156,6 +177,10 @@ def producer_of_many(config: gl.constexpr, maps, stats_map, shared, draws, call)
         draws.post(turn, number)
         tile = locate_keys(config, call, gl.minimum(number, draws.tiles - 1))
         begin, count = row_blocks(config, call.band, tile.seq, tile.first)
+        if config.swaps_keys:
+            if (count > 0) & (number < draws.tiles):
+                mbarrier.wait(shared.v_free, (seen & 1) ^ 1)  # the last tile's, whose place K takes
+                _load_k(config, maps, shared, call, tile, seen)
 
 
 @gluon.jit
@@ -172,8 +197,8 @@ def _producer(config: gl.constexpr, maps, stats_map, shared, draws, call):
 @gluon.jit
 def _allocate(config: gl.constexpr, maps, stats_map):
     q_map, k_map, v_map, do_map = maps
-    k = allocate_tiles(k_map, config.keys // M)
-    v = allocate_tiles(v_map, config.keys // M)
+    k = allocate_tiles(k_map, (2 if config.swaps_keys else 1) * (config.keys // M))
+    v = k if config.swaps_keys else allocate_tiles(v_map, config.keys // M)
     q = allocate_tiles(q_map, config.q_stages)
     do = allocate_tiles(do_map, config.do_stages)
     lse = allocate_tiles(stats_map, config.q_stages)

@@ -149,6 +149,12 @@ class BackwardConfig:
         return self.division is Division.TURNS and self.dim_v == 64 and Feature.DROPOUT not in self.features
 
     @property
+    def swaps_keys(self) -> bool:
+        """Whether K and V have one buffer of two tiles and change places from tile to tile: V is in registers as soon as a tile
+        begins, so the next K comes where it was, while this tile's rows still do."""
+        return self.keeps_v and self.takes_tile_after_tile
+
+    @property
     def parts(self) -> int:
         """Parts of a block of rows."""
         return self.dim // self.part_columns

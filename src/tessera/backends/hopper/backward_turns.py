@@ -17,6 +17,8 @@ from tessera.backends.hopper.pieces.gradients import (
     kept_derivatives,
     masks_of,
     meet,
+    place_of_k,
+    place_of_v,
     probabilities,
     row_values,
     scaled_dv,
@@ -92,18 +94,19 @@ def _has_turn(config: gl.constexpr, consumer: gl.constexpr, n):
 
 
 @gluon.jit
-def _sum_in_turn(config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, parts, chain, n, row, block):
+def _sum_in_turn(config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, parts, own, n, row, block):
     """dQ = dS K of block n, if it is this consumer's turn."""
     count: gl.constexpr = config.consumers
     if _has_turn(config, consumer, n):
         columns: gl.constexpr = shared.k.shape[-1]
+        _, _, k_place, chain = own
         parts.ring.wait(n)
-        zero = fresh_zero()
+        k_first = k_place + fresh_zero()
         first = parts.ring.slot(n) * count
         dq = gl.zeros([M, columns], gl.float32, accumulator_layout(columns))
         for part in gl.static_range(count):
             ds = parts.ds.index(first + part).permute((1, 0))
-            dq = warpgroup_mma(ds, matrix(shared.k.index(part + zero)), dq, use_acc=part > 0, is_async=True)
+            dq = warpgroup_mma(ds, matrix(shared.k.index(part + k_first)), dq, use_acc=part > 0, is_async=True)
         dq = warpgroup_mma_wait(0, deps=(dq,))
         parts.ring.release(n)
         place = n if adds_in_order(config) else consumer  # a buffer of its own, or the next in the order
@@ -115,7 +118,7 @@ def _own_v(config: gl.constexpr, consumer: gl.constexpr, shared, seen):
     """This consumer's V as dP's operand from registers; 0 where it is read from shared memory."""
     mbarrier.wait(shared.v_full, seen & 1)
     if config.keeps_v:
-        v = matrix(shared.v.index(consumer)).load(operand_layout(config.rows))
+        v = matrix(shared.v.index(place_of_v(config, seen) + consumer)).load(operand_layout(config.rows))
         if config.takes_tile_after_tile:
             mbarrier.arrive(shared.v_free)
         return v
@@ -147,14 +150,14 @@ def _block(
 ):  # fmt: skip
     """One turn of the main loop: the rows from `row` on, which are row block `block` of the workspace."""
     dk, dv = state
-    bounds, v, chain = own
+    bounds, v, k_place, _ = own
     dtype: gl.constexpr = shared.q.dtype
     q_slot = shared.q_stream.slot(n)
     do_slot = shared.do_stream.slot(n)
     q = matrix(shared.q.index(q_slot))
     do = matrix(shared.do.index(do_slot))
     shared.q_stream.wait(n)
-    s = issue_transposed(matrix(shared.k.index(consumer + fresh_zero())), q)
+    s = issue_transposed(matrix(shared.k.index(k_place + consumer + fresh_zero())), q)
     if _products_apart(config):
         s = warpgroup_mma_wait(0, deps=(s,))
     else:
@@ -178,12 +181,12 @@ def _block(
     shared.do_stream.release(n)
     dk = warpgroup_mma_wait(0, deps=(dk,))
     shared.q_stream.release(n)
-    _sum_in_turn(config, consumer, dq_map, shared, parts, chain, n, row, block)
+    _sum_in_turn(config, consumer, dq_map, shared, parts, own, n, row, block)
     return dk, dv
 
 
 @gluon.jit
-def _pass_over(config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, parts, chain, n, row, block):
+def _pass_over(config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, parts, own, n, row, block):
     """A block that sees none of this consumer's keys: dS is 0, and its turn at dQ may come all the same."""
     rows: gl.constexpr = config.rows
     nothing = gl.zeros([M, rows], shared.q.dtype, accumulator_layout(rows))
@@ -192,7 +195,7 @@ def _pass_over(config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, par
     shared.do_stream.wait(n)
     shared.do_stream.release(n)
     _hand_over(config, consumer, parts, nothing, n)
-    _sum_in_turn(config, consumer, dq_map, shared, parts, chain, n, row, block)
+    _sum_in_turn(config, consumer, dq_map, shared, parts, own, n, row, block)
 
 
 @gluon.jit
@@ -221,7 +224,8 @@ def _main_loop(config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, par
     if count > 0:
         mbarrier.wait(shared.k_full, seen & 1)
         chain = chain_of(config, call, tile, score.factor)
-        own = (key_bounds(config, call.band, tile.seq, first), _own_v(config, consumer, shared, seen), chain)
+        bounds = key_bounds(config, call.band, tile.seq, first)
+        own = (bounds, _own_v(config, consumer, shared, seen), place_of_k(config, seen), chain)
         rows: gl.constexpr = config.rows
         row = begin * rows
         for member in range(call.group):
@@ -231,7 +235,7 @@ def _main_loop(config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, par
             place = first_place(config, call, tile, count)
             for i in range(unseen):
                 at = place_of(config, place, i)
-                _pass_over(config, consumer, dq_map, shared, parts, chain, n + i, row + at * rows, block + at)
+                _pass_over(config, consumer, dq_map, shared, parts, own, n + i, row + at * rows, block + at)
                 place = next_place(config, place, count)
             for i in range(unseen, unseen + cut):
                 at = place_of(config, place, i)
@@ -248,7 +252,7 @@ def _main_loop(config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, par
                     at = row + i * rows
                     state = _block(config, consumer, dq_map, shared, parts, scored, own, n + i, at, block + i, state, True)
                 for i in range(gl.maximum(seen_end, unseen), count):
-                    _pass_over(config, consumer, dq_map, shared, parts, chain, n + i, row + i * rows, block + i)
+                    _pass_over(config, consumer, dq_map, shared, parts, own, n + i, row + i * rows, block + i)
         if config.takes_tile_after_tile:
             mbarrier.arrive(shared.k_free)
             if not config.keeps_v:

@@ -40,7 +40,7 @@ class Score:
 
 @aggregate
 class Shared:
-    """K and V of the tile in pieces of 64 keys; rings of Q with lse, and of dO with D. `k_free`, `v_free`: their readers are done
+    """K and V of the tile in pieces of 64 keys (in one buffer of two tiles, where they change places); rings of Q with lse, and of dO with D. `k_free`, `v_free`: their readers are done
     with the tile's K, and with its V."""
 
     k: gl.shared_memory_descriptor
@@ -70,6 +70,23 @@ class Shared:
         self.v_free = v_free
         self.q_stream = q_stream
         self.do_stream = do_stream
+
+
+@gluon.jit
+def place_of_k(config: gl.constexpr, seen):
+    """Where the pieces of K begin, when the program has had `seen` tiles that any row sees."""
+    if config.swaps_keys:
+        return (seen & 1) * (config.keys // M)
+    else:
+        return 0
+
+
+@gluon.jit
+def place_of_v(config: gl.constexpr, seen):
+    if config.swaps_keys:
+        return config.keys // M - place_of_k(config, seen)
+    else:
+        return 0
 
 
 @gluon.constexpr_function
