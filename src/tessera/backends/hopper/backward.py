@@ -130,10 +130,18 @@ def producer(config: gl.constexpr, maps, stats_map, shared, call):
 
 
 @gluon.jit
+def _load_early_k(config: gl.constexpr, maps, shared, call, tile, seen, is_wanted):
+    """K before a tile's first Q, where the last tile's V was."""
+    if is_wanted:
+        mbarrier.wait(shared.v_free, (seen & 1) ^ 1)
+        _load_k(config, maps, shared, call, tile, seen)
+
+
+@gluon.jit
 def _load_later_keys(config: gl.constexpr, maps, shared, call, tile, seen, turn):
     """What of K and V does not come before a tile's first Q."""
     if config.swaps_keys:
-        mbarrier.wait(shared.k_free, (seen & 1) ^ 1)  # the last tile's, whose place V takes
+        mbarrier.wait(shared.k_free, (seen & 1) ^ 1)  # V comes where the last tile's K was
         _load_v(config, maps, shared, call, tile, seen)
     else:
         mbarrier.wait(shared.v_free, (seen & 1) ^ 1)  # before K's in every division
@@ -178,9 +186,7 @@ def producer_of_many(config: gl.constexpr, maps, stats_map, shared, draws, call)
         tile = locate_keys(config, call, gl.minimum(number, draws.tiles - 1))
         begin, count = row_blocks(config, call.band, tile.seq, tile.first)
         if config.swaps_keys:
-            if (count > 0) & (number < draws.tiles):
-                mbarrier.wait(shared.v_free, (seen & 1) ^ 1)  # the last tile's, whose place K takes
-                _load_k(config, maps, shared, call, tile, seen)
+            _load_early_k(config, maps, shared, call, tile, seen, (count > 0) & (number < draws.tiles))
 
 
 @gluon.jit

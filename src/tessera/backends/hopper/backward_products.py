@@ -5,8 +5,9 @@ the products are divided among three, and nothing is computed twice:
     dk    dP^T, dS^T, dK += dS^T Q     dS to dq through shared memory
     dq    dQ = dS K                    in parts of 64 columns to the writer
 
-S of the next block runs beside dV of this one, dP of the next beside dK of this one. Products with 256 columns from registers do
-not compile in a block of 416 threads (C7602), so dK and dV are done in two products of 128.
+S of the next block runs beside dV of this one, dP of the next beside dK of this one; lse, D and P, with which they are combined,
+are read while they run. Products with 256 columns from registers do not compile in a block of 416 threads (C7602), so dK and dV
+are done in two products of 128.
 
 dV leaves through the buffer of the tile's last dO, dK through that of the last Q: so K and V are free as soon as no product reads
 them, and a program that takes tile after tile has the next ones before these gradients are out. A tile that no row sees takes one
@@ -145,9 +146,8 @@ def _unmarked(config: gl.constexpr, p, dp):
 
 
 @gluon.jit
-def _next_p(config: gl.constexpr, shared, exchange, score, bounds, s, n, row, is_cut):
+def _next_p(config: gl.constexpr, shared, exchange, score, bounds, s, lse, n, row, is_cut):
     """P^T of block n in 16 bits: handed to dk, and returned."""
-    lse = row_values(shared.lse, shared.q_stream.slot(n), config.rows)
     p, weight = probabilities(config, score, s, lse, bounds, row, is_cut)
     dtype: gl.constexpr = shared.q.dtype
     p, weight = to_16_bit(p, dtype), to_16_bit(weight, dtype)
@@ -179,6 +179,20 @@ def _issue_s(shared, n):
 
 
 @gluon.jit
+def _finished_s(config: gl.constexpr, shared, s, n):
+    """(S of block n, its rows' lse), which is read while S is under way. (Beside the places of a bias there is no room.)"""
+    values = shared.lse
+    slot = shared.q_stream.slot(n)
+    if has(config, "bias"):
+        s = warpgroup_mma_wait(0, deps=(s,))
+        lse = row_values(values, slot, config.rows)
+    else:
+        lse = row_values(values, slot, config.rows)
+        s = warpgroup_mma_wait(0, deps=(s,))
+    return s, lse
+
+
+@gluon.jit
 def _do_of(config: gl.constexpr, shared, n):
     """Block n's dO. (Of a ring of one place the place is known: over many tiles its descriptors would stay in registers.)"""
     if config.takes_tile_after_tile:
@@ -197,10 +211,10 @@ def _sum_dv(config: gl.constexpr, shared, exchange, score, call, tile, rows, don
         bounds = key_bounds(config, call.band, tile.seq, tile.first)
         cut, full = cut_and_full(config, call.band, tile.seq, tile.first, begin, count)
         mbarrier.wait(shared.k_full, seen & 1)
-        s = warpgroup_mma_wait(0, deps=(_issue_s(shared, done),))
+        s, lse = _finished_s(config, shared, _issue_s(shared, done), done)
         scored = score_of_keys(config, score, tile.seq, tile.head * call.group, tile.first)
         start = first_place(config, call, tile, count)
-        p = _next_p(config, shared, exchange, scored, bounds, s, done, (begin + start) * config.rows, True)
+        p = _next_p(config, shared, exchange, scored, bounds, s, lse, done, (begin + start) * config.rows, True)
         block = start
         member = 0
         for n in range(done, last):
@@ -209,11 +223,11 @@ def _sum_dv(config: gl.constexpr, shared, exchange, score, call, tile, rows, don
             s = _issue_s(shared, n + 1)
             dv = warpgroup_mma_wait(1, deps=(dv,))
             shared.do_stream.release(n)
-            s = warpgroup_mma_wait(0, deps=(s,))
+            s, lse = _finished_s(config, shared, s, n + 1)
             block, member = _next_block(config, block, member, count, start, n + 1 - done)
             scored = score_of_keys(config, score, tile.seq, tile.head * call.group + member, tile.first)
             is_cut = (block < cut) | (block >= cut + full)
-            p = _next_p(config, shared, exchange, scored, bounds, s, n + 1, (begin + block) * config.rows, is_cut)
+            p = _next_p(config, shared, exchange, scored, bounds, s, lse, n + 1, (begin + block) * config.rows, is_cut)
         mbarrier.arrive(shared.k_free)
         shared.do_stream.wait(last)
         dv = warpgroup_mma_wait(0, deps=(_issue_sum(p, _do_of(config, shared, last), dv),))
@@ -250,11 +264,28 @@ def consumer_of_dv(config: gl.constexpr, dv_map, shared, exchange, draws, score,
 
 
 @gluon.jit
-def _next_ds(config: gl.constexpr, shared, exchange, score, dp, n, row):
-    """dS^T of block n in 16 bits: handed to dq, and returned."""
+def _d_and_p_of(config: gl.constexpr, shared, exchange, n):
+    """D of block n's rows, and its P^T as dv hands it over."""
     d = row_values(shared.d, shared.do_stream.slot(n), config.rows)
     exchange.p_ring.wait(n)
-    p = exchange.p.index(exchange.p_ring.slot(n)).load(dp.type.layout)
+    return d, exchange.p.index(exchange.p_ring.slot(n)).load(accumulator_layout(config.rows))
+
+
+@gluon.jit
+def _finished_dp(config: gl.constexpr, shared, exchange, dp, n):
+    """(dP of block n, its rows' D and its P), as _finished_s."""
+    if has(config, "bias"):
+        dp = warpgroup_mma_wait(0, deps=(dp,))
+        d, p = _d_and_p_of(config, shared, exchange, n)
+    else:
+        d, p = _d_and_p_of(config, shared, exchange, n)
+        dp = warpgroup_mma_wait(0, deps=(dp,))
+    return dp, d, p
+
+
+@gluon.jit
+def _next_ds(config: gl.constexpr, shared, exchange, score, dp, d, p, n, row):
+    """dS^T of block n in 16 bits: handed to dq, and returned."""
     p, dp = _unmarked(config, p, dp)
     ds = derivatives(p, dp, d)
     if needs_slope_apart(config):
@@ -285,10 +316,10 @@ def _sum_dk(config: gl.constexpr, shared, exchange, score, call, tile, rows, don
     last = done + places(call, count) - 1
     if count > 0:
         mbarrier.wait(shared.v_full, seen & 1)
-        dp = warpgroup_mma_wait(0, deps=(_issue_dp(config, shared, done),))
+        dp, d, p = _finished_dp(config, shared, exchange, _issue_dp(config, shared, done), done)
         scored = score_of_keys(config, score, tile.seq, tile.head * call.group, tile.first)
         start = first_place(config, call, tile, count)
-        ds = _next_ds(config, shared, exchange, scored, dp, done, (begin + start) * config.rows)
+        ds = _next_ds(config, shared, exchange, scored, dp, d, p, done, (begin + start) * config.rows)
         block = start
         member = 0
         for n in range(done, last):
@@ -297,10 +328,10 @@ def _sum_dk(config: gl.constexpr, shared, exchange, score, call, tile, rows, don
             dp = _issue_dp(config, shared, n + 1)
             dk = warpgroup_mma_wait(1, deps=(dk,))
             shared.q_stream.release(n)
-            dp = warpgroup_mma_wait(0, deps=(dp,))
+            dp, d, p = _finished_dp(config, shared, exchange, dp, n + 1)
             block, member = _next_block(config, block, member, count, start, n + 1 - done)
             scored = score_of_keys(config, score, tile.seq, tile.head * call.group + member, tile.first)
-            ds = _next_ds(config, shared, exchange, scored, dp, n + 1, (begin + block) * config.rows)
+            ds = _next_ds(config, shared, exchange, scored, dp, d, p, n + 1, (begin + block) * config.rows)
         mbarrier.arrive(shared.v_free)
         shared.q_stream.wait(last)
         dk = warpgroup_mma_wait(0, deps=(_issue_sum(ds, matrix(shared.q.index(shared.q_stream.slot(last))), dk),))

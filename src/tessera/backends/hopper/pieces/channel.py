@@ -138,7 +138,7 @@ class Stream:
     def acquire(self, n):
         """Producer: wait until every consumer has released use n - slots."""
         if n >= self.slots:
-            _named_barrier("sync", self.first + self.slot(n), self.warps, self.consumers)
+            named_barrier("sync", self.first + self.slot(n), self.warps, self.consumers)
 
     @gluon.jit
     def expect(self, n, count):
@@ -160,7 +160,7 @@ class Stream:
 
     @gluon.jit
     def release(self, n):
-        _named_barrier("arrive", self.first + self.slot(n), self.warps, self.consumers)
+        named_barrier("arrive", self.first + self.slot(n), self.warps, self.consumers)
 
 
 @gluon.constexpr_function
@@ -190,7 +190,8 @@ def _slot_asm(kind, warps, consumers):
 
 
 @gluon.jit
-def _named_barrier(kind: gl.constexpr, number, warps: gl.constexpr, consumers: gl.constexpr):
+def named_barrier(kind: gl.constexpr, number, warps: gl.constexpr, consumers: gl.constexpr):
+    """Barrier `number` of so many producing warps and consumers: "sync" waits for all, "arrive" is counted and goes on."""
     asm: gl.constexpr = _slot_asm(kind, warps, consumers)
     gl.inline_asm_elementwise(asm, "=r,r", [number], dtype=gl.int32, is_pure=False, pack=1)
 

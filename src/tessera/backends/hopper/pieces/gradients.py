@@ -12,7 +12,7 @@ from tessera.jit.compat import aggregate, fence_async_shared, gl, gluon, warpgro
 
 # Hardware's named barriers that channel.py leaves free.
 BARRIER_DS = gl.constexpr(7)
-"""Both consumers' dS lie in shared memory."""
+"""Both consumers' dS lie in shared memory. 7 to 9 where they take turns at dQ: all dS in a slot of the ring."""
 BARRIER_K = gl.constexpr(8)
 """No product reads K any more: its buffer may take dK."""
 BARRIER_V = gl.constexpr(9)
@@ -40,8 +40,8 @@ class Score:
 
 @aggregate
 class Shared:
-    """K and V of the tile in pieces of 64 keys (in one buffer of two tiles, where they change places); rings of Q with lse, and of dO with D. `k_free`, `v_free`: their readers are done
-    with the tile's K, and with its V."""
+    """K and V of the tile in pieces of 64 keys (in one buffer of two tiles, where they change places); rings of Q with lse, of
+    dO with D. `k_free`, `v_free`: their readers are done with the tile's K, and with its V."""
 
     k: gl.shared_memory_descriptor
     v: gl.shared_memory_descriptor
