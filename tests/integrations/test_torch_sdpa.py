@@ -41,6 +41,9 @@ CALLS: dict[str, tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]] = {
     "five, masked": (
         (heads(2, 3, 4, 33, 16), heads(2, 3, 4, 50, 16), heads(2, 3, 4, 50, 16)), {"attn_mask": heads(2, 1, 1, 33, 50)},
     ),
+    "five, masked by four": (
+        (heads(2, 3, 4, 33, 16), heads(2, 3, 4, 50, 16), heads(2, 3, 4, 50, 16)), {"attn_mask": heads(3, 1, 33, 50)},
+    ),
 }  # fmt: skip
 
 

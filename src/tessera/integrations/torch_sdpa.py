@@ -75,7 +75,7 @@ def _added(attn_mask: Tensor, query: Tensor) -> Tensor:
     """The mask as a bias of at most four dimensions."""
     if attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, float("-inf"))
-    if attn_mask.dim() <= 4:
-        return attn_mask
     leading = query.shape[:-3]
+    if len(leading) < 2 or attn_mask.dim() < 4:
+        return attn_mask
     return attn_mask.expand(*leading, *attn_mask.shape[-3:]).flatten(0, -4)
