@@ -37,7 +37,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language import core
 from triton.runtime.jit import JITCallable
 
-from tessera.jit import barriers, ptx
+from tessera.jit import ptx
 from tessera.jit.binary import Descriptor
 from tessera.jit.spec import Arrangement, Dtype, KernelSpec, Pointer, Scalar, Tiles
 
@@ -199,10 +199,9 @@ _GLUON_DTYPES = {
 
 @dataclass(frozen=True)
 class Lowered:
-    """What Triton made of a spec, before ptxas. Sizes in bytes. `unused_barriers`: see tessera.jit.barriers."""
+    """What Triton made of a spec, before ptxas. Sizes in bytes."""
 
     ptx: str
-    unused_barriers: tuple[str, ...]
     entry: str
     warps: int
     shared: int
@@ -241,9 +240,7 @@ def lower(spec: KernelSpec, function: Any) -> Lowered:
     module = source.make_ir(
         backend.target, options, backend.get_codegen_implementation(options), backend.get_module_map(), context
     )
-    module = stages["ttgir"](module, metadata)
-    unused_barriers = barriers.unused(str(module))
-    for name in ("llir", "ptx"):
+    for name in ("ttgir", "llir", "ptx"):
         module = stages[name](module, metadata)
     described = metadata.get("tensordesc_meta") or []
     tiles = spec.tiles
@@ -251,7 +248,6 @@ def lower(spec: KernelSpec, function: Any) -> Lowered:
         raise RuntimeError(f"{spec.kernel}: Triton kept {len(described)} of {len(tiles)} tensor descriptors")
     return Lowered(
         ptx=module,
-        unused_barriers=unused_barriers,
         entry=metadata["name"],
         warps=metadata["num_warps"],
         shared=metadata["shared"],

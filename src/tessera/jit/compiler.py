@@ -109,15 +109,9 @@ def compile(spec: KernelSpec) -> Binary:
         shared=lowered.shared,
         scratch=lowered.scratch,
         descriptors=lowered.descriptors,
-        messages=_complaints(lowered.unused_barriers) + assembled.messages,
+        messages=assembled.messages,
         toolchain=toolchain_key(),
         ptx=lowered.ptx,
-    )
-
-
-def _complaints(unused_barriers: Iterable[str]) -> str:
-    return "".join(
-        f"warning: {name}: barriers that are made and never used; their memory is given away\n" for name in unused_barriers
     )
 
 

@@ -31,7 +31,7 @@ from tessera.backends.hopper.pieces.channel import (
     Ring,
     Stream,
     make_paired_stream,
-    make_slots,
+    make_ring,
     pass_turn,
 )
 from tessera.backends.hopper.pieces.cluster import make_peers, size_of
@@ -236,7 +236,7 @@ def _allocate(config: gl.constexpr, maps, given):
     q, q_boxes = allocate_parts(dtype, config.consumers, M, parts, query_box(config))
     k, k_boxes = allocate_parts(dtype, config.stages, config.keys, parts, box)
     v, v_boxes = allocate_parts(dtype, config.stages, config.keys, parts_v, box)
-    q_ring = make_slots(config.consumers)
+    q_ring = make_ring(config.consumers, 1)
     k_peer, v_peer = make_peers(config)
     k_stream = make_paired_stream(config.stages, config.consumers, NAMED_BARRIER_K, producer_warps(config), k_peer)
     v_stream = make_paired_stream(config.stages, config.consumers, NAMED_BARRIER_V, producer_warps(config), v_peer)
