@@ -33,12 +33,9 @@ class PlainWorkspace:
     def __init__(self) -> None:
         self.zeros: list[Tensor] = []
 
-    def partial(self, device: int, stream: int, count: int) -> Tensor:
-        return torch.full((count,), float("nan"))
-
-    def tickets(self, device: int, stream: int, count: int) -> Tensor:
-        self.zeros.append(torch.zeros(count, dtype=torch.int32))
-        return self.zeros[-1]
+    def of(self, device: int, stream: int, count: int, tickets: int) -> tuple[Tensor, Tensor]:
+        self.zeros.append(torch.zeros(tickets, dtype=torch.int32))
+        return torch.full((count,), float("nan")), self.zeros[-1]
 
 
 @pytest.fixture(autouse=True)
