@@ -220,8 +220,8 @@ class Pointer:
     def __getitem__(self, key: Any) -> Pointer:
         return Pointer(self.memory, self.offset[key])
 
-    def to(self, dtype: object) -> Integer:
-        return Integer(self.memory.data_ptr())
+    def to(self, dtype: object) -> Integer | Pointer:
+        return self if isinstance(self.offset, Tensor) else Integer(self.memory.data_ptr())
 
 
 def _load(pointer: Pointer, mask: Any = None, other: Any = None, cache_modifier: str = "") -> Any:
@@ -358,17 +358,9 @@ def _scalar(x: Tensor) -> Any:
     return Integer(x) if x.dim() == 0 and not x.dtype.is_floating_point else x
 
 
-def _philox_2(a: Any, b: Any, rounds: int) -> tuple[Any, Any]:
-    for i in range(rounds):
-        product = a * 0xD256D193
-        a, b = product >> 32 & 0xFFFFFFFF ^ b ^ (i * 0x9E3779B9 & 0xFFFFFFFF), product & 0xFFFFFFFF
-    return a, b
-
-
-def _kept(words: Tensor, halves: Tensor, are_second: Tensor, threshold: Any) -> Tensor:
+def _kept(words: Tensor, halves: Tensor, threshold: Any) -> Tensor:
     """What of a tile dropout keeps, from each score's word."""
-    half = words >> 16 * halves & 0xFFFF
-    draws = torch.where(are_second, half << 1 | half >> 15, half >> 7) & 0xFF
+    draws = words >> 16 * halves + 7 & 0xFF
     return (draws >= (threshold >> 7 & 0xFF)) != bool(threshold >> 31)
 
 
@@ -383,10 +375,6 @@ def _assembly(text: str, constraints: str, arguments: list[Any], dtype: Any, is_
         return Integer(0)
     if text == "mov.u32 $0, $1;":
         return arguments[0]
-    if text == "mov.u32 $0, %laneid;":  # shares._are_equally_long: one value a lane
-        return torch.arange(32)
-    if "vote.sync.any" in text:
-        return Integer(bool(arguments[0].any()))
     if text.startswith("{ .reg .u32 own;"):  # cache_rows.find_pages: one value a lane
         number, rows = re.search(r"and.b32 own, own, (\d+); mad.lo.u32 \$0, own, (\d+)", text).groups()
         lanes, (first,) = torch.arange(int(number) + 1) * int(rows), arguments
@@ -407,19 +395,27 @@ def _assembly(text: str, constraints: str, arguments: list[Any], dtype: Any, is_
         return arguments[0] * arguments[1]
     if "and.b32 $0, $1, mask;" in text:  # dropout.dropped, with left padding
         return torch.where(arguments[1] >> 7 & 1 == 1, arguments[0], 0.0).to(dtype)
-    if "and.b32 $0, $2, m;" in text:  # dropout.dropped
-        p, words, threshold = arguments
-        rows, columns = torch.arange(p.shape[0])[:, None], torch.arange(p.shape[1])
-        return torch.where(_kept(words, columns % 2, rows // 8 % 2 == 1, threshold), p, 0.0).to(dtype)
+    if " $0, $1, m; }" in text:  # dropout.dropped
+        p, words, threshold = arguments[0] * (2.0**-7 if dtype == torch.bfloat16 else 1.0), *arguments[1:]
+        return torch.where(_kept(words, torch.arange(p.shape[1]) % 2, threshold), p, 0.0).to(dtype)
     if text == "prmt.b32 $0, $1, $2, 0xCC88;":  # dropout.masks, with left padding
         return torch.where(arguments[0] >> 7 & 1 == 1, math.nan, 0.0).to(dtype)
     if text.startswith("{ .reg .b32 x, least;"):  # dropout.masks
-        near, far, threshold = arguments
-        keys, rows = torch.arange(near.shape[0])[:, None], torch.arange(near.shape[1])
-        words = torch.where(keys // 8 % 2 == 0, near, far)
-        return torch.where(_kept(words, rows % 2, rows // 8 % 2 == 1, threshold), math.nan, 0.0).to(dtype)
+        *words, threshold = arguments
+        keys, rows = torch.arange(words[0].shape[0])[:, None], torch.arange(words[0].shape[1])
+        word = torch.where(
+            keys // 8 % 2 == 0, torch.where(rows // 8 % 2 == 0, *words[:2]), torch.where(rows // 8 % 2 == 0, *words[2:])
+        )
+        return torch.where(_kept(word, rows % 2, threshold), math.nan, 0.0).to(dtype)
     if text == "and.b32 $0, $1, $2;":  # dropout.masked
         return torch.where(arguments[1] != 0, arguments[0], 0.0)
+    if text.startswith("{ .reg .pred p, q; .reg .b32 zero;"):  # dropout.masked_derivatives
+        p, masks, dp, d = arguments
+        return p * (torch.where(masks != 0, dp, 0.0) - d)
+    if text.startswith("{ .reg .b64 near, far,"):  # modifiers._add_to_plane
+        values, places, row, left = arguments
+        columns = torch.arange(min(values.shape[1], int(left)))
+        return _atomic_add(places + columns * (int(row) // 4), values[:, : len(columns)], "relaxed")
     if text.startswith("lop3.b32 $0, $1, $2, 0x80008000, 0xF2;"):  # dropout.marked
         return torch.where(arguments[1] != 0, arguments[0], -arguments[0])
     if text.startswith("prmt.b32 $0, $1, $2, $3;"):  # dropout._permuted
@@ -431,8 +427,6 @@ def _assembly(text: str, constraints: str, arguments: list[Any], dtype: Any, is_
         return tuple(torch.where(odd, a, b) for a, b in ((0x5410, 0x7632), (0x3254, 0x5410), (0x3276, 0x7610)))
     if text.startswith("shfl.sync.bfly.b32 $0, $1, 4,"):  # dropout._of_other_parity
         return arguments[0].unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
-    if text.startswith("{ .reg .b64 w; .reg .b32 a, b, h;"):  # dropout._key
-        return _philox_2(arguments[0] ^ arguments[1], arguments[2], 7)
     if text.startswith("xor.b32 $0, $2, $4;"):  # dropout._sum
         return arguments[0] ^ arguments[2], arguments[1] ^ arguments[3]
     if text.startswith("shfl."):
@@ -618,8 +612,6 @@ class Kernel:
 
     @staticmethod
     def _received(kind: object, value: Any) -> Any:
-        if isinstance(kind, (jit.Pointer, jit.Scalar)) and kind.align > 1:
-            assert value % kind.align == 0, f"{value} is promised to be a multiple of {kind.align}"
         if isinstance(kind, jit.Pointer):
             return Pointer(_at(value, DTYPES[kind.element])) if value else None
         return Integer(value) if isinstance(value, int) else value

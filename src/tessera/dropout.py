@@ -1,26 +1,30 @@
 """Dropout's mask: a function of (seed, batch, head, row, column) alone, so every backend and tile size draws the same.
 
 Every row and every column of a head has a key of 64 bits, and a draw is a mixture of the two. Keys come from a head's words,
-which Philox4x32 with 7 rounds makes under the 64-bit seed, by Philox2x32 with 7 rounds (Salmon et al., "Parallel random
-numbers: as easy as 1, 2, 3", SC 2011: the fewest rounds that pass BigCrush). Eight scores share a row's and a column's key:
-rows i and i + 8 of a group of 16, columns j, j + 1, j + 8 and j + 9 (j even, below 8) of a group of 16. These are scores that
-one thread of a Hopper warpgroup holds in its accumulator anyway. In 64 rows, and in 128 columns, the keys of what such a
-thread has differ by constants alone: it makes one for all of them.
+which Philox4x32 with 7 rounds makes under the 64-bit seed (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011:
+the fewest rounds that pass BigCrush), by the finalizer of MurmurHash3. Eight scores share a row's and a column's key: rows i and
+i + 8 of a group of 16, columns j, j + 1, j + 8 and j + 9 (j even, below 8) of a group of 16. These are scores that one thread of
+a Hopper warpgroup holds in its accumulator anyway. In 64 rows, and in 128 columns, the keys of what such a thread has differ by
+constants alone: it makes one for all of them.
 
     h0, h1, h2, h3 = philox((head, batch, 0, 0), key=seed)
-    key of a row   = philox2x32((i // 64 * 8 + i % 8) ^ h0, h1), and V of i // 16 % 4
-    of a column    = philox2x32((j // 128 * 4 + j % 8 // 2) ^ h2, h3), and U of j // 16 % 8; key=0 for both
+    key of a row   = final(n ^ h0), final(n ^ h1), n = i // 64 * 8 + i % 8, and V of i // 16 % 4
+    of a column    = final(n ^ h2), final(n ^ h3), n = j // 128 * 4 + j % 8 // 2, and U of j // 16 % 8
     U, V of n      = the constants of n's bits that are set, xor
-    words          = two rounds of Philox2x32 over (row key ^ column key)
-    half           = j % 2 of word j // 8 % 2, 16 bits
-    draw           = bits 14 to 7 of it; of rows with i // 8 odd its others, bits 6 to 0 and then 15
+    a, b           = row key ^ column key
+    x              = a M + b
+    word           = (x ^ x >> 16) M' + x, with an M' each of four: of rows with i // 8 odd the second and the last, of columns
+                     with j // 8 odd the last two
+    draw           = bits 14 to 7 of its half j % 2, 16 bits
     kept           = draw >= threshold, threshold = round(256 p); above 128 it is draw < 256 - threshold
 
-What that is worth: the rounds are a bijection, so any two draws are independent, and any set of them whose rows and columns close
-no cycle, as far as the keys are random. This is tabulation hashing, which is 3-independent (Patrascu and Thorup, "The power of
-simple tabulation hashing", STOC 2011). The least that can depend on one another are four draws at a rectangle's corners, and
-those whose keys differ by a constant; that they don't is the two rounds' work, and tests/cpu/test_dropout.py looks at it (with
-one round it fails).
+All products are of 32 bits: beside the tensor cores' work a product of 64 holds up a warp for 10 to 45 cycles (H200, 2026-11-21).
+
+What that is worth: every step to a word is a bijection of b, so any two draws of different calls are independent, and any set of
+them whose rows and columns close no cycle, as far as the keys are random. This is tabulation hashing, which is 3-independent
+(Patrascu and Thorup, "The power of simple tabulation hashing", STOC 2011). The least that can depend on one another are four
+draws at a rectangle's corners, those whose keys differ by a constant, and those of one call; that they don't is the mixture's
+work, and tests/cpu/test_dropout.py looks at it (without the shift it fails).
 
 A draw has 8 bits, as in FlashAttention-2: p is thereby rounded to a multiple of 1/256, and the kept probabilities are scaled by
 the exact 256 / (256 - threshold), so that expectations are. A p that rounds to 0 or to 1 is refused in words.
@@ -34,9 +38,12 @@ from torch import Tensor
 from tessera.errors import bad_value
 
 ROUNDS = 7
-MIXING_ROUNDS = 2
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
-_MIXING_MULTIPLIER = 0xD256D193
+FINAL_MULTIPLIERS = (0x85EBCA6B, 0xC2B2AE35)
+"""MurmurHash3's."""
+MIXING_MULTIPLIER = 0xD256D193
+WORD_MULTIPLIERS = (0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35, 0x27D4EB2F)
+MIXING_SHIFT = 16
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _WORD = 0xFFFFFFFF
 DRAWS = 1 << 8
@@ -87,17 +94,19 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[T
     return c0, c1, c2, c3
 
 
-def philox2(a: Tensor, b: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
-    """Philox2x32 with key 0 on such tensors."""
-    for i in range(rounds):
-        product = a * _MIXING_MULTIPLIER
-        a, b = ((product >> 32) & _WORD) ^ b ^ (i * _WEYL[0] & _WORD), product & _WORD
-    return a, b
+def final(x: Tensor) -> Tensor:
+    """MurmurHash3's finalizer on such a tensor."""
+    for shift, multiplier in zip((16, 13), FINAL_MULTIPLIERS, strict=True):
+        x = (x ^ x >> shift) * multiplier & _WORD
+    return x ^ x >> 16
 
 
-def mixture(row: tuple[Tensor, Tensor], column: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Eight draws in two words from a row's and a column's key (broadcastable, as in `philox`)."""
-    return philox2(row[0] ^ column[0], row[1] ^ column[1], MIXING_ROUNDS)
+def mixture(row: tuple[Tensor, Tensor], column: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Eight draws in four words from a row's and a column's key (broadcastable, as in `philox`)."""
+    x = (row[0] ^ column[0]) * MIXING_MULTIPLIER + (row[1] ^ column[1]) & _WORD
+    y = x ^ x >> MIXING_SHIFT
+    w0, w1, w2, w3 = (y * multiplier + x & _WORD for multiplier in WORD_MULTIPLIERS)
+    return w0, w1, w2, w3
 
 
 def _keys(
@@ -108,7 +117,7 @@ def _keys(
     place = torch.arange(places, device=patch.device)
     numbers = ((patch >> len(constants)) * places + place).flatten()
     h0, h1 = (word[:, None] for word in head_words)
-    keys = philox2(numbers[None, :] ^ h0, h1, ROUNDS)
+    keys = final(numbers[None, :] ^ h0), final(numbers[None, :] ^ h1)
     for bit, words in enumerate(constants):
         is_set = (patch >> bit & 1).expand(-1, places).flatten()
         keys = keys[0] ^ is_set * words[0], keys[1] ^ is_set * words[1]
@@ -124,12 +133,11 @@ def keep_tile(seed: int, batch: int, heads: Tensor, rows: range, columns: range,
     r0, r1 = _keys((h0, h1), row_patches, 8, OF_ROWS)
     c0, c1 = _keys((h2, h3), column_patches, 4, OF_COLUMNS)
     words = torch.stack(mixture((r0[:, :, None], r1[:, :, None]), (c0[:, None, :], c1[:, None, :])), dim=-1)
-    halves = torch.stack([words & 0xFFFF, words >> 16], dim=-1)
-    draws = torch.stack([halves >> 7 & 0xFF, (halves << 1 | halves >> 15) & 0xFF], dim=-1).to(torch.uint8)
+    draws = (torch.stack([words, words >> 16], dim=-1) >> 7 & 0xFF).to(torch.uint8)
     n = heads.shape[0]
     draws = draws.view(n, len(row_patches), 8, len(column_patches), 4, 2, 2, 2)
-    # row = patch, which draw of a half, i % 8; column = patch, the word's number, j % 8 // 2, the half's number
-    draws = draws.permute(0, 1, 7, 2, 3, 5, 4, 6).reshape(n, len(row_patches) * PATCH, len(column_patches) * PATCH)
+    # row = patch, i // 8 % 2, i % 8; column = patch, j // 8 % 2, j % 8 // 2, j % 2
+    draws = draws.permute(0, 1, 6, 2, 3, 5, 4, 7).reshape(n, len(row_patches) * PATCH, len(column_patches) * PATCH)
     first_row, first_column = row_patches.start * PATCH, column_patches.start * PATCH
     tile = draws[:, rows.start - first_row : rows.stop - first_row, columns.start - first_column : columns.stop - first_column]
     return is_kept(tile, dropout_p)

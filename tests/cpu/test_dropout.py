@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tessera import attention, dropout, dropout_mask
-from tessera.dropout import keep_scale, keep_tile, mixture, philox, philox2, threshold
+from tessera.dropout import final, keep_scale, keep_tile, mixture, philox, threshold
 
 ONES = 0xFFFFFFFF
 # pi's digits, Random123's third test vector: the counter, then the key
@@ -64,11 +64,10 @@ def test_published_answers_of_seven_rounds(counter: Words, key: tuple[int, int],
     assert run_philox(counter, key) == answer
 
 
-@pytest.mark.parametrize(("rounds", "answer"), [(7, (0x257A3673, 0xCD26BE2A)), (10, (0xFF1DAE59, 0x6CD10DF2))])
-def test_published_answers_of_two_words(rounds: int, answer: tuple[int, int]) -> None:
-    """Random123's for philox2x32, of its vectors the one that has key 0."""
-    a, b = philox2(torch.tensor(0), torch.tensor(0), rounds)
-    assert (int(a), int(b)) == answer
+@pytest.mark.parametrize(("x", "answer"), [(0, 0), (1, 0x514E28B7), (0xFFFFFFFF, 0x81F16F39), (0x12345678, 0xE37CD1BC)])
+def test_published_answers_of_the_finalizer(x: int, answer: int) -> None:
+    """MurmurHash3's fmix32: that of 1 is the hash of the empty key under seed 1, that of ONES under seed ONES."""
+    assert int(final(torch.tensor(x))) == answer
 
 
 WORDS = st.integers(0, ONES)
@@ -98,15 +97,14 @@ PI = [
 ]
 
 
-def philox_2_by_numpy(x: np.ndarray, y: np.ndarray, rounds: int) -> tuple[np.ndarray, np.ndarray]:
-    for i in range(rounds):
-        product = x * np.uint64(0xD256D193)
-        x, y = product >> np.uint64(32) ^ y ^ np.uint64(i * 0x9E3779B9 & ONES), product & np.uint64(ONES)
-    return x, y
+def final_by_numpy(x: np.ndarray) -> np.ndarray:
+    x = (x ^ x >> np.uint64(16)) * np.uint64(0x85EBCA6B) & np.uint64(ONES)
+    x = (x ^ x >> np.uint64(13)) * np.uint64(0xC2B2AE35) & np.uint64(ONES)
+    return x ^ x >> np.uint64(16)
 
 
 def key_by_numpy(number: np.ndarray, patch: np.ndarray, words: list[np.ndarray], constants: list[list[int]]) -> list[np.ndarray]:
-    key = list(philox_2_by_numpy(number ^ words[0], words[1], 7))
+    key = [final_by_numpy(number ^ word) for word in words]
     for bit, constant in enumerate(constants):
         key = [key[i] ^ (patch >> np.uint64(bit) & np.uint64(1)) * np.uint64(constant[i]) for i in range(2)]
     return key
@@ -115,13 +113,14 @@ def key_by_numpy(number: np.ndarray, patch: np.ndarray, words: list[np.ndarray],
 def mask_by_numpy(seed: int, batch: int, heads: int, seqlen_q: int, seqlen_k: int, dropout_p: float) -> np.ndarray:
     """The whole mask by the module's documented layout, in numpy's uint64: nothing shared with the package."""
     b, h, i, j = np.meshgrid(*(np.arange(n, dtype=np.uint64) for n in (batch, heads, seqlen_q, seqlen_k)), indexing="ij")
-    one, two, four, eight = (np.uint64(n) for n in (1, 2, 4, 8))
+    two, four, eight = (np.uint64(n) for n in (2, 4, 8))
     words = philox_by_numpy([h, b, 0 * h, 0 * h], seed)
     row = key_by_numpy(i // np.uint64(64) * eight + i % eight, i // np.uint64(16) % four, words[:2], PI[3:])
     column = key_by_numpy(j // np.uint64(128) * four + j % eight // two, j // np.uint64(16) % eight, words[2:], PI[:3])
-    x, y = philox_2_by_numpy(row[0] ^ column[0], row[1] ^ column[1], 2)
-    half = np.where(j // eight % two == 0, x, y) >> np.uint64(16) * (j % two) & np.uint64(0xFFFF)
-    draws = np.where(i // eight % two == 0, half >> np.uint64(7), half << one | half >> np.uint64(15)) & np.uint64(255)
+    x = (row[0] ^ column[0]) * np.uint64(0xD256D193) + (row[1] ^ column[1]) & np.uint64(ONES)
+    multipliers = np.array([0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35, 0x27D4EB2F], dtype=np.uint64)
+    word = (x ^ x >> np.uint64(16)) * multipliers[(j // eight % two * two + i // eight % two).astype(int)] + x
+    draws = word >> (np.uint64(16) * (j % two) + np.uint64(7)) & np.uint64(255)
     threshold = round(dropout_p * 256)
     return draws >= threshold if threshold <= 128 else draws < 256 - threshold
 
@@ -217,11 +216,11 @@ def test_lines_draw_independently(dropout_p: float) -> None:
     assert largest < 6
 
 
-def test_one_round_of_mixing_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dropout, "MIXING_ROUNDS", 1)
-    variance, largest = worst_score(0.1)
-    assert variance > 1.5
-    assert largest > 20
+def test_mixing_without_its_shift_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dropout, "MIXING_SHIFT", 32)
+    variance, largest = worst_score(0.5)
+    assert variance > 1.05
+    assert largest > 6
 
 
 def test_every_byte_takes_every_value_alike() -> None:

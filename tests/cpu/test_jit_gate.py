@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tessera import jit
-from tessera.jit import gate, sass
+from tessera.jit import barriers, gate, sass
 from tessera.jit.binary import Binary
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -132,6 +132,31 @@ def test_missing_instructions_and_sizes_are_faults(monkeypatch):
         assert words in faults
 
 
+PARTITIONED = """
+    %full = ttg.local_alloc : () -> !ttg.memdesc<2x1xi64, #shared, #smem, mutable>
+    %empty = ttg.local_alloc : () -> !ttg.memdesc<2x1xi64, #shared, #smem, mutable>
+    %numbers = ttg.local_alloc : () -> !ttg.memdesc<2x1xi64, #shared, #smem, mutable>
+    %0 = ttg.memdesc_index %full[%c0_i32] : !ttg.memdesc<2x1xi64, #shared, #smem, mutable>
+    ttng.init_barrier %0, 1 : !ttg.memdesc<1xi64, #shared, #smem, mutable>
+    %1 = ttg.memdesc_index %empty[%c0_i32] : !ttg.memdesc<2x1xi64, #shared, #smem, mutable>
+    ttng.init_barrier %1, 1 : !ttg.memdesc<1xi64, #shared, #smem, mutable>
+    ttg.warp_specialize(%full, %out)
+    default {
+      CONSUMER
+    }
+    partition0(%arg0: !ttg.memdesc<2x1xi64>, %arg1: !tt.ptr<i32>) num_warps(1) {
+      %1 = ttg.memdesc_index %arg0[%c0_i32] : !ttg.memdesc<2x1xi64, #shared, #smem, mutable>
+      ttng.arrive_barrier %1, 1 : !ttg.memdesc<1xi64, #shared, #smem, mutable>
+    } : (!ttg.memdesc<2x1xi64>, !tt.ptr<i32>) -> ()
+"""
+
+
+@pytest.mark.parametrize(("line", "expected"), [("", ("%empty",)), ("ttng.wait_barrier %1, %c0_i32", ())])
+def test_a_barrier_is_used_by_name_outside_partitions_or_by_capture(line, expected):
+    """A partition's %1 is another."""
+    assert barriers.unused(PARTITIONED.replace("CONSUMER", line)) == expected
+
+
 class TestWithTriton:
     """The whole way, on kernels that compile in a second."""
 
@@ -152,6 +177,7 @@ class TestWithTriton:
         assert "Insufficient registers (40)" in found["matmul starved"].faults[0]
         assert "TypeError" in found["matmul broken"].faults[0]
         assert "no HGMMA" in found["cluster demanding"].faults[0]
+        assert "%forgotten: barriers that are made and never used" in found["forgetful"].faults[0]
 
     def test_the_command(self, folder, capsys):
         report = folder / "report.json"

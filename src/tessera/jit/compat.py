@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language import core
 from triton.runtime.jit import JITCallable
 
-from tessera.jit import ptx
+from tessera.jit import barriers, ptx
 from tessera.jit.binary import Descriptor
 from tessera.jit.spec import Arrangement, Dtype, KernelSpec, Pointer, Scalar, Tiles
 
@@ -200,9 +199,10 @@ _GLUON_DTYPES = {
 
 @dataclass(frozen=True)
 class Lowered:
-    """What Triton made of a spec, before ptxas. Sizes in bytes."""
+    """What Triton made of a spec, before ptxas. Sizes in bytes. `unused_barriers`: see tessera.jit.barriers."""
 
     ptx: str
+    unused_barriers: tuple[str, ...]
     entry: str
     warps: int
     shared: int
@@ -241,7 +241,9 @@ def lower(spec: KernelSpec, function: Any) -> Lowered:
     module = source.make_ir(
         backend.target, options, backend.get_codegen_implementation(options), backend.get_module_map(), context
     )
-    for name in ("ttgir", "llir", "ptx"):
+    module = stages["ttgir"](module, metadata)
+    unused_barriers = barriers.unused(str(module))
+    for name in ("llir", "ptx"):
         module = stages[name](module, metadata)
     described = metadata.get("tensordesc_meta") or []
     tiles = spec.tiles
@@ -249,6 +251,7 @@ def lower(spec: KernelSpec, function: Any) -> Lowered:
         raise RuntimeError(f"{spec.kernel}: Triton kept {len(described)} of {len(tiles)} tensor descriptors")
     return Lowered(
         ptx=module,
+        unused_barriers=unused_barriers,
         entry=metadata["name"],
         warps=metadata["num_warps"],
         shared=metadata["shared"],
@@ -314,14 +317,6 @@ def assemble(spec: KernelSpec, lowered: Lowered) -> Assembled:
         if ran.returncode != 0:
             raise AssemblerError(f"{spec.kernel}: ptxas ended with {ran.returncode}\n{ran.stderr[-4000:]}")
         return Assembled(binary.read_bytes(), ran.stderr.replace(folder + "/", ""))
-
-
-def parse_once(functions: Iterable[Any]) -> None:
-    """Has Triton parse each function's source once; it would do so for each set of types and constants that it is called with,
-    some 400 times a kernel (a tenth of a second)."""
-    for function in functions:
-        if hasattr(function, "parse") and "parse" not in vars(function):  # functions that run while compiling have none
-            function.parse = cache(function.parse)
 
 
 def is_jitted(value: object) -> bool:

@@ -5,14 +5,12 @@ Each step is safe for many threads (a key compiles once in a process) and many p
 
 from __future__ import annotations
 
-import gc
 import importlib
 import os
 import re
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -97,9 +95,8 @@ def compile(spec: KernelSpec) -> Binary:
     except ImportError as error:
         raise RuntimeError(f"tessera.jit works with Triton 3.6 to 3.9; this is {version}: {error}") from error
     function = _function(spec)
-    compat.parse_once(reach.check(spec, function))
-    with _no_collections():
-        lowered = compat.lower(spec, function)
+    reach.check(spec, function)
+    lowered = compat.lower(spec, function)
     lowered = replace(lowered, ptx=ptx.rewritten(lowered.ptx, 32 * spec.num_warps))
     _check_parameters(spec, lowered.ptx)
     assembled = compat.assemble(spec, lowered)
@@ -112,23 +109,16 @@ def compile(spec: KernelSpec) -> Binary:
         shared=lowered.shared,
         scratch=lowered.scratch,
         descriptors=lowered.descriptors,
-        messages=assembled.messages,
+        messages=_complaints(lowered.unused_barriers) + assembled.messages,
         toolchain=toolchain_key(),
         ptx=lowered.ptx,
     )
 
 
-@contextmanager
-def _no_collections() -> Iterator[None]:
-    """No garbage collection: a kernel's syntax trees are a million objects that live until the end, so each collection would look
-    through them, and through all of PyTorch's, in vain (a sixth of the time of Triton's front end)."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
+def _complaints(unused_barriers: Iterable[str]) -> str:
+    return "".join(
+        f"warning: {name}: barriers that are made and never used; their memory is given away\n" for name in unused_barriers
+    )
 
 
 def _function(spec: KernelSpec) -> Any:

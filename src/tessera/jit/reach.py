@@ -21,9 +21,8 @@ class OutOfReachError(TypeError):
     """A kernel uses code that its cache key does not cover."""
 
 
-def check(spec: KernelSpec, kernel: Any) -> tuple[Any, ...]:
-    """The jitted functions that `kernel` uses. Raises OutOfReachError when it uses, however indirectly, code that its key does
-    not cover.
+def check(spec: KernelSpec, kernel: Any) -> None:
+    """Raises OutOfReachError when `kernel` uses, however indirectly, code that its key does not cover.
 
     Covered are the kernel's package, compat and Triton. Jitted code from anywhere else is refused; so are plain functions
     and classes of the kernel's own project, while those of libraries count as fixed.
@@ -32,15 +31,13 @@ def check(spec: KernelSpec, kernel: Any) -> tuple[Any, ...]:
         raise TypeError(f"{spec.kernel} is a {type(kernel).__name__}, not a function decorated with gluon.jit")
     allowed = {path.resolve() for path in source_files(spec.module)}
     triton, project = triton_home().resolve(), spec.module.split(".")[0]
-    waiting, seen, jitted = [kernel], set(), []
+    waiting, seen = [kernel], set()
     while waiting:
         value = waiting.pop()
         function = value.fn if compat.is_jitted(value) else value
         if function in seen:
             continue
         seen.add(function)
-        if function is not value:
-            jitted.append(value)
         path = _file_of(function)
         if path in allowed:
             if isinstance(function, FunctionType):
@@ -50,7 +47,6 @@ def check(spec: KernelSpec, kernel: Any) -> tuple[Any, ...]:
                 f"{spec.kernel} uses {function.__module__}.{function.__qualname__}, which lies outside the kernel's package; "
                 "a change there would go unnoticed by cached binaries. Move it into the package, or pass it as a constant"
             )
-    return tuple(jitted)
 
 
 def _file_of(value: Any) -> Path:

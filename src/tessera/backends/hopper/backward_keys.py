@@ -11,10 +11,9 @@ Nothing is in flight at the end of a turn: a product carried over the loop's bac
 from tessera.backends.hopper.pieces.gradients import (
     BARRIER_DS,
     BARRIER_K,
-    derivatives,
+    derivatives_of_kept,
     drawn,
     issue_transposed,
-    kept_dp,
     kept_p,
     masks_of,
     meet,
@@ -102,10 +101,9 @@ def _block(
     dp = warpgroup_mma_wait(0, deps=(dp,))
     d = row_values(shared.d, do_slot, config.rows)  # only now: it would take registers from S
     kept = masks_of(config, kept, dtype)
-    dp = kept_dp(config, dp, kept)
-    ds = derivatives(weight, dp, d)
+    ds = derivatives_of_kept(config, weight, kept, dp, d)
     if needs_slope_apart(config):
-        add_to_dbias(config, score.modifiers, derivatives(p, dp, d), row)
+        add_to_dbias(config, score.modifiers, derivatives_of_kept(config, p, kept, dp, d), row)
     else:
         add_to_dbias(config, score.modifiers, ds, row)
     ds = to_16_bit(ds, dtype)

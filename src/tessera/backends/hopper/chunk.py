@@ -31,7 +31,7 @@ from tessera.backends.hopper.pieces.channel import (
     Ring,
     Stream,
     make_paired_stream,
-    make_ring,
+    make_slots,
     pass_turn,
 )
 from tessera.backends.hopper.pieces.cluster import make_peers, size_of
@@ -208,7 +208,7 @@ def consumer(me, outcome, meeting):
         if overlaps(config):
             o, p, m, l = state
             shared.v_stream.wait(n - 1)
-            o = issue_values(me, n - 1, p[0], o)
+            o = issue_values(me, n - 1, p, o)
         else:
             o, m, l = state
         factor, lse = _normaliser(me, tile, unit, m, l)
@@ -236,7 +236,7 @@ def _allocate(config: gl.constexpr, maps, given):
     q, q_boxes = allocate_parts(dtype, config.consumers, M, parts, query_box(config))
     k, k_boxes = allocate_parts(dtype, config.stages, config.keys, parts, box)
     v, v_boxes = allocate_parts(dtype, config.stages, config.keys, parts_v, box)
-    q_ring = make_ring(config.consumers, 1)
+    q_ring = make_slots(config.consumers)
     k_peer, v_peer = make_peers(config)
     k_stream = make_paired_stream(config.stages, config.consumers, NAMED_BARRIER_K, producer_warps(config), k_peer)
     v_stream = make_paired_stream(config.stages, config.consumers, NAMED_BARRIER_V, producer_warps(config), v_peer)

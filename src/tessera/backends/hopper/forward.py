@@ -33,6 +33,7 @@ from tessera.backends.hopper.pieces.channel import (
     take_turn,
 )
 from tessera.backends.hopper.pieces.cluster import is_pair, make_box, make_peers, member_of_pair
+from tessera.backends.hopper.pieces.dropout import scale_of_kept
 from tessera.backends.hopper.pieces.epilogue import LOG2_E, normalise, normaliser
 from tessera.backends.hopper.pieces.kv_source import Lengths, Pitch, load_rows, store_rows
 from tessera.backends.hopper.pieces.masking import (
@@ -48,7 +49,6 @@ from tessera.backends.hopper.pieces.modifiers import below_diagonal, falls_evenl
 from tessera.backends.hopper.pieces.scheduler import Schedule, ask, first_number, locate, next_number, take, taken
 from tessera.backends.hopper.pieces.scores import (
     Score,
-    as_operand,
     score_of_rows,
 )
 from tessera.backends.hopper.pieces.softmax import reference_of_rows
@@ -312,7 +312,7 @@ def _finish_rows(me, tile, row, m, l, lse_ptr):
     asked_for = lse_ptr.to(gl.int64) != 0
     gl.store(lse_ptr + line + tile.seq.q_begin + rows, lse, mask=(rows < tile.seq.q_rows) & asked_for)
     if has(me.config, "dropout"):
-        factor = factor * me.score.modifiers.dropout[0].keep_scale
+        factor = factor * scale_of_kept(me.config, me.score.modifiers.dropout[0], me.shared.v[0].dtype)
     return factor
 
 
@@ -364,7 +364,7 @@ def _attend(me, tile, n, turn, o_maps, lse_ptr):
     if overlaps(me.config):
         o, p, m, l = state
         shared.v_stream.wait(n - 1)
-        o = issue_values(me, n - 1, as_operand(me.config, mine.score, p), o)
+        o = issue_values(me, n - 1, p, o)
     else:
         o, m, l = state
 

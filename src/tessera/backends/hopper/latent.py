@@ -28,7 +28,7 @@ from tessera.backends.hopper.pieces.cache_rows import (
     producer_warps,
     query_box,
 )
-from tessera.backends.hopper.pieces.channel import NAMED_BARRIER_K, NAMED_BARRIER_V, Ring, Stream, make_paired_stream, make_ring
+from tessera.backends.hopper.pieces.channel import NAMED_BARRIER_K, NAMED_BARRIER_V, Ring, Stream, make_paired_stream, make_slots
 from tessera.backends.hopper.pieces.cluster import make_peers, size_of
 from tessera.backends.hopper.pieces.gradients import meet
 from tessera.backends.hopper.pieces.masking import has_lower_bound, mask_scores, row_bounds
@@ -337,7 +337,7 @@ def _allocate(config: gl.constexpr, maps):
     k, k_boxes = allocate_parts(dtype, config.stages, config.keys, parts, key_box(config))
     p = gl.allocate_shared_memory(dtype, [1, M, config.keys], _p_layout(dtype, config.keys))
     factors = gl.allocate_shared_memory(gl.float32, [1, M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    q_ring = make_ring(1, 1)
+    q_ring = make_slots(1)
     outer_peer, right_peer = make_peers(config)
     outer = make_paired_stream(config.stages, 1, NAMED_BARRIER_K, producer_warps(config), outer_peer)
     right = make_paired_stream(config.stages, 1, NAMED_BARRIER_V, producer_warps(config), right_peer)

@@ -133,8 +133,9 @@ def _config_alone(problem: Problem, keys: float) -> ForwardConfig:
         overlap=Overlap.WHOLE if widest <= 192 else Overlap.MAXIMA, staging=Staging.OWN,
         consumer_registers=240, producer_registers=24, features=features,
     )  # fmt: skip
+    exact = problem.dtype is torch.float16  # looks at the greatest P and not at one bit of all: spills in 160 registers
     if MODIFIERS & set(features):
-        return deepest(_with_modifiers(pairs, keys))
+        return deepest(_with_modifiers(pairs, keys, exact))
     # over P after the maxima: d64 1.07 (512 1.03), d128 causal 1.03 at 512 and 1k, 1.07 from 2k on, full 1.05 to 1.08 (1.02 to
     # 1.07 over three consumers), d96 to 1k and 192/128 1.04, d192 1.04, d256 1.01; windows of 1024 at d128 1.05, at d64 0.99
     pairs = replace(pairs, overlap=Overlap.AT_ONCE if widest <= 192 else Overlap.SCORES)
@@ -143,7 +144,6 @@ def _config_alone(problem: Problem, keys: float) -> ForwardConfig:
     pairs = replace(pairs, queries=1 if problem.layout is Layout.VARLEN else 2)
     window = {Feature.LEFT, Feature.RIGHT} <= set(features)
     if widest <= 64:
-        exact = problem.dtype is torch.float16  # looks at the greatest P and not at one bit of all: spills in 160 registers
         if window and keys <= (640 if exact else 2048):
             # 64 keys over 128: 17 blocks for a window of 1024 where those take 9 of twice. 1.23 at 256, 1.11 at 512, 1.05 at
             # 1024 (P after the maxima: 1.26, 1.05, 0.96). Consumers stand a block apart: three stages would not load ahead
@@ -169,11 +169,11 @@ def _config_alone(problem: Problem, keys: float) -> ForwardConfig:
     return deepest(pairs)
 
 
-def _with_modifiers(pairs: ForwardConfig, keys: float) -> ForwardConfig:
+def _with_modifiers(pairs: ForwardConfig, keys: float, exact: bool) -> ForwardConfig:
     """What modifiers keep of a tile's rows, and dropout's draws of a block, want registers: fewer keys, or no softmax of its own
     under P V, until nothing spills in the loops (the compile gate, Triton 3.6.0). Three consumers of 64 keys, where shares are
-    even, take 1.14 of two's time with dropout and 1.20 with a bias of keys, 0.95 with a whole bias; three of 128 with dropout at
-    head dim 64 0.88, causal 0.96 (H200, 4k, 2026-11-21)."""
+    even, take 1.20 of two's time with a bias of keys, 0.95 with a whole bias. With dropout P is taken at once, as without, and
+    dropped when it is there (H200, 4k, 2026-11-21)."""
     widest = max(sum(pairs.dims), sum(pairs.dims_v))
     kinds = set(pairs.features) & (MODIFIERS - {Feature.SCALE_FIRST})
     even = not _is_ragged(pairs.features)
@@ -184,8 +184,12 @@ def _with_modifiers(pairs: ForwardConfig, keys: float) -> ForwardConfig:
     if len(kinds) > 1:
         return replace(pairs, keys=64)
     triples = replace(pairs, consumers=3, consumer_registers=160, producer_registers=32, overlap=Overlap.NONE)
-    if kinds == {Feature.DROPOUT} and widest == 64 and (even or (causal and keys > 640)):
-        return triples
+    if kinds == {Feature.DROPOUT} and Feature.KEY_START in pairs.features:
+        return replace(pairs, overlap=Overlap.NONE)  # keys of its own for each score
+    if kinds == {Feature.DROPOUT}:
+        if widest > 64 or not (even or (causal and keys > 640)):
+            return replace(pairs, overlap=Overlap.AT_ONCE)
+        return triples if exact else replace(triples, overlap=Overlap.SCORES)
     if kinds == {Feature.BIAS} and even:
         return replace(triples, keys=64)
     # P dies before the exponentials are taken: at d128 ALiBi 1.11 of none for 1.14, a bias of keys 1.23 for 1.28;

@@ -6,9 +6,9 @@ of products and softmax is told in forward.py; to read this, begin with `_overla
 
 from tessera.backends.hopper.pieces.channel import pass_turn, take_turn
 from tessera.backends.hopper.pieces.scores import (
-    as_operand,
     beside_product,
     finish_scores,
+    less_dropped,
     next_reference,
     probabilities,
     rounded,
@@ -103,11 +103,11 @@ def _first_block(me, n, q, bounds, first_key):
         m = first_reference(s, scale, me.shared.v[0].dtype)
         p, sums = exponentials_at_once(s, m, scale, me.shared.v[0].dtype)
         p = gl.convert_layout(gl.reshape(p, s.shape), s.type.layout, assert_trivial=True)
-        return (p,), m, sums
+        return less_dropped(me.config, me.score, p, kept), m, sums
     else:
         m = gl.max(s, axis=1) * scale_left(me.config, me.score)
         p = probabilities(me.config, me.score, s, m, first_key, "upper")
-        return rounded(me.config, p, kept, me.shared.v[0].dtype), m, partial_sums(p)
+        return rounded(me.config, me.score, p, kept, me.shared.v[0].dtype), m, partial_sums(p)
 
 
 @gluon.jit
@@ -126,7 +126,6 @@ def _overlapped_block(me, n, q, bounds, first_key, state, CUT: gl.constexpr):
     if takes_turns(me.config):
         take_turn(me.index)
     s = _issue_scores(me, n, q)
-    p = as_operand(me.config, me.score, p)
     me.shared.v_stream.wait(n - 1)
     products = issue_values(me, n - 1, p, o)
     if takes_turns(me.config):
@@ -143,7 +142,7 @@ def _overlapped_block(me, n, q, bounds, first_key, state, CUT: gl.constexpr):
         if keeps_p_during_softmax(me.config):
             o = wait_for_values(products)
             me.shared.v_stream.release(n - 1)
-        return _rescale_output(o, alpha), (p,), m, l * alpha + sums
+        return _rescale_output(o, alpha), less_dropped(me.config, me.score, p, kept), m, l * alpha + sums
     else:
         m, alpha = next_reference(me.config, me.score, s, m, first_key, CUT)
         if keeps_p_during_softmax(me.config):
@@ -158,7 +157,7 @@ def _overlapped_block(me, n, q, bounds, first_key, state, CUT: gl.constexpr):
             me.shared.v_stream.release(n - 1)
             p = probabilities(me.config, me.score, s, m, first_key, CUT)
             sums = partial_sums(p)
-        p = rounded(me.config, p, kept, me.shared.v[0].dtype)
+        p = rounded(me.config, me.score, p, kept, me.shared.v[0].dtype)
         return _rescale_output(o, alpha), p, m, add_to_sums(l, alpha, sums)
 
 
@@ -177,8 +176,8 @@ def _lone_block(me, n, q, bounds, first_key, state, CUT: gl.constexpr):
     l = add_to_sums(l, alpha, partial_sums(p))
     o = _rescale_output(o, alpha)
     me.shared.v_stream.wait(n)
-    p = rounded(me.config, p, kept, me.shared.v[0].dtype)
-    o = wait_for_values(issue_values(me, n, as_operand(me.config, me.score, p), o))
+    p = rounded(me.config, me.score, p, kept, me.shared.v[0].dtype)
+    o = wait_for_values(issue_values(me, n, p, o))
     me.shared.v_stream.release(n)
     return o, m, l
 

@@ -79,12 +79,24 @@ class Ring:
 
 @gluon.jit
 def make_ring(slots: gl.constexpr, readers: gl.constexpr):
-    full = gl.allocate_shared_memory(gl.int64, [slots, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [slots, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(slots):
-        mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=readers)
-    return Ring(full, empty, slots)
+    return Ring(make_barriers(slots, 1), make_barriers(slots, readers), slots)
+
+
+@gluon.jit
+def make_slots(slots: gl.constexpr):
+    """A ring whose slots are filled once: its users never acquire or release. (No barrier may be made that nobody uses:
+    tessera.jit.barriers.)"""
+    full = make_barriers(slots, 1)
+    return Ring(full, full, slots)
+
+
+@gluon.jit
+def make_barriers(count: gl.constexpr, arrivals: gl.constexpr):
+    """`count` mbarriers, whose phases end with `arrivals` each."""
+    barriers = gl.allocate_shared_memory(gl.int64, [count, 1], mbarrier.MBarrierLayout())
+    for index in gl.static_range(count):
+        mbarrier.init(barriers.index(index), count=arrivals)
+    return barriers
 
 
 @aggregate
@@ -169,10 +181,7 @@ def make_stream(slots: gl.constexpr, consumers: gl.constexpr, first: gl.constexp
 
 @gluon.jit
 def make_paired_stream(slots: gl.constexpr, consumers: gl.constexpr, first: gl.constexpr, warps: gl.constexpr, peer):
-    full = gl.allocate_shared_memory(gl.int64, [slots, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(slots):
-        mbarrier.init(full.index(slot), count=_arrivals(warps))
-    return Stream(full, slots, consumers, first, warps, peer)
+    return Stream(make_barriers(slots, _arrivals(warps)), slots, consumers, first, warps, peer)
 
 
 @gluon.constexpr_function

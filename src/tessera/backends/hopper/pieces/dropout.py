@@ -1,6 +1,6 @@
 """Dropout's draws on one warpgroup's tile, bit for bit as tessera/dropout.py defines them.
 
-A row and a column have a key each of two words; two short rounds over their sum give eight draws. In S all eight are one
+A row and a column have a key each of two words; a few 32-bit instructions mix eight draws out of both. In S all eight are one
 thread's, and a word's halves are two of P's neighbours. In S^T a thread has two keys of one parity, and the thread four lanes
 further the other parity of the same rows: each draws for half of the rows and hands on the other's halves.
 
@@ -11,13 +11,13 @@ A draw is 8 bits behind the sign of a float16. Two at once are compared with the
 of floats are ordered as their bits are, NaN counts as larger, and thresholds are 128 at most, which is no NaN.
 """
 
-from tessera.backends.hopper.pieces.softmax import finish_before
 from tessera.backends.hopper.pieces.tiles import M, accumulator_layout, has
 from tessera.jit.compat import aggregate, gl, gluon
 
 WORD = gl.constexpr(0xFFFFFFFF)
 ROUNDS = gl.constexpr(7)
-MIXING_ROUNDS = gl.constexpr(2)
+MIXING_MULTIPLIER = gl.constexpr(0xD256D193)
+WORD_MULTIPLIERS = gl.constexpr((0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35, 0x27D4EB2F))
 
 
 @aggregate
@@ -77,18 +77,12 @@ def philox(c0, c1, c2, c3, key_low, key_high):
     return c0, c1, c2, c3
 
 
-@gluon.constexpr_function
-def _round_key(i):
-    return i * 0x9E3779B9 & 0xFFFFFFFF
-
-
 @gluon.jit
-def _philox_2(a, b, rounds: gl.constexpr):
-    """Philox2x32 with key 0."""
-    for i in gl.static_range(rounds):
-        low, high = _product(a, 0xD256D193)
-        a, b = high ^ b ^ _round_key(i), low
-    return a, b
+def _final(x):
+    """MurmurHash3's finalizer."""
+    x = (x ^ x >> 16) * 0x85EBCA6B & WORD
+    x = (x ^ x >> 13) * 0xC2B2AE35 & WORD
+    return x ^ x >> 16
 
 
 @gluon.jit
@@ -115,21 +109,11 @@ def _moved(key, patch, bits: gl.constexpr, of_rows: gl.constexpr):
     return a, b
 
 
-@gluon.constexpr_function
-def _key_asm():
-    """Philox2x32 over ($2 xor $3, $4): as `_philox_2`, but that nothing is taken out of a loop, or apart."""
-    lines = ["{ .reg .b64 w; .reg .b32 a, b, h;", "xor.b32 a, $2, $3; mov.b32 b, $4;"]
-    for i in range(ROUNDS.value):
-        lines += [f"mul.wide.u32 w, a, 0xD256D193; xor.b32 h, b, {_round_key(i)}; mov.b64 {{b, a}}, w; xor.b32 a, a, h;"]
-    return " ".join([*lines, "mov.b32 $0, a; mov.b32 $1, b; }"])
-
-
 @gluon.jit
 def _key(words, number):
     """The key of a group of rows, or of columns."""
-    asm: gl.constexpr = _key_asm()
-    operands = [number, words[0], words[1]]
-    return gl.inline_asm_elementwise(asm, "=r,=r,r,r,r", operands, dtype=(gl.uint32, gl.uint32), is_pure=True, pack=1)
+    number = number.to(gl.uint32)
+    return _final(number ^ words[0]), _final(number ^ words[1])
 
 
 @gluon.jit
@@ -153,17 +137,31 @@ def _sum(row, column):
 
 
 @gluon.jit
-def _draws(key):
-    """Two words of draws from the sum of a row's and a column's key."""
-    return _philox_2(key[0], key[1], MIXING_ROUNDS)
+def _mixed(key):
+    """What a call's words are made of."""
+    x = key[0] * MIXING_MULTIPLIER + key[1] & WORD
+    return x, x ^ x >> 16
 
 
 @gluon.jit
-def _anywhere(plane, words, rows, columns):
-    """Each score's own: the sign of its lowest byte is set where it is kept. For tiles that do not begin where a patch does."""
-    a, b = words
-    half = gl.where(columns // 8 % 2 == 0, a, b) >> (columns % 2 * 16).to(gl.uint32) & 0xFFFF
-    draws = gl.where(rows // 8 % 2 == 0, half >> 7, half << 1 | half >> 15) & 0xFF
+def _draws(key):
+    """Four words of draws from the sum of a row's and a column's key."""
+    x, y = _mixed(key)
+    words = ()
+    for i in gl.static_range(4):
+        words = words + (y * WORD_MULTIPLIERS[i] + x & WORD,)
+    return words
+
+
+@gluon.jit
+def _anywhere(plane, key, rows, columns):
+    """Each score's own, from its own key: the sign of its lowest byte is set where it is kept. For tiles that do not begin where
+    a patch does."""
+    x, y = _mixed(key)
+    above = gl.where(columns // 8 % 2 == 0, WORD_MULTIPLIERS[0], WORD_MULTIPLIERS[2])
+    below = gl.where(columns // 8 % 2 == 0, WORD_MULTIPLIERS[1], WORD_MULTIPLIERS[3])
+    word = y * gl.where(rows // 8 % 2 == 0, above, below).to(gl.uint32) + x & WORD
+    draws = word >> (columns % 2 * 16 + 7).to(gl.uint32) & 0xFF
     threshold = plane.dropout.threshold
     return gl.where(draws >= (threshold >> 7 & 0xFF), 0x80, 0).to(gl.uint32) ^ (threshold >> 31 << 7)
 
@@ -221,22 +219,21 @@ def key_of_block(config: gl.constexpr, plane, first_key):
 
 
 @gluon.jit
-def _words(w0, w1, keys: gl.constexpr):
+def _words(words, keys: gl.constexpr):
     """Each score's word, uint32 (64, keys)."""
     s = gl.zeros([M, keys], gl.uint32, accumulator_layout(keys))
     patches: gl.constexpr = _patches(s, keys).type.layout
-    number = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, patches))))[None, None, None, :] // 4
-    return _whole(gl.where(number == 0, gl.expand_dims(w0, 3), gl.expand_dims(w1, 3)), keys)
+    number = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, patches))))[None, None, None, :] // 2
+    near = gl.where(number == 0, gl.expand_dims(words[0], 3), gl.expand_dims(words[1], 3))
+    far = gl.where(number == 2, gl.expand_dims(words[2], 3), gl.expand_dims(words[3], 3))
+    return _whole(gl.where(number < 2, near, far), keys)
 
 
 @gluon.jit
 def draw(config: gl.constexpr, key):
     """The draws of a block, uint32 (64, keys): each score's word."""
     _, patch, _ = _calls(config.keys)
-    w0, w1 = _draws(_moved(key, patch, 3, False))
-    if config.consumers == 2:  # under S
-        finish_before(w0 ^ w1, config.keys // 16)
-    return _words(w0, w1, config.keys)
+    return _words(_draws(_moved(key, patch, 3, False)), config.keys)
 
 
 @gluon.jit
@@ -247,30 +244,32 @@ def draw_anywhere(config: gl.constexpr, plane, first_key):
     columns = plane.key + first_key + gl.arange(0, config.keys, gl.SliceLayout(0, layout))
     r0, r1 = plane.own
     c0, c1 = _column_keys(plane.words, columns)
-    words = _draws(_sum((r0[:, None], r1[:, None]), (c0[None, :], c1[None, :])))
-    return _anywhere(plane, words, rows[:, None], columns[None, :])
+    key = _sum((r0[:, None], r1[:, None]), (c0[None, :], c1[None, :]))
+    return _anywhere(plane, key, rows[:, None], columns[None, :])
 
 
 @gluon.constexpr_function
-def _masks_asm(masks, threshold):
-    """(mask, word, whether of its halves' second draws) each: $`threshold` is as Dropout has it."""
+def _compared_asm(results, kind, threshold):
+    """(result, word) each: for a half of the word that is kept all ones of `kind` u32, 1.0 of `kind` f16x2, else 0. $`threshold`
+    is as Dropout has it."""
     lines = [f"setp.lt.s32 inverse, {threshold}, 0; abs.f16x2 least, {threshold};"]
-    for mask, word, is_second in masks:
-        lines += [f"prmt.b32 x, {word}, {word}, 0x2301; abs.f16x2 x, x;" if is_second else f"abs.f16x2 x, {word};"]
-        lines += [f"set.geu.xor.u32.f16x2 {mask}, x, least, inverse;"]
+    lines += [f"abs.f16x2 x, {word}; set.geu.xor.{kind}.f16x2 {result}, x, least, inverse;" for result, word in results]
     return " ".join(lines)
 
 
 @gluon.constexpr_function
-def _dropped_asm():
-    """Two neighbours in a row, $2, and the two 8 rows below, of one word."""
-    masks = _masks_asm((("m", "$4", False), ("n", "$4", True)), "$8")
-    return f"{{ .reg .b32 x, m, n, least; .reg .pred inverse; {masks} and.b32 $0, $2, m; and.b32 $1, $3, n; }}"
+def _dropped_asm(dtype):
+    """Two neighbours in a row, $1, of one word. A product, for the pipe of logic has the comparisons to do, and because ptxas
+    takes the halves of an `and` apart at a loop's end."""
+    kind = "bf16x2" if dtype == gl.bfloat16 else "f16x2"
+    compared = _compared_asm((("m", "$2"),), "f16x2", "$4")
+    return f"{{ .reg .b32 x, m, least; .reg .pred inverse; {compared} mul.{kind} $0, $1, m; }}"
 
 
 @gluon.jit
 def dropped(config: gl.constexpr, plane, p, draws):
-    """P (64, keys) in 16 bits with zeros where it is dropped. What is kept is not scaled here: out is, once."""
+    """P (64, keys) in 16 bits with zeros where it is dropped. What is kept is not made up for that here, out is, once; in
+    bfloat16 it comes multiplied by what the bits of a float16's 1.0 are there, 2^-7 (see `scale_of_kept`)."""
     if has(config, "key_start"):
         each: gl.constexpr = "{ .reg .b32 mask; prmt.b32 mask, $2, $3, 0xCC88; and.b32 $0, $1, mask; }"
         if p.dtype == gl.bfloat16:
@@ -278,13 +277,21 @@ def dropped(config: gl.constexpr, plane, p, draws):
         else:
             return gl.inline_asm_elementwise(each, "=r,r,r,r", [p, draws], dtype=gl.float16, is_pure=True, pack=2)
     else:
-        asm: gl.constexpr = _dropped_asm()
-        constraints: gl.constexpr = "=&r,=&r" + ",r" * 10
+        asm: gl.constexpr = _dropped_asm(p.dtype)
         operands = [p, draws, plane.dropout.threshold]
         if p.dtype == gl.bfloat16:
-            return gl.inline_asm_elementwise(asm, constraints, operands, dtype=gl.bfloat16, is_pure=True, pack=4)
+            return gl.inline_asm_elementwise(asm, "=r,r,r,r,r,r", operands, dtype=gl.bfloat16, is_pure=True, pack=2)
         else:
-            return gl.inline_asm_elementwise(asm, constraints, operands, dtype=gl.float16, is_pure=True, pack=4)
+            return gl.inline_asm_elementwise(asm, "=r,r,r,r,r,r", operands, dtype=gl.float16, is_pure=True, pack=2)
+
+
+@gluon.jit
+def scale_of_kept(config: gl.constexpr, dropout, dtype: gl.constexpr):
+    """What out is multiplied by for P as `dropped` has it."""
+    if dtype == gl.bfloat16 and not has(config, "key_start"):
+        return dropout.keep_scale * 128.0
+    else:
+        return dropout.keep_scale
 
 
 # ---------------------------------------------------------------------------------------------------------------- S^T
@@ -305,8 +312,8 @@ def plane_of_keys(config: gl.constexpr, dropout, number, head, key):
 
 @gluon.jit
 def draw_transposed(config: gl.constexpr, plane, first_row):
-    """The draws of S^T (64 keys, rows): two words (32, rows / 16, 4), of a key and of that 8 further, whose halves are two
-    neighbouring rows'; and the threshold. With left padding (64, rows) as `_anywhere` has them."""
+    """The draws of S^T (64 keys, rows): four words (32, rows / 16, 4) whose halves are two neighbouring rows', of a key, of it
+    and the rows 8 further, and of the key 8 further; the threshold. With left padding (64, rows) as `_anywhere` has it."""
     rows: gl.constexpr = config.rows
     layout: gl.constexpr = accumulator_layout(rows)
     if has(config, "key_start"):
@@ -314,15 +321,19 @@ def draw_transposed(config: gl.constexpr, plane, first_row):
         columns = plane.key + gl.arange(0, M, gl.SliceLayout(1, layout))
         c0, c1 = plane.own
         r0, r1 = _row_keys(plane.words, lines)
-        words = _draws(_sum((r0[None, :], r1[None, :]), (c0[:, None], c1[:, None])))
-        return (_anywhere(plane, words, lines[None, :], columns[:, None]),)
+        key = _sum((r0[None, :], r1[None, :]), (c0[:, None], c1[:, None]))
+        return (_anywhere(plane, key, lines[None, :], columns[:, None]),)
     else:
         line, patch, pair = _calls(rows)
         number = first_row // 8 + pair * 2 + line % 2  # of a row, as odd as the key
-        near, far = _draws(_moved(_sum(_key(plane.words, number), plane.own), patch, 2, True))
+        words = _draws(_moved(_sum(_key(plane.words, number), plane.own), patch, 2, True))
         of_other, of_near, of_far = _selectors(number)
-        received = _of_other_parity(_permuted(near, far, of_other))
-        return _permuted(near, received, of_near), _permuted(far, received, of_far), plane.dropout.threshold
+        drawn = ()
+        for i in gl.static_range(2):
+            near, far = words[2 * i], words[2 * i + 1]
+            received = _of_other_parity(_permuted(near, far, of_other))
+            drawn = drawn + (_permuted(near, received, of_near), _permuted(far, received, of_far))
+        return drawn + (plane.dropout.threshold,)
 
 
 _SELECTORS = gl.constexpr(
@@ -364,12 +375,13 @@ def _spread(x, rows: gl.constexpr):
 
 @gluon.constexpr_function
 def _masks_of_keys_asm():
-    """Eight scores of two keys, pairs of rows, of their words $4 and $12: two neighbours', then those 8 rows further."""
-    masks = (("$0", "$4", False), ("$1", "$12", False), ("$2", "$4", True), ("$3", "$12", True))
-    return f"{{ .reg .b32 x, least; .reg .pred inverse; {_masks_asm(masks, '$20')} }}"
+    """Eight scores of two keys, pairs of rows: two neighbours', then those 8 rows further; the words are $4 and $12 of the first
+    key, $20 and $28 of the second."""
+    masks = (("$0", "$4"), ("$1", "$20"), ("$2", "$12"), ("$3", "$28"))
+    return f"{{ .reg .b32 x, least; .reg .pred inverse; {_compared_asm(masks, 'u32', '$36')} }}"
 
 
-_MASKS = gl.constexpr("=&r,=&r,=&r,=&r" + ",r" * 24)
+_MASKS = gl.constexpr("=&r,=&r,=&r,=&r" + ",r" * 40)
 
 
 @gluon.jit
@@ -383,8 +395,10 @@ def masks(config: gl.constexpr, drawn, dtype: gl.constexpr):
             return gl.inline_asm_elementwise(each, "=r,r,r", [drawn[0]], dtype=gl.float16, is_pure=True, pack=2)
     else:
         asm: gl.constexpr = _masks_of_keys_asm()
-        near, far, threshold = drawn
-        operands = [_spread(near, config.rows), _spread(far, config.rows), threshold]
+        operands = [
+            _spread(drawn[0], config.rows), _spread(drawn[1], config.rows),
+            _spread(drawn[2], config.rows), _spread(drawn[3], config.rows), drawn[4],
+        ]  # fmt: skip
         if dtype == gl.bfloat16:
             return gl.inline_asm_elementwise(asm, _MASKS, operands, dtype=gl.bfloat16, is_pure=True, pack=8)
         else:
@@ -396,6 +410,20 @@ def masked(p, masks):
     """P^T in 16 bits, 0 where it is dropped."""
     asm: gl.constexpr = "and.b32 $0, $1, $2;"
     return gl.inline_asm_elementwise(asm, "=r,r,r", [p, masks], dtype=p.dtype, is_pure=True, pack=2)
+
+
+_DERIVATIVES = gl.constexpr(
+    "{ .reg .pred p, q; .reg .b32 zero; .reg .f32 c, e; mov.b32 zero, 0; setp.neu.f16x2 p|q, $4, zero;"
+    " neg.f32 c, $7; neg.f32 e, $8; mul.f32 $0, $2, c; mul.f32 $1, $3, e;"
+    " @p fma.rn.f32 $0, $2, $5, $0; @q fma.rn.f32 $1, $3, $6, $1; }"
+)
+
+
+@gluon.jit
+def masked_derivatives(p, masks, dp, d):
+    """P^T (dP^T - D), with dP^T 0 where P is dropped. (All ones are NaN, and differ from 0.)"""
+    asm: gl.constexpr = _DERIVATIVES
+    return gl.inline_asm_elementwise(asm, "=&f,=&f,f,f,r,f,f,f,f", [p, masks, dp, d], dtype=gl.float32, is_pure=True, pack=2)
 
 
 @gluon.jit

@@ -90,48 +90,33 @@ def probabilities(config: gl.constexpr, score, s, m, first_key, CUT: gl.constexp
 
 @gluon.jit
 def beside_product(config: gl.constexpr, score, first_key, CUT: gl.constexpr):
-    """What of a block does not depend on S, and can be had while that is under way: its biases, 0 without; and dropout's draws as
-    pieces/dropout.py has them, or, where they are made late, what they begin with."""
+    """What of a block does not depend on S, and can be had while that is under way: its biases, 0 without; and what dropout's
+    draws begin with (see pieces/dropout.py)."""
     bias = bias_of_block(config, score.modifiers, first_key, CUT)
     kept = 0
     if has(config, "dropout"):
         plane = score.modifiers.dropout[0]
         if has(config, "key_start"):
             kept = first_key
-        elif draws_late(config):
-            kept = key_of_block(config, plane, first_key)
         else:
-            kept = draw(config, key_of_block(config, plane, first_key))
+            kept = key_of_block(config, plane, first_key)
     return bias, kept
 
 
 @gluon.jit
-def rounded(config: gl.constexpr, p, kept, dtype: gl.constexpr):
-    """P in 16 bits as a tuple of one, with dropout of two: P as it is, and what `beside_product` has of it."""
-    if has(config, "dropout"):
-        return (to_16_bit(p, dtype), kept)
-    else:
-        return (to_16_bit(p, dtype),)
-
-
-@gluon.constexpr_function
-def draws_late(config):
-    """Whether dropout draws when P is V's factor and not under S. Three consumers hide one another's draws, which would cost each
-    16 registers (head_dim 64, full, 4k: 1.35 of no dropout, two consumers 1.54; H200, 2026-11-21); with left padding it would be
-    one a score."""
-    return config.consumers == 3 or has(config, "key_start")
+def rounded(config: gl.constexpr, score, p, kept, dtype: gl.constexpr):
+    """P in 16 bits, less what dropout drops: the sums are those of the whole P."""
+    return less_dropped(config, score, to_16_bit(p, dtype), kept)
 
 
 @gluon.jit
-def as_operand(config: gl.constexpr, score, p):
-    """P as V's factor, less what dropout drops: the sums are those of the whole P."""
+def less_dropped(config: gl.constexpr, score, p, kept):
+    """P in 16 bits, 0 where it is dropped by what `beside_product` has of it."""
     if has(config, "dropout"):
         plane = score.modifiers.dropout[0]
-        kept = p[1]
         if has(config, "key_start"):
             kept = draw_anywhere(config, plane, kept)
-        elif draws_late(config):
+        else:
             kept = draw(config, kept)
-        return dropped(config, plane, p[0], kept)
-    else:
-        return p[0]
+        p = dropped(config, plane, p, kept)
+    return p
