@@ -391,6 +391,9 @@ def _assembly(text: str, constraints: str, arguments: list[Any], dtype: Any, is_
         return Integer(arguments[0][arguments[1]])
     if text.startswith("{ .reg .pred kept, grows;"):  # softmax.overtake
         return _overtaken(*arguments, dtype[0])
+    if text.startswith("{ .reg .pred seen;"):  # masking.mask_scores
+        s, seen = arguments
+        return torch.where((seen >> torch.arange(s.shape[1])[None, :, None]) & 1 != 0, s, -torch.inf)
     if text.startswith("{ .reg .pred same;"):  # softmax.rescale
         return arguments[0] * arguments[1]
     if "and.b32 $0, $1, mask;" in text:  # dropout.dropped, with left padding

@@ -123,6 +123,19 @@ def test_many_tiles_adrift(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     check(request, monkeypatch, replace(forward_config(bind(request)[0]), **SHALLOW | adrift))
 
 
+@pytest.mark.parametrize("keys", [400, 417, 464])
+@pytest.mark.parametrize("window", [(None, 0), (130, 0), (256, 30)], ids=str)
+def test_halves_of_blocks(window: tuple[int | None, int], keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a diagonal or a window's left edge leaves half a block, and where it doesn't; three consumers without a window."""
+    case = Case("halves", head_dim=128, causal=window[0] is None, window=None if window[0] is None else window, batch=1,
+                seqlen_q=400, seqlen_k=keys, heads_q=2, heads_kv=1)  # fmt: skip
+    request = case.request("cpu", torch.bfloat16)
+    two = replace(forward_config(bind(request)[0]), **SHALLOW, consumers=2, keys=128, overlap=Overlap.AT_ONCE)
+    three = replace(two, consumers=3, overlap=Overlap.SCORES)
+    for config in (two, three) if window[0] is None else (two,):
+        check(request, monkeypatch, config)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("window", [(None, None), (None, 0), (300, 0)], ids=str)
 def test_outgrown_references(window: tuple[int | None, int | None], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:

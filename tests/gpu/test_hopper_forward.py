@@ -35,6 +35,8 @@ MANY_TILES = (
     Case("d96 long causal", head_dim=96, batch=1, seqlen_q=700, seqlen_k=3000, heads_q=36, heads_kv=12, causal=True),
     Case("window", head_dim=128, window=(200, 0), **MANY),
     Case("window d64", window=(130, 60), **MANY),
+    *(Case(f"wide window, {k} keys", head_dim=128, window=(600, 0), **MANY | {"seqlen_k": k}) for k in (1100, 1130, 1164)),
+    Case("wide window d64", window=(2300, 0), batch=1, seqlen_q=900, seqlen_k=3200, heads_q=36, heads_kv=12),
     Case("varlen causal", causal=True, head_dim=128, **PACKED),
     Case("varlen", **PACKED),
     Case("documents", head_dim=128, documents=(300, 500, 1, 299), causal=True, **MANY),

@@ -21,7 +21,7 @@ third consumer, and that is worth more where tiles are long enough (plan.py).
 To read it: `producer`, then `consumer`, then `_overlapped_block` in pieces/blocks.py; the rest are their parts.
 """
 
-from tessera.backends.hopper.pieces.blocks import issue_values, run_blocks, start_blocks, wait_for_values
+from tessera.backends.hopper.pieces.blocks import issue_last_values, run_blocks, start_blocks, wait_for_values
 from tessera.backends.hopper.pieces.board import Board, make_board, post, read
 from tessera.backends.hopper.pieces.channel import (
     Ring,
@@ -59,6 +59,8 @@ from tessera.backends.hopper.pieces.tiles import (
     halves_of_all,
     has,
     has_bias,
+    has_left_half,
+    has_right_half,
     head_bytes,
     holds_query,
     matrix,
@@ -259,8 +261,8 @@ def _release_output(me, turn):
 
 @gluon.jit
 def _main_loop(me, tile, n, turn):
-    """All blocks of this consumer's rows, but for the last P V where that overlaps; the state, the streams' position, and how
-    many blocks of the tile are left."""
+    """All blocks of this consumer's rows, but for the last P V where that overlaps; the state, the streams' position, how many
+    blocks of the tile are left, and whether the last block's right half is all that there was of it."""
     row = tile.first + me.index * M
     q_use = turn * me.config.consumers + me.index
     share = share_of(me.config, me.call.band, tile, me.index)
@@ -270,7 +272,10 @@ def _main_loop(me, tile, n, turn):
     q = query_tiles(me.shared.q, _q_slot(me, q_use), me.config.keys, me.config.held)
     if holds_query(me.config):
         me.shared.q_ring.release(q_use)
-    state, started = start_blocks(me, n, q, bounds, (share.end - 1) * me.config.keys)
+    left_alone = None
+    if has_left_half(me.config, me.index):
+        left_alone = share.left_alone
+    state, started = start_blocks(me, n, q, bounds, (share.end - 1) * me.config.keys, left_alone)
     _release_output(me, turn)
     n += started
     end = share.end - started
@@ -289,9 +294,14 @@ def _main_loop(me, tile, n, turn):
         state, n = run_blocks(me, n, q, bounds, end - 1, state, end - upper, "upper")
     lower = gl.minimum(lower, upper)
     state, n = run_blocks(me, n, q, bounds, upper - 1, state, upper - lower, None)
-    if has_lower_bound(me.config):
+    right_alone = share.right_alone & (share.begin < lower)
+    if has_right_half(me.config, me.index):
+        halves = gl.where(right_alone, 1, 0)
+        state, n = run_blocks(me, n, q, bounds, lower - 1, state, lower - share.begin - halves, "lower")
+        state, n = run_blocks(me, n, q, bounds, share.begin, state, halves, "lower", 1)
+    elif has_lower_bound(me.config):
         state, n = run_blocks(me, n, q, bounds, lower - 1, state, lower - share.begin, "lower")
-    return state, n, share.spare
+    return state, n, share.spare, right_alone
 
 
 @gluon.jit
@@ -358,13 +368,13 @@ def _attend(me, tile, n, turn, o_maps, lse_ptr):
     row = tile.first + me.index * M
     shared.q_ring.wait(q_use)
     mine = _at_rows(me, tile, row)
-    state, n, spare = _main_loop(mine, tile, n, turn)
+    state, n, spare, right_alone = _main_loop(mine, tile, n, turn)
     if not holds_query(me.config) and not stages_in_query(me.config):
         shared.q_ring.release(q_use)  # every product with this Q is done
     if overlaps(me.config):
         o, p, m, l = state
         shared.v_stream.wait(n - 1)
-        o = issue_values(me, n - 1, p, o)
+        o = issue_last_values(me, n - 1, p, o, right_alone)
     else:
         o, m, l = state
 

@@ -153,15 +153,15 @@ def _config_alone(problem: Problem, keys: float) -> ForwardConfig:
             # 128 rows over 192: causal 1.08 at 1k, 0.97 at 2k, 0.92 at 4k. Q held: 1.015 at 512, 1.02 at 1k
             return deepest(replace(pairs, held=len(dims)))
         if window:
-            # a window of 1024 at 16k: 1.06 over two consumers, whose few blocks hide the time between tiles less
-            return deepest(replace(triples, overlap=Overlap.NONE, queries=pairs.queries))
+            # P at once over no overlap: 1.13 for a window of 4096 at 16k; 64 keys 0.90 of it
+            return deepest(replace(triples, overlap=Overlap.NONE if exact else Overlap.SCORES, queries=pairs.queries))
         return deepest(replace(triples, overlap=Overlap.MAXIMA) if exact else triples)
     ragged = _is_ragged(features)
     if widest <= 96 and keys > (2048 if ragged else 1536):
         # three over two: 1.06 at 2k, 1.07 at 4k and 16k full, 1.08 at 16k causal; 0.98 at 1k full, 0.97 at 2k causal
         return replace(triples, overlap=Overlap.NONE, stages=2)
-    if dims == dims_v == (128,) and window and keys <= 640 and problem.layout is Layout.DENSE:
-        # three of 64 keys over two of 128: a window of 256 1.09, 1024 1.00, 4096 0.96
+    if dims == dims_v == (128,) and window and keys <= 384 and problem.layout is Layout.DENSE:
+        # three of 64 keys over two of 128: a window of 256 1.08, 512 0.98, 1024 0.95
         return replace(triples, keys=64, overlap=Overlap.DRIFTING, queries=2, stages=4, staging=Staging.QUERY)
     if sum(dims_v) > 128 and len(dims) == 2:
         # d192, over a part of Q held (full) or none (causal): 1.01 at 4k, 8k and full 16k, 1.015 at causal 16k

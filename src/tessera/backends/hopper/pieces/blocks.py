@@ -16,6 +16,7 @@ from tessera.backends.hopper.pieces.scores import (
 )
 from tessera.backends.hopper.pieces.softmax import (
     add_to_sums,
+    as_sums,
     exponentials_at_once,
     finish_before,
     first_reference,
@@ -26,8 +27,13 @@ from tessera.backends.hopper.pieces.softmax import (
 from tessera.backends.hopper.pieces.tiles import (
     M,
     accumulator_layout,
+    beside,
+    columns_of,
     empty_accumulator,
+    halves_of,
+    has_right_half,
     keeps_p_during_softmax,
+    keys_of,
     matrix,
     operand_layout,
     overlaps,
@@ -38,27 +44,48 @@ from tessera.jit.compat import gl, gluon, warpgroup_mma, warpgroup_mma_wait
 
 
 @gluon.jit
-def _issue_scores(me, n, q):
-    """Start S = Q K^T for the n-th block, (64, keys) float32."""
-    keys: gl.constexpr = me.config.keys
+def _issue_scores(me, n, q, HALF: gl.constexpr = None):
+    """Start S = Q K^T for the n-th block, (64, keys) float32, or for its left or right half (0, 1)."""
+    keys: gl.constexpr = keys_of(me.config, HALF)
     slot = me.shared.k_stream.slot(n)
     s = gl.zeros([M, keys], gl.float32, accumulator_layout(keys))
     for part in gl.static_range(len(q)):
+        rows = q[part]
         k = matrix(me.shared.k[part].index(slot))
-        s = warpgroup_mma(q[part], k.permute((1, 0)), s, use_acc=part > 0, is_async=True)
+        if HALF is not None:
+            k = k.slice(HALF * keys, keys, 0)
+            if part >= len(q) - me.config.held:
+                rows = gl.convert_layout(rows, operand_layout(keys), assert_trivial=True)
+        s = warpgroup_mma(rows, k.permute((1, 0)), s, use_acc=part > 0, is_async=True)
     return s
 
 
 @gluon.jit
-def issue_values(me, n, p, o):
-    """Start O += P V for the n-th block, one product a part of head_dim_v."""
+def issue_values(me, n, p, o, HALF: gl.constexpr = None):
+    """Start O += P V for the n-th block, or a half of it, one product a part of head_dim_v."""
+    keys: gl.constexpr = keys_of(me.config, HALF)
     slot = me.shared.v_stream.slot(n)
     products = ()
     for part in gl.static_range(len(o)):
-        operand = gl.convert_layout(p, operand_layout(o[part].shape[1]))
+        operand = gl.convert_layout(p, operand_layout(columns_of(me.shared.v[part].shape)))
         v = matrix(me.shared.v[part].index(slot))
+        if HALF is not None:
+            v = v.slice(HALF * keys, keys, 0)
         products = products + (warpgroup_mma(operand, v, o[part], is_async=True),)
     return products
+
+
+@gluon.jit
+def issue_last_values(me, n, p, o, right_alone):
+    """`issue_values` of a tile's last block, of which rows may see the right half alone: the left half's product is waited for,
+    where there is one, since ptxas serialises products that a branch leaves under way."""
+    if has_right_half(me.config, me.index):
+        left, right = halves_of(p)
+        if not right_alone:
+            o = wait_for_values(issue_values(me, n, left, o, 0))
+        return issue_values(me, n, right, o, 1)
+    else:
+        return issue_values(me, n, p, o)
 
 
 @gluon.jit
@@ -86,12 +113,24 @@ def _rescale_output(o, alpha):
 
 
 @gluon.jit
-def _first_block(me, n, q, bounds, first_key):
-    """P, m and l of a tile's first block: nothing to rescale, no P V to wait for. It is always masked."""
+def _of_whole_block(p, HALF: gl.constexpr):
+    """P of half a block as P of all of it, 0 elsewhere."""
+    if HALF is None:
+        return p
+    else:
+        columns: gl.constexpr = p.shape[1]
+        none = gl.zeros([M, columns], p.dtype, accumulator_layout(columns))
+        return beside(p, none) if HALF == 0 else beside(none, p)
+
+
+@gluon.jit
+def _first_block(me, n, q, bounds, first_key, HALF: gl.constexpr = None):
+    """P, m and l of a tile's first block, or of its left or right half (0, 1), which begins with `first_key`: nothing to rescale,
+    no P V to wait for. It is always masked."""
     me.shared.k_stream.wait(n)
     if takes_turns(me.config):
         take_turn(me.index)
-    s = _issue_scores(me, n, q)
+    s = _issue_scores(me, n, q, HALF)
     if takes_turns(me.config):
         pass_turn(me.index, me.config.consumers)
     bias, kept = beside_product(me.config, me.score, first_key, "upper")
@@ -103,7 +142,8 @@ def _first_block(me, n, q, bounds, first_key):
         m = first_reference(s, scale, me.shared.v[0].dtype)
         p, sums = exponentials_at_once(s, m, scale, me.shared.v[0].dtype)
         p = gl.convert_layout(gl.reshape(p, s.shape), s.type.layout, assert_trivial=True)
-        return less_dropped(me.config, me.score, p, kept), m, sums
+        p = less_dropped(me.config, me.score, _of_whole_block(p, HALF), kept)
+        return p, as_sums(m, me.config.keys), as_sums(sums, me.config.keys)
     else:
         m = gl.max(s, axis=1) * scale_left(me.config, me.score)
         p = probabilities(me.config, me.score, s, m, first_key, "upper")
@@ -111,21 +151,24 @@ def _first_block(me, n, q, bounds, first_key):
 
 
 @gluon.jit
-def _softmax_at_once(me, s, m):
-    """P, its sums, the reference and alpha of finished scores, without waiting for their maxima."""
+def _softmax_at_once(me, s, m, HALF: gl.constexpr):
+    """P of a block, its sums, the reference and alpha of finished scores, without waiting for their maxima."""
+    keys: gl.constexpr = me.config.keys
     scale = scale_left(me.config, me.score)
+    m = as_sums(m, s.shape[1])
     p, sums = exponentials_at_once(s, m, scale, me.shared.v[0].dtype)
-    return overtake(p, sums, m, s, scale)
+    p, sums, m, alpha = overtake(p, sums, m, s, scale)
+    return _of_whole_block(p, HALF), as_sums(sums, keys), as_sums(m, keys), as_sums(alpha, keys)
 
 
 @gluon.jit
-def _overlapped_block(me, n, q, bounds, first_key, state, CUT: gl.constexpr):
-    """S of this block, issued with O += P V of the one before; then m, l and P."""
+def _overlapped_block(me, n, q, bounds, first_key, state, CUT: gl.constexpr, HALF: gl.constexpr = None):
+    """S of this block, issued with O += P V of the one before; then m, l and P. `HALF` and `first_key` as in `_first_block`."""
     o, p, m, l = state
     me.shared.k_stream.wait(n)
     if takes_turns(me.config):
         take_turn(me.index)
-    s = _issue_scores(me, n, q)
+    s = _issue_scores(me, n, q, HALF)
     me.shared.v_stream.wait(n - 1)
     products = issue_values(me, n - 1, p, o)
     if takes_turns(me.config):
@@ -138,7 +181,7 @@ def _overlapped_block(me, n, q, bounds, first_key, state, CUT: gl.constexpr):
         if not keeps_p_during_softmax(me.config):
             o = wait_for_values(products)
             me.shared.v_stream.release(n - 1)
-        p, sums, m, alpha = _softmax_at_once(me, s, m)
+        p, sums, m, alpha = _softmax_at_once(me, s, m, HALF)
         if keeps_p_during_softmax(me.config):
             o = wait_for_values(products)
             me.shared.v_stream.release(n - 1)
@@ -183,10 +226,16 @@ def _lone_block(me, n, q, bounds, first_key, state, CUT: gl.constexpr):
 
 
 @gluon.jit
-def start_blocks(me, n, q, bounds, first_key):
-    """The loop's state before its first turn, and how many blocks that took."""
+def start_blocks(me, n, q, bounds, first_key, left_alone=None):
+    """The loop's state before its first turn, and how many blocks that took. `left_alone`: whether the rows see the left half of
+    the first block alone, where that may be."""
     if overlaps(me.config):
-        p, m, l = _first_block(me, n, q, bounds, first_key)
+        if left_alone is None:
+            p, m, l = _first_block(me, n, q, bounds, first_key)
+        elif left_alone:
+            p, m, l = _first_block(me, n, q, bounds, first_key, 0)
+        else:
+            p, m, l = _first_block(me, n, q, bounds, first_key)
         return (_empty_output(me.shared), p, m, l), 1
     else:
         keys: gl.constexpr = me.config.keys
@@ -195,12 +244,15 @@ def start_blocks(me, n, q, bounds, first_key):
 
 
 @gluon.jit
-def run_blocks(me, n, q, bounds, block, state, count, CUT: gl.constexpr):
-    """`count` turns of the main loop, from block `block` down."""
+def run_blocks(me, n, q, bounds, block, state, count, CUT: gl.constexpr, HALF: gl.constexpr = None):
+    """`count` turns of the main loop, from block `block` down, or with a half of each block."""
     for i in range(count):
+        first_key = (block - i) * me.config.keys
+        if HALF is not None:
+            first_key += HALF * keys_of(me.config, HALF)
         if overlaps(me.config):
-            state = _overlapped_block(me, n, q, bounds, (block - i) * me.config.keys, state, CUT)
+            state = _overlapped_block(me, n, q, bounds, first_key, state, CUT, HALF)
         else:
-            state = _lone_block(me, n, q, bounds, (block - i) * me.config.keys, state, CUT)
+            state = _lone_block(me, n, q, bounds, first_key, state, CUT)
         n += 1
     return state, n

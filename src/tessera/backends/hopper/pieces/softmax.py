@@ -10,7 +10,7 @@ or twice a tile instead of once a block. And nothing needs to wait for a block's
 reference as it stands, and P itself tells where that was outgrown (`exponentials_at_once`, `overtake`).
 """
 
-from tessera.backends.hopper.pieces.tiles import M, row_layout
+from tessera.backends.hopper.pieces.tiles import M, accumulator_layout, row_layout
 from tessera.jit.compat import gl, gluon
 
 _GROWTH = 8.0
@@ -210,6 +210,14 @@ def _any(a, b):
 @gluon.jit
 def _in_groups(s):
     return gl.reshape(s, [M, s.shape[1] // 8, 8])
+
+
+@gluon.jit
+def as_sums(x, keys: gl.constexpr):
+    """(64, 8) as the sums of a block of so many keys lie; no register moves."""
+    s = gl.zeros([M, keys], gl.float32, accumulator_layout(keys))
+    layout: gl.constexpr = gl.SliceLayout(1, _in_groups(s).type.layout)
+    return gl.convert_layout(x, layout, assert_trivial=True)
 
 
 @gluon.jit

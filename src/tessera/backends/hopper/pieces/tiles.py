@@ -1,6 +1,6 @@
 """Register layouts of one warpgroup's tiles, and what is asked of a configuration while compiling."""
 
-from tessera.backends.hopper.config import ROWS, Overlap, Staging
+from tessera.backends.hopper.config import ROWS, ForwardConfig, Overlap, Staging
 from tessera.jit.compat import gl, gluon
 
 
@@ -58,6 +58,34 @@ def stages_halves(config):
 @gluon.constexpr_function
 def stages_in_query(config):
     return config.staging is Staging.QUERY
+
+
+@gluon.constexpr_function
+def masks_by_words(config):
+    """Which of masking.py's two ways a cut block goes: words in the forward, but not where registers are few, in a window's three
+    consumers and under dropout. Chunks have few cut blocks."""
+    wide = isinstance(config, ForwardConfig) and takes_p_at_once(config) and config.keys == 128
+    few = (config.consumers == 3 and has(config, "left")) or has(config, "dropout")
+    return wide and not few
+
+
+@gluon.constexpr_function
+def has_left_half(config, consumer):
+    """Whether this consumer works on the left half of its first block alone, where its rows see no more: those that end at a
+    diagonal, of two consumers always the first's. Half a block of 64 keys would be no less work."""
+    return masks_by_words(config) and has(config, "right") and (config.consumers == 3 or consumer == 0)
+
+
+@gluon.constexpr_function
+def has_right_half(config, consumer):
+    """The same of the right half of its last block, at a window's left edge: of two consumers the second's rows."""
+    return masks_by_words(config) and has(config, "left") and consumer == 1
+
+
+@gluon.constexpr_function
+def keys_of(config, half):
+    """Keys of a block, or of one of its halves (0, 1; None for all of it)."""
+    return config.keys if half is None else config.keys // 2
 
 
 @gluon.constexpr_function
@@ -135,6 +163,14 @@ def halves_of(x):
     left, right = gl.split(gl.permute(gl.reshape(x, [M, 2, columns // 2]), (0, 2, 1)))
     layout: gl.constexpr = accumulator_layout(columns // 2)
     return (gl.convert_layout(left, layout, assert_trivial=True), gl.convert_layout(right, layout, assert_trivial=True))
+
+
+@gluon.jit
+def beside(left, right):
+    """(64, columns) in an accumulator's layout from its halves; no register moves."""
+    columns: gl.constexpr = 2 * left.shape[1]
+    whole = gl.reshape(gl.permute(gl.join(left, right), (0, 2, 1)), [M, columns])
+    return gl.convert_layout(whole, accumulator_layout(columns), assert_trivial=True)
 
 
 @gluon.jit
