@@ -375,6 +375,10 @@ def _assembly(text: str, constraints: str, arguments: list[Any], dtype: Any, is_
         return Integer(0)
     if text == "mov.u32 $0, $1;":
         return arguments[0]
+    if text == "mov.u32 $0, %laneid;":  # shares._are_equally_long: one value a lane
+        return torch.arange(32)
+    if "vote.sync.any" in text:
+        return Integer(bool(arguments[0].any()))
     if text.startswith("{ .reg .u32 own;"):  # cache_rows.find_pages: one value a lane
         number, rows = re.search(r"and.b32 own, own, (\d+); mad.lo.u32 \$0, own, (\d+)", text).groups()
         lanes, (first,) = torch.arange(int(number) + 1) * int(rows), arguments
@@ -615,6 +619,8 @@ class Kernel:
 
     @staticmethod
     def _received(kind: object, value: Any) -> Any:
+        if isinstance(kind, (jit.Pointer, jit.Scalar)) and kind.align > 1:
+            assert value % kind.align == 0, f"{value} is promised to be a multiple of {kind.align}"
         if isinstance(kind, jit.Pointer):
             return Pointer(_at(value, DTYPES[kind.element])) if value else None
         return Integer(value) if isinstance(value, int) else value

@@ -3,8 +3,8 @@
 A call's key is each tensor's shape, strides, dtype and device and every option; two calls with one key have the same Problem
 and the same Plan. So a repeated call costs a look-up instead of the checks, and nothing about it is decided twice.
 
-`recall` is shorter still, for the calls a server makes by the thousand: q, k and v alone, no gradients. Its Request is not even
-built, which is a third of such a call's time on the host (benchmarks/LOG.md).
+`recall` is shorter still, for calls of q, k and v alone: not even a Request is built, which is a third of such a call's time on
+the host (benchmarks/LOG.md).
 """
 
 from __future__ import annotations
@@ -85,22 +85,22 @@ def _seen(tensor: object) -> tuple[object, ...] | None:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
 
 
-def recall(q: Tensor, k: Tensor, v: Tensor, options: tuple[Hashable, ...]) -> dispatch.Shortcut | None:
-    """What `remember` was told of such tensors and options."""
+def recall(q: Tensor, k: Tensor, v: Tensor, words: tuple[Hashable, ...]) -> dispatch.Shortcut | None:
+    """What `remember` was told of such tensors and words."""
     try:
-        return _plain.get(_plain_key(q, k, v, options))
+        return _plain.get(_plain_key(q, k, v, words))
     except (TypeError, AttributeError, RuntimeError):  # no hash, no tensor, no strides: `prepare` says so in words
         return None
 
 
-def remember(request: Request, options: tuple[Hashable, ...], shortcut: dispatch.Shortcut) -> None:
-    """For `recall`: a dense request of q, k and v alone, and the options in the caller's own form, which fix all else of it."""
-    keep(_plain, _plain_key(request.q, request.k, request.v, options), shortcut)
+def remember(request: Request, words: tuple[Hashable, ...], shortcut: dispatch.Shortcut) -> None:
+    """For `recall`: a dense request of q, k and v alone, and the caller's own words, which fix all else of it."""
+    keep(_plain, _plain_key(request.q, request.k, request.v, words), shortcut)
 
 
-def _plain_key(q: Tensor, k: Tensor, v: Tensor, options: tuple[Hashable, ...]) -> tuple[Hashable, ...]:
+def _plain_key(q: Tensor, k: Tensor, v: Tensor, words: tuple[Hashable, ...]) -> tuple[Hashable, ...]:
     """Strides as True where they follow from the shape, which is quicker to see; those of dimensions of size 1 mean nothing."""
     return (
         q.shape, q.is_contiguous() or q.stride(), k.shape, k.is_contiguous() or k.stride(),
-        v.shape, v.is_contiguous() or v.stride(), q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, options,
+        v.shape, v.is_contiguous() or v.stride(), q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, words,
     )  # fmt: skip

@@ -7,16 +7,17 @@ come through here; the walk Request -> Problem, Operands -> Plan -> backend stan
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from tessera import calls
-from tessera.dispatch import Upstream
+from tessera.dispatch import InputGradients, Runner, Upstream
 from tessera.errors import bad_value
-from tessera.operands import TENSORS, Request, check_scalars
+from tessera.operands import TENSORS, Operands, Request, check_scalars
 
 SCHEMA_TYPES = {
     "Tensor": "Tensor",
@@ -47,11 +48,11 @@ def forward(request: Request, options: tuple[Hashable, ...] | None = None) -> tu
         return torch.ops.tessera.forward(*request)
     if is_unwatched(request.q, request.k, request.v):
         if request.requires_grad:
-            return _Attention.apply(request[TENSORS:], *request[:TENSORS])
-        prepared, operands = calls.prepare(request)
-        results = prepared.runner.forward(operands)
-        if options is not None and (shortcut := prepared.runner.shortcut(operands[3:])) is not None:
-            calls.remember(request, options, shortcut)
+            results = _Attention.apply(request[TENSORS:], *request[:TENSORS])
+        else:
+            results = _forward(*request)
+        if options is not None:
+            _remember(request, options)
         return results
     _refuse_forward_mode(request)
     check_scalars(request)
@@ -66,15 +67,22 @@ _transforms, _autocasts = torch._C._are_functorch_transforms_active, torch._C._i
 
 def recall(q: Tensor, k: Tensor, v: Tensor, options: tuple[Hashable, ...]) -> Tensor | None:
     """out, where such a call has been made before and nothing but out is wanted of it now."""
-    if (
-        torch.compiler.is_compiling()
-        or not is_unwatched(q, k, v)
-        or _autocasts()
-        or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
-    ):
+    if torch.compiler.is_compiling() or not is_unwatched(q, k, v) or _autocasts():
         return None
-    shortcut = calls.recall(q, k, v, options)
+    requires_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    shortcut = calls.recall(q, k, v, (*options, requires_grad))
     return None if shortcut is None else shortcut(q, k, v)
+
+
+def _remember(request: Request, options: tuple[Hashable, ...]) -> None:
+    """For `recall`: a call that has been made, of q, k and v alone."""
+    prepared, operands = calls.prepare(request)
+    shortcut = prepared.runner.shortcut(operands[3:])
+    if request.requires_grad:
+        made = _Made(prepared.runner, operands[3:], request[3:])
+        shortcut = partial(_PlainAttention.apply, made)
+    if shortcut is not None:
+        calls.remember(request, (*options, request.requires_grad), shortcut)
 
 
 def is_unwatched(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -113,8 +121,7 @@ def _backward(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     request = Request(*arguments)
-    prepared, operands = calls.prepare(request)
-    gradients = prepared.runner.backward(operands, Upstream(out, lse, dout.contiguous(), dlse))
+    gradients = _gradients(request, Upstream(out, lse, dout.contiguous(), dlse))
     return (
         gradients.dq,
         gradients.dk,
@@ -122,6 +129,11 @@ def _backward(
         _shaped_like(gradients.dbias, request.bias, request.q),
         _shaped_like(gradients.dsinks, request.sinks, request.q),
     )
+
+
+def _gradients(request: Request, upstream: Upstream) -> InputGradients:
+    prepared, operands = calls.prepare(request)
+    return prepared.runner.backward(operands, upstream)
 
 
 def _shaped_like(gradient: Tensor | None, argument: Tensor | None, q: Tensor) -> Tensor:
@@ -177,8 +189,7 @@ def _differentiate(
     request = Request._make((*tensors, *ctx.options))
     dout = torch.zeros_like(out) if dout is None else dout
     if backward is None:
-        watched = torch.is_grad_enabled() or torch.compiler.is_compiling() or not is_unwatched(dout, out, request.q)
-        backward = torch.ops.tessera.backward if watched else _backward
+        backward = torch.ops.tessera.backward if _is_watched(dout, out, request.q) else _backward
     dq, dk, dv, dbias, dsinks = backward(dout, dlse, out, lse, *request)
     gradients: dict[str, Tensor] = {"q": dq, "k": dk, "v": dv}
     if request.bias_requires_grad:
@@ -186,6 +197,11 @@ def _differentiate(
     if request.sinks_requires_grad:
         gradients["sinks"] = dsinks
     return tuple(gradients.get(name) for name in _NAMES)
+
+
+def _is_watched(dout: Tensor, out: Tensor, q: Tensor) -> bool:
+    """Whether the backward must go through its operator."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling() or not is_unwatched(dout, out, q)
 
 
 class _Attention(torch.autograd.Function):
@@ -201,6 +217,36 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         return (None, *_differentiate(ctx, dout, dlse)[:TENSORS])
+
+
+class _Made(NamedTuple):
+    """A call that has been made: what ran it, and its operands' and its request's entries behind q, k and v."""
+
+    runner: Runner
+    operands: tuple[Any, ...]
+    request: tuple[Any, ...]
+
+
+class _PlainAttention(torch.autograd.Function):
+    """out of q, k and v alone, as made before: half of such a call's time on the host goes to the operator's other arguments.
+
+    It keeps what `_Attention` keeps, in the same order: a checkpoint may compute again by one what it computed by the other.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, made: _Made, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out, lse = made.runner.forward(Operands(q, k, v, *made.operands))
+        ctx.save_for_backward(out, lse, q, k, v)
+        ctx.request = made.request
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        out, lse, *inputs = ctx.saved_tensors
+        if _is_watched(dout, out, inputs[0]):
+            return (None, *torch.ops.tessera.backward(dout, None, out, lse, *inputs, *ctx.request)[:3])
+        found = _gradients(Request(*inputs, *ctx.request), Upstream(out, lse, dout.contiguous(), None))
+        return None, found.dq, found.dk, found.dv
 
 
 def _refuse_double_backward(ctx: Any, *gradients: Any) -> Any:

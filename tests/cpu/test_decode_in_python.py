@@ -13,7 +13,7 @@ from gluon_in_python import in_python
 from gluon_turns import Meeting
 from torch import Tensor
 
-from tessera.backends.hopper import decode_launch, decode_plan
+from tessera.backends.hopper import append_launch, decode_launch, decode_plan
 from tessera.backends.hopper.append_launch import AppendLaunch
 from tessera.backends.hopper.decode_config import PARTS_TOGETHER
 from tessera.backends.hopper.serving import HopperServingRunner
@@ -33,12 +33,9 @@ class PlainWorkspace:
     def __init__(self) -> None:
         self.zeros: list[Tensor] = []
 
-    def partial(self, device: int, stream: int, count: int) -> Tensor:
-        return torch.full((count,), float("nan"))
-
-    def tickets(self, device: int, stream: int, count: int) -> Tensor:
-        self.zeros.append(torch.zeros(count, dtype=torch.int32))
-        return self.zeros[-1]
+    def of(self, device: int, stream: int, count: int, tickets: int) -> tuple[Tensor, Tensor]:
+        self.zeros.append(torch.zeros(tickets, dtype=torch.int32))
+        return torch.full((count,), float("nan")), self.zeros[-1]
 
 
 @pytest.fixture(autouse=True)
@@ -125,6 +122,30 @@ def test_long_ones_go_along_the_line(long: int, turns: tuple[int, int], monkeypa
     case = CacheCase("long", cached=(2500,) * 4, heads_q=2, heads_kv=2, schedule="stream_k")
     plan = check(case.request("cpu", torch.bfloat16), replace(FEW, multiprocessors=4))
     assert (plan.rounds, plan.crew) == turns
+
+
+@pytest.mark.parametrize("name", [name for name, case in CACHE_CASES.items() if case.new and is_served(case)])
+def test_a_thread_does_more_heads_of_many_new_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(append_launch, "FEW_TOKENS", 0)
+    check(CACHE_CASES[name].request("cpu", torch.bfloat16))
+
+
+@pytest.mark.parametrize("of", ["q", "k", "v_cache", "rotary_cos"])
+@pytest.mark.parametrize("name", ["rotary, halves", "rotary, in part"])
+def test_appended_rows_may_begin_anywhere(name: str, of: str) -> None:
+    """The kernel moves 16 bytes at once where all rows begin at such places, and another one, with the same bits, where not."""
+    whole = gather(CACHE_CASES[name].request("cpu", torch.bfloat16))
+    tensors = {field: None if x is None else x.clone() for field, x in whole._asdict().items()}
+    shifted = getattr(whole, of)
+    place = torch.empty((*shifted.shape[:-1], shifted.shape[-1] + 3), dtype=shifted.dtype)[..., 1:-2]
+    tensors[of] = place.copy_(shifted)
+    odd = CacheOperands(**tensors)
+    launch = AppendLaunch(describe(CACHE_CASES[name].request("cpu", torch.bfloat16)))
+    with in_python():
+        q, odd_q = launch.run(whole).q, replace(launch).run(odd).q
+    assert torch.equal(q, odd_q)
+    for name in ("k_cache", "v_cache"):
+        assert torch.equal(getattr(whole, name).view(torch.int16), getattr(odd, name).view(torch.int16))  # NaN where nothing is
 
 
 READ_EARLY = ["one query", "pages of 16", "indexed", "packed", "left padding, window", "pages, packed, window", "long"]

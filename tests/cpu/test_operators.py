@@ -325,6 +325,49 @@ def test_a_repeated_call_is_recalled_and_does_the_same(monkeypatch: pytest.Monke
     assert all(not torch.equal(a, b) for a, b in itertools.combinations(first, 2))
 
 
+def test_a_repeated_call_with_gradients_is_recalled_and_does_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = leaf(2, 4, 11, 8)
+    inputs = [leaf(2, 11, 4, 8) for _ in range(3)]
+
+    def gradients(**options: Any) -> list[Tensor]:
+        return [
+            *torch.autograd.grad(attention(*inputs, **options).square().sum(), inputs),
+            *torch.autograd.grad(attention(wide.transpose(1, 2), *inputs[1:], **options).sum(), [wide, inputs[2]]),
+        ]
+
+    variations: list[dict[str, Any]] = [{}, {"causal": True}, {"deterministic": True, "softcap": 3.0}]
+    first = [gradients(**options) for options in variations]
+    with monkeypatch.context() as patched:
+        patched.setattr(tessera.api, "Request", None)
+        for options, expected in zip(variations, first, strict=True):
+            assert all(map(torch.equal, gradients(**options), expected))
+        with pytest.raises(NotImplementedError, match="reference"):
+            torch.autograd.grad(attention(*inputs).sum(), inputs, create_graph=True)[0].sum().backward()
+        out = attention(*inputs)
+        assert attention(inputs[0], *(x.detach() for x in inputs[1:])).requires_grad
+    with torch.no_grad():
+        assert not attention(*inputs).requires_grad
+        inputs[1].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_a_checkpoint_computes_a_first_call_again_by_a_recalled_one() -> None:
+    """And saved tensors may come back with other strides than they were saved with."""
+    q, k, v = (leaf(1, 4, 13, 8) for _ in range(3))
+
+    def block(*heads_first: Tensor) -> Tensor:
+        return attention(*(x.transpose(1, 2) for x in heads_first), causal=True)
+
+    again = torch.autograd.grad(checkpoint(block, q, k, v, use_reentrant=False).square().sum(), (q, k, v))
+    expected = torch.autograd.grad(block(q, k, v).square().sum(), (q, k, v))
+    assert all(map(torch.equal, again, expected))
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x.contiguous()):
+        packed = block(q, k, v).square().sum()
+    for found, wanted in zip(torch.autograd.grad(packed, (q, k, v)), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
 def test_what_is_recalled_never_hides_who_watches() -> None:
     q, k, v = (torch.randn(1, 9, 2, 8) for _ in range(3))
     expected = [attention(q, k, v) for _ in range(2)][1]

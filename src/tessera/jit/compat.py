@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -317,6 +318,14 @@ def assemble(spec: KernelSpec, lowered: Lowered) -> Assembled:
         if ran.returncode != 0:
             raise AssemblerError(f"{spec.kernel}: ptxas ended with {ran.returncode}\n{ran.stderr[-4000:]}")
         return Assembled(binary.read_bytes(), ran.stderr.replace(folder + "/", ""))
+
+
+def parse_once(functions: Iterable[Any]) -> None:
+    """Has Triton parse each function's source once; it would do so for each set of types and constants that it is called with,
+    some 400 times a kernel (a tenth of a second)."""
+    for function in functions:
+        if hasattr(function, "parse") and "parse" not in vars(function):  # functions that run while compiling have none
+            function.parse = cache(function.parse)
 
 
 def is_jitted(value: object) -> bool:

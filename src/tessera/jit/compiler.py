@@ -5,12 +5,14 @@ Each step is safe for many threads (a key compiles once in a process) and many p
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import re
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -95,8 +97,9 @@ def compile(spec: KernelSpec) -> Binary:
     except ImportError as error:
         raise RuntimeError(f"tessera.jit works with Triton 3.6 to 3.9; this is {version}: {error}") from error
     function = _function(spec)
-    reach.check(spec, function)
-    lowered = compat.lower(spec, function)
+    compat.parse_once(reach.check(spec, function))
+    with _no_collections():
+        lowered = compat.lower(spec, function)
     lowered = replace(lowered, ptx=ptx.rewritten(lowered.ptx, 32 * spec.num_warps))
     _check_parameters(spec, lowered.ptx)
     assembled = compat.assemble(spec, lowered)
@@ -113,6 +116,19 @@ def compile(spec: KernelSpec) -> Binary:
         toolchain=toolchain_key(),
         ptx=lowered.ptx,
     )
+
+
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """No garbage collection: a kernel's syntax trees are a million objects that live until the end, so each collection would look
+    through them, and through all of PyTorch's, in vain (a sixth of the time of Triton's front end)."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _complaints(unused_barriers: Iterable[str]) -> str:

@@ -21,8 +21,9 @@ class OutOfReachError(TypeError):
     """A kernel uses code that its cache key does not cover."""
 
 
-def check(spec: KernelSpec, kernel: Any) -> None:
-    """Raises OutOfReachError when `kernel` uses, however indirectly, code that its key does not cover.
+def check(spec: KernelSpec, kernel: Any) -> tuple[Any, ...]:
+    """The jitted functions that `kernel` uses. Raises OutOfReachError when it uses, however indirectly, code that its key does
+    not cover.
 
     Covered are the kernel's package, compat and Triton. Jitted code from anywhere else is refused; so are plain functions
     and classes of the kernel's own project, while those of libraries count as fixed.
@@ -31,13 +32,15 @@ def check(spec: KernelSpec, kernel: Any) -> None:
         raise TypeError(f"{spec.kernel} is a {type(kernel).__name__}, not a function decorated with gluon.jit")
     allowed = {path.resolve() for path in source_files(spec.module)}
     triton, project = triton_home().resolve(), spec.module.split(".")[0]
-    waiting, seen = [kernel], set()
+    waiting, seen, jitted = [kernel], set(), []
     while waiting:
         value = waiting.pop()
         function = value.fn if compat.is_jitted(value) else value
         if function in seen:
             continue
         seen.add(function)
+        if function is not value:
+            jitted.append(value)
         path = _file_of(function)
         if path in allowed:
             if isinstance(function, FunctionType):
@@ -47,6 +50,7 @@ def check(spec: KernelSpec, kernel: Any) -> None:
                 f"{spec.kernel} uses {function.__module__}.{function.__qualname__}, which lies outside the kernel's package; "
                 "a change there would go unnoticed by cached binaries. Move it into the package, or pass it as a constant"
             )
+    return tuple(jitted)
 
 
 def _file_of(value: Any) -> Path:

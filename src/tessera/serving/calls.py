@@ -63,5 +63,6 @@ def prepare(request: CacheRequest) -> tuple[Prepared, CacheOperands]:
 
 
 def _key(request: CacheRequest, operands: CacheOperands) -> tuple[object, ...]:
-    seen = [None if x is None else (type(x), x.shape, x.stride(), x.dtype, x.device) for x in operands]
+    # Strides as True where they follow from the shape, as in tessera.calls.
+    seen = [None if x is None else (type(x), x.shape, x.is_contiguous() or x.stride(), x.dtype, x.device) for x in operands]
     return (*seen, *request[TENSORS:])

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-HEADS = 4
-"""Heads of a token that one program does, a warp each."""
+PAIRS_OF_THREAD = 8
+"""Pairs of columns of a row that a thread has: 16 bytes of each of two 16-bit halves."""
+WARPS = 4
 
 
 class AppendFeature(Enum):
@@ -25,10 +26,26 @@ class AppendFeature(Enum):
 
 @dataclass(frozen=True)
 class AppendConfig:
-    """One variant. `columns`: a power of two that holds a head's columns."""
+    """One variant. `columns`: a power of two that holds a head's columns; `heads`: how many a thread does, the same columns of
+    each, whose angles it reads once; `step`: columns that may move at once, PAIRS_OF_THREAD or a smaller power of two, since all
+    rows, their halves and the tables begin at whole steps in memory."""
 
     columns: int
+    heads: int
+    step: int = PAIRS_OF_THREAD
     features: tuple[AppendFeature, ...] = ()
 
+    @property
+    def lanes(self) -> int:
+        """Threads of a warp that share a row's pairs of columns."""
+        return min(32, self.columns // 2 // PAIRS_OF_THREAD)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one program."""
+        return WARPS * 32 // self.lanes
+
     def __str__(self) -> str:
-        return "".join((f"{self.columns} columns", *(f", {feature.value}" for feature in self.features)))
+        step = "" if self.step == PAIRS_OF_THREAD else f", {self.step} at once"
+        text = f"{self.columns} columns of {self.heads} heads{step}"
+        return text + "".join(f", {feature.value}" for feature in self.features)

@@ -5,8 +5,11 @@ Nothing here asks questions of the data or waits for the device.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +27,7 @@ from tessera.backends.hopper.backward_plan import (
     work_lines,
 )
 from tessera.backends.hopper.config import Feature
-from tessera.backends.hopper.launch import ELEMENTS, L2_BYTES, Rows
+from tessera.backends.hopper.launch import ELEMENTS, L2_BYTES, WITHOUT_POINTERS, Copied, Rows, allocator
 from tessera.dispatch import InputGradients, Upstream
 from tessera.dropout import keep_scale
 from tessera.operands import Operands
@@ -37,6 +40,9 @@ _PIECE = 64
 _ELEMENTS_A_PROGRAM = 4096
 """Of backward_rows.py: see there."""
 _LENGTHS = ("cu_q", "cu_k", "used_q", "used_k", "key_start", "key_end", "query_end")
+_NO_LENGTHS: tuple[int, ...] = (0,) * len(_LENGTHS)
+_NO_DOCUMENTS = (0, 0)
+_AS_THEY_ARE = (False,) * 4
 
 
 def main_spec(config: BackwardConfig, dtype: torch.dtype) -> jit.KernelSpec:
@@ -101,6 +107,19 @@ def finish_spec(config: RowsConfig, dtype: torch.dtype) -> jit.KernelSpec:
     return jit.KernelSpec(kernel, tuple(arguments.items()), (("CONFIG", config),), early=True)
 
 
+class Bound(NamedTuple):
+    """What a runner's one set of shapes and strides decides: how dq, dk and dv are made from q, k and v, the places of the main
+    kernel's tensor maps, all its numbers, and the launches (the first without a gradient of lse, and with one)."""
+
+    device: torch.device
+    make: tuple[Callable[[Tensor], Tensor], ...]
+    places: tuple[jit.Place, ...]
+    numbers: tuple[int | float, ...]
+    prepare: tuple[Callable[..., None], ...]
+    main: Callable[..., None]
+    finish: Callable[..., None] | None
+
+
 @dataclass(frozen=True)
 class BackwardLaunch:
     """One problem's launches: everything that does not depend on the tensors, worked out once."""
@@ -108,6 +127,7 @@ class BackwardLaunch:
     problem: Problem
     config: BackwardConfig
     multiprocessors: int
+    bound: dict[Copied, Bound] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
     def specs(self) -> tuple[jit.KernelSpec, ...]:
@@ -177,23 +197,45 @@ class BackwardLaunch:
         """Whether there are rows of dk and dv that belong to no tile: the keys before key_start."""
         return Feature.KEY_START in self.config.features
 
+    @cached_property
+    def row_blocks(self) -> int:
+        """Programs a head before the main kernel."""
+        return -(-self.line // (_ELEMENTS_A_PROGRAM // self.config.dim_v))
+
+    @cached_property
+    def has_places(self) -> bool:
+        """Whether there are lengths, padding or documents (or modifiers)."""
+        return not WITHOUT_POINTERS.issuperset(self.config.features)
+
+    @cached_property
+    def is_modified(self) -> bool:
+        return modifiers.are_in(self.config.features)
+
     def __call__(self, operands: Operands, upstream: Upstream) -> InputGradients:
-        q, k, v = operands.q, operands.k, operands.v
-        device, heads = q.device, self.problem.shape.heads_q
-        make = torch.zeros if self.has_unwritten_keys else torch.empty
-        dq = torch.empty(q.shape, dtype=q.dtype, device=device)
-        dk = make(k.shape, dtype=k.dtype, device=device)
-        dv = make(v.shape, dtype=v.dtype, device=device)
-        stats = torch.empty((2 * heads, self.line), dtype=torch.float32, device=device)
+        q, k, v, dout = operands.q, operands.k, operands.v, upstream.dout.contiguous()
+        kept = Kept(operands if self.has_places else None)
+        addresses: tuple[int, ...] = (q.data_ptr(), k.data_ptr(), v.data_ptr(), dout.data_ptr())
+        bound = self.bound.get(_AS_THEY_ARE)
+        if bound is None or (addresses[0] | addresses[1] | addresses[2] | addresses[3]) % 16:
+            inputs = (q, k, v, dout)
+            rows = tuple(map(Rows.of, inputs))
+            copied = tuple(row.tensor is not tensor for row, tensor in zip(rows, inputs, strict=True))
+            bound = self.bound.get(copied) or self.bound.setdefault(copied, self._bind(operands, rows))
+            addresses = tuple(row.address for row in rows)
+            kept.tensors += [row.tensor for row in rows]
+        (make_dq, make_dk, make_dv), device = bound.make, bound.device
+        dq, dk, dv, dbias = make_dq(q), make_dk(k), make_dv(v), self._bias_sums(operands)
+        stats = torch.empty((2 * self.problem.shape.heads_q, self.line), dtype=torch.float32, device=device)
         sums = torch.empty(self.sums_shape, dtype=torch.float32, device=device)
-        marks = torch.empty(1 + heads * self.line // _PIECE, dtype=torch.int32, device=device)
-        kept = Kept(operands)
-        dout = Rows.of(upstream.dout if _is_plain(upstream.dout) else upstream.dout.contiguous())
-        dsinks = self._prepare(operands, upstream, dout, (stats, sums, marks), kept)
-        dbias = self._bias_sums(operands)
-        self._differentiate(operands, dout, (stats, sums, marks), (dq, dk, dv, dbias), kept)
-        if self.config.adding is not Adding.ROUNDED:
-            self._finish(sums, marks, dq, kept)
+        marks = torch.empty(1 + self.problem.shape.heads_q * self.line // _PIECE, dtype=torch.int32, device=device)
+        work = Work(jit.current_stream(device.index), stats.data_ptr(), sums.data_ptr(), marks.data_ptr())
+        dsinks = self._prepare(bound, work, addresses[3], (operands.sinks, upstream), kept)
+        tensors = (*addresses, work.stats, dk.data_ptr(), dv.data_ptr(), work.sums, dq.data_ptr())
+        maps = [place[address] for place, address in zip(bound.places, tensors, strict=True)]
+        modified = self._modified(bound, operands, dbias, kept) if self.is_modified else ()
+        bound.main(work.stream, *maps, work.marks, *kept.lengths, *kept.documents, *modified)
+        if bound.finish is not None:
+            bound.finish(work.stream, work.sums, work.marks, tensors[-1], *kept.lengths)
         if operands.bias is not None and dbias is not None:
             dbias = dbias.sum_to_size(operands.bias.shape).to(operands.bias.dtype)
         return InputGradients(dq, dk, dv, dbias, dsinks)
@@ -204,74 +246,78 @@ class BackwardLaunch:
             return None
         return torch.zeros(bias_sums_shape(self.problem), dtype=torch.float32, device=operands.q.device)
 
-    def _prepare(
-        self, operands: Operands, upstream: Upstream, dout: Rows, work: tuple[Tensor, Tensor, Tensor], kept: Kept
-    ) -> Tensor | None:
+    def _modified(self, bound: Bound, operands: Operands, dbias: Tensor | None, kept: Kept) -> tuple[int | float, ...]:
+        """The main kernel's arguments behind the documents' bounds, where modifiers' tensors come after the numbers."""
+        own = modifiers.values(self.problem.score, operands, kept.tensors)
+        return (*bound.numbers, *own, *([] if dbias is None else modifiers.places(dbias)))
+
+    def _prepare(self, bound: Bound, work: Work, dout: int, given: tuple[Tensor | None, Upstream], kept: Kept) -> Tensor | None:
         """What the main kernel needs into the workspace; returns the sinks' gradient, if it is wanted."""
-        stats, sums, marks = work
-        shape, sinks = self.problem.shape, operands.sinks
-        blocks = -(-self.line // (_ELEMENTS_A_PROGRAM // self.config.dim_v))
-        partial = None if sinks is None else torch.empty((shape.heads_q, blocks), dtype=torch.float32, device=stats.device)
-        out, lse = kept.keep(upstream.out.contiguous()), kept.keep(upstream.lse.contiguous())
-        dlse = 0 if upstream.dlse is None else kept.keep(upstream.dlse.float().contiguous())
-        index = stats.device.index
-        kernel = jit.load(self.specs[0], index)
-        kernel(
-            jit.current_stream(index), blocks * shape.heads_q, 1, 1,
-            out, dout.address, lse, dlse, 0 if sinks is None else kept.keep(sinks.float().contiguous()),
-            stats.data_ptr(), sums.data_ptr(), marks.data_ptr(), 0 if partial is None else partial.data_ptr(), *kept.lengths,
-            shape.batch, shape.heads_q, shape.seqlen_q, shape.seqlen_k, self.line, shape.head_dim, shape.head_dim_v,
-            dout.pitch, int(dlse != 0), dout.strides[3], dout.strides[2],
-            score_unit(self.problem.score), 1 / keep_scale(self.problem.score.dropout_p),
-        )  # fmt: skip
-        wanted = self.problem.score.sinks is not None and self.problem.score.sinks.gradients is Gradients.INPUTS
-        return partial.sum(dim=1).to(sinks.dtype) if wanted and partial is not None and sinks is not None else None
+        sinks, upstream = given
+        out, lse = kept.keep(upstream.out), kept.keep(upstream.lse)
+        dlse = 0 if upstream.dlse is None else kept.keep(upstream.dlse.float())
+        launch = bound.prepare[upstream.dlse is not None]
+        if sinks is None:
+            launch(work.stream, out, dout, lse, dlse, 0, *work[1:], 0, *kept.lengths)
+            return None
+        partial = torch.empty((self.problem.shape.heads_q, self.row_blocks), dtype=torch.float32, device=bound.device)
+        launch(work.stream, out, dout, lse, dlse, kept.keep(sinks.float()), *work[1:], partial.data_ptr(), *kept.lengths)
+        described = self.problem.score.sinks
+        wanted = described is not None and described.gradients is Gradients.INPUTS
+        return partial.sum(dim=1).to(sinks.dtype) if wanted else None
 
-    def _differentiate(
-        self, operands: Operands, dout: Rows, work: tuple[Tensor, Tensor, Tensor],
-        gradients: tuple[Tensor, Tensor, Tensor, Tensor | None], kept: Kept,
-    ) -> None:  # fmt: skip
-        stats, sums, marks = work
-        shape, index = self.problem.shape, sums.device.index
-        kernel = jit.load(self.specs[1], index)
-        inputs = [Rows.of(tensor) for tensor in (operands.q, operands.k, operands.v)]
-        tensors = [*inputs, dout]
-        maps = [kernel.tiles[i](rows.address, rows.shape, rows.strides) for i, rows in enumerate(tensors)]
-        maps.append(kernel.tiles[4](stats.data_ptr(), stats.shape, stats.stride()))
-        dq, dk, dv, dbias = gradients
-        outputs = [Rows.of(tensor) for tensor in (dk, dv)]
-        maps += [kernel.tiles[5 + i](rows.address, rows.shape, rows.strides) for i, rows in enumerate(outputs)]
-        maps.append(kernel.tiles[7](sums.data_ptr(), sums.shape, sums.stride()))
-        rounded = Rows.of(dq)
-        maps.append(kernel.tiles[8](rounded.address, rounded.shape, rounded.strides))
-        kernel(
-            jit.current_stream(index), self.programs, 1, 1, *maps, marks.data_ptr(), *kept.lengths, *kept.documents,
-            *self.integers, shape.seqlen_q if kept.documents_vary else 0, self.blocks, self.section, self.line,
-            *(rows.pitch for rows in tensors), rounded.pitch, self.tiles, *self.scales,
-            *modifiers.values(self.problem.score, operands, kept.tensors), *([] if dbias is None else modifiers.places(dbias)),
+    def _bind(self, operands: Operands, rows: tuple[Rows, ...]) -> Bound:
+        """The kernels and their arguments for these strides of q, k, v and dout."""
+        shape, device, (q, k, v) = self.problem.shape, operands.q.device, operands[:3]
+        prepare, main, *finish = (jit.load(spec, device.index) for spec in self.specs)
+        dq, dk, dv = (Rows.of(torch.empty(x.shape, dtype=x.dtype, device="meta")) for x in (q, k, v))
+        stats = (2 * shape.heads_q, self.line)
+        maps = [(row.shape, row.strides) for row in (*rows, dk, dv, dq)]
+        maps[4:4], maps[7:7] = [(stats, dense_strides(stats))], [(self.sums_shape, dense_strides(self.sums_shape))]
+        begin = operands.mask.document_begin
+        document_stride = shape.seqlen_q if begin is not None and begin.shape[0] > 1 else 0
+        numbers = (
+            *self.integers, document_stride, self.blocks, self.section, self.line, *(row.pitch for row in rows), dq.pitch,
+            self.tiles, *self.scales,
         )  # fmt: skip
-
-    def _finish(self, sums: Tensor, marks: Tensor, dq: Tensor, kept: Kept) -> None:
-        shape, index = self.problem.shape, sums.device.index
-        kernel = jit.load(self.specs[2], index)
+        sizes, dout = (shape.batch, shape.heads_q, shape.seqlen_q, shape.seqlen_k, self.line), rows[3]
+        shares = (score_unit(self.problem.score), 1 / keep_scale(self.problem.score.dropout_p))
+        dims, steps = (shape.head_dim, shape.head_dim_v, dout.pitch), (dout.strides[3], dout.strides[2])
         programs = self.line // _PIECE * shape.heads_q * -(-shape.head_dim // _PIECE)
-        kernel(
-            jit.current_stream(index), programs, 1, 1, sums.data_ptr(), marks.data_ptr(), dq.data_ptr(), *kept.lengths,
-            shape.batch, shape.heads_q, shape.seqlen_q, shape.seqlen_k, self.line, shape.head_dim, self.scales[2],
-        )  # fmt: skip
+        make_keys = (lambda x: x.new_zeros(x.shape)) if self.has_unwritten_keys else None
+        return Bound(
+            device,
+            (allocator(q, q.shape), make_keys or allocator(k, k.shape), make_keys or allocator(v, v.shape)),
+            tuple(encode.bind(*form) for encode, form in zip(main.tiles, maps, strict=True)),
+            numbers,
+            tuple(
+                prepare.prepare((self.row_blocks * shape.heads_q, 1, 1), (*sizes, *dims, with_dlse, *steps, *shares))
+                for with_dlse in (0, 1)
+            ),
+            main.prepare((self.programs, 1, 1), () if self.is_modified else numbers),
+            finish[0].prepare((programs, 1, 1), (*sizes, shape.head_dim, self.scales[2])) if finish else None,
+        )
+
+
+class Work(NamedTuple):
+    """The stream of a call, and its workspace's addresses."""
+
+    stream: int
+    stats: int
+    sums: int
+    marks: int
 
 
 class Kept:
     """The small tensors of a call as addresses, 0 for what there is not; copies live until the launches are in the stream."""
 
-    def __init__(self, operands: Operands) -> None:
+    def __init__(self, operands: Operands | None) -> None:
         self.tensors: list[Tensor | None] = []
-        lengths, mask = operands.lengths, operands.mask
-        self.lengths = [
-            self.keep(tensor) for tensor in (*lengths, mask.key_start, mask.key_end, mask.query_end)
-        ]  # in the order of _LENGTHS
-        self.documents = [self.keep(mask.document_begin), self.keep(mask.document_end)]
-        self.documents_vary = mask.document_begin is not None and mask.document_begin.shape[0] > 1
+        self.lengths, self.documents = _NO_LENGTHS, _NO_DOCUMENTS
+        if operands is not None:
+            lengths, mask = operands.lengths, operands.mask
+            self.lengths = tuple(map(self.keep, (*lengths, mask.key_start, mask.key_end, mask.query_end)))  # as _LENGTHS
+            self.documents = (self.keep(mask.document_begin), self.keep(mask.document_end))
 
     def keep(self, tensor: Tensor | None) -> int:
         """The address of a contiguous tensor with these contents."""
@@ -282,6 +328,6 @@ class Kept:
         return tensor.data_ptr()
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether the last dimension is dense and no element stands for several (as in the gradient of a sum)."""
-    return tensor.stride(-1) == 1 and 0 not in tensor.stride()
+def dense_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of a contiguous tensor of these sizes."""
+    return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))

@@ -10,7 +10,7 @@ with 160 registers reads them two by two into the same ones, and waits for each 
 """
 
 from tessera.backends.hopper.pieces.chain import chain_of
-from tessera.backends.hopper.pieces.channel import Ring, named_barrier
+from tessera.backends.hopper.pieces.channel import Ring, make_barriers, named_barrier
 from tessera.backends.hopper.pieces.gradients import (
     BARRIER_DS,
     BARRIER_K,
@@ -66,11 +66,11 @@ def make_parts(config: gl.constexpr, dq_map, out_map):
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, config.rows], dtype)
     count: gl.constexpr = config.consumers
     ds = gl.allocate_shared_memory(dtype, [count * count, M, config.rows], layout)
-    full = gl.allocate_shared_memory(gl.int64, [count, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [count, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(count):
-        mbarrier.init(full.index(slot), count=count)
-        mbarrier.init(empty.index(slot), count=1)
+    empty = make_barriers(count, 1)
+    if adds_in_order(config):
+        full = make_barriers(count, count)
+    else:
+        full = empty  # named barriers tell (_hand_over)
     return Parts(ds, Ring(full, empty, count), make_sums(config, dq_map, out_map))
 
 
@@ -186,7 +186,7 @@ def _block(
     if _products_apart(config):
         dp = _issue_dp(config, consumer, shared, v, n)
     kept = drawn(config, score, row)
-    if has(config, "dropout"):  # no room for D beside dP
+    if has(config, "dropout") or adds_in_order(config):  # no room for D beside dP
         dp = warpgroup_mma_wait(0, deps=(dp,))
         d = row_values(shared.d, do_slot, config.rows)
     else:

@@ -65,17 +65,20 @@ def kernel_spec(config: DecodeConfig, dtype: torch.dtype) -> jit.KernelSpec:
     )
 
 
-class Bound(NamedTuple):
-    """What a runner's one set of shapes and strides decides: the kernel, how out is made from q, the tensor maps' places (each
-    with the index of its tensor, 0 for k_cache, 1 for v_cache), and all the kernel's numbers, for q as it lies (None where its
-    rows can't be read) and for a dense copy of it."""
+_NO_FACTORS = (None, None, None)
 
-    kernel: jit.Kernel
+
+class Bound(NamedTuple):
+    """What a runner's one set of shapes and strides decides: the launch on `device` (the scales' strides are in it), how out is
+    made from q, the tensor maps' places (each with the index of its tensor, 0 for k_cache, 1 for v_cache), and the other numbers,
+    for q as it lies (None where its rows can't be read) and for a dense copy of it."""
+
+    launch: Callable[..., None]
+    device: int
     allocate: Callable[[Tensor], Tensor]
     places: tuple[tuple[jit.Place, int], ...]
     numbers: tuple[int | float, ...] | None
     copy_numbers: tuple[int | float, ...]
-    scale_strides: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -97,28 +100,31 @@ class DecodeLaunch:
         if not self.bound:
             self.bound.append(self._bind(caches, operands))
         bound = self.bound[0]
-        out, lse = bound.allocate(q), q.new_empty(self.problem.lse_shape, dtype=torch.float32)
+        out, lse = bound.allocate(q), torch.empty(self.lse_shape, dtype=torch.float32, device=q.device)
         if self.problem.layout is Layout.VARLEN:  # rows of no sequence are nobody's work
             out.zero_()
             lse.fill_(float("-inf"))
-        index = bound.kernel.device
+        index = bound.device
         stream = jit.current_stream(index)
-        partial = workspace.partial(index, stream, sum(self.parts))
-        tickets = workspace.tickets(index, stream, self.plan.tickets)
+        outs, lses = self.parts
+        partial, tickets = workspace.of(index, stream, outs + lses, self.plan.tickets)
         numbers = bound.numbers
         if numbers is None or q.data_ptr() % 16:  # it is small
             q, numbers = q.clone(memory_format=torch.contiguous_format), bound.copy_numbers
-        addresses = (caches[0].data_ptr(), caches[1].data_ptr())
-        scales = [None if x is None else x.contiguous() for x in (operands.k_descale, operands.v_descale)]
-        sinks = None if operands.sinks is None else operands.sinks.float().contiguous()
-        bound.kernel(
-            stream, *self.plan.programs, *[place[addresses[which]] for place, which in bound.places],
-            q.data_ptr(), out.data_ptr(), lse.data_ptr(), partial.data_ptr(), partial.data_ptr() + 4 * self.parts[0],
-            address(sinks), tickets.data_ptr(), operands.cache_seqlens.data_ptr(), address(operands.cu_seqlens_q),
-            address(operands.cache_leftpad), address(operands.cache_batch_idx), address(operands.page_table), *numbers,
-            address(scales[0]), address(scales[1]), *bound.scale_strides,
+        addresses, part = (caches[0].data_ptr(), caches[1].data_ptr()), partial.data_ptr()
+        given = (operands.sinks, operands.k_descale, operands.v_descale)
+        small = _NO_FACTORS if given == _NO_FACTORS else tuple(None if x is None else x.float().contiguous() for x in given)
+        bound.launch(
+            stream, *[place[addresses[which]] for place, which in bound.places],
+            q.data_ptr(), out.data_ptr(), lse.data_ptr(), part, part + 4 * outs, address(small[0]), tickets.data_ptr(),
+            operands.cache_seqlens.data_ptr(), address(operands.cu_seqlens_q), address(operands.cache_leftpad),
+            address(operands.cache_batch_idx), address(operands.page_table), *numbers, address(small[1]), address(small[2]),
         )  # fmt: skip
         return out, lse
+
+    @cached_property
+    def lse_shape(self) -> tuple[int, ...]:
+        return self.problem.lse_shape
 
     @cached_property
     def parts(self) -> tuple[int, int]:
@@ -142,8 +148,8 @@ class DecodeLaunch:
         rest = (shape.head_dim, shape.head_dim_v, *score_scales(self.problem.score))
         copied = (*sizes, *_query_strides(torch.empty(q.shape, device="meta")), *rest)
         numbers = None if any(stride % 8 for stride in own) else (*sizes, *own, *rest)
-        scale_steps = tuple(step for steps in strides for step in steps)
-        return Bound(kernel, allocator(q, self.problem.out_shape), places, numbers, copied, scale_steps)
+        launch = kernel.prepare(self.plan.programs, tuple(step for steps in strides for step in steps))
+        return Bound(launch, kernel.device, allocator(q, self.problem.out_shape), places, numbers, copied)
 
     def _sizes(self, operands: CacheOperands) -> tuple[int, ...]:
         problem, plan = self.problem, self.plan

@@ -28,20 +28,29 @@ def next_use(config: gl.constexpr, n, depth):
 
 
 @gluon.jit
+def _locate_boxes(config: gl.constexpr, call, segment, entry, tile, first: gl.constexpr):
+    """Where a few boxes of a tile lie, from number `first` on."""
+    places = ()
+    for box in gl.static_range(min(config.keys // config.box, LOADS_TOGETHER)):
+        key = tile * config.keys + (first + box) * config.box
+        places = places + (locate_box(config, call.places, call.sizes, segment.seq, entry, key),)
+    return places
+
+
+@gluon.jit
 def _load_tile(config: gl.constexpr, k_maps, v_maps, shared, call, segment, entry, spot):
     """Start the copies of tile `spot[1]` as the n-th use of the ring, n = `spot[0]`."""
     n, tile = spot
     boxes: gl.constexpr = config.keys // config.box
     group: gl.constexpr = min(boxes, LOADS_TOGETHER)
     slot = shared.v_stream.slot(n)
+    places = _locate_boxes(config, call, segment, entry, tile, 0)  # page numbers come while the slot is waited for
     shared.v_stream.acquire(n)
     k_bar = shared.k_stream.expect(n, head_bytes(config.dims) * config.keys)
     v_bar = shared.v_stream.expect(n, head_bytes(config.dims_v) * config.keys)
     for first in gl.static_range(0, boxes, group):
-        places = ()
-        for box in gl.static_range(group):
-            key = tile * config.keys + (first + box) * config.box
-            places = places + (locate_box(config, call.places, call.sizes, segment.seq, entry, key),)
+        if first > 0:
+            places = _locate_boxes(config, call, segment, entry, tile, first)
         for box in gl.static_range(group):
             load_box(k_maps, shared.k, places[box], segment.head, k_bar, slot * boxes + first + box)
         for box in gl.static_range(group):

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
 from tessera import jit
-from tessera.backends.hopper.append_launch import append_config, append_spec
+from tessera.backends.hopper.append_launch import FEW_TOKENS, append_config, append_spec
 from tessera.backends.hopper.decode_launch import kernel_spec
 from tessera.backends.hopper.decode_plan import decode_plan, why_not
 from tessera.backends.hopper.launch import ELEMENTS
 from tessera.device import Device
+from tessera.problem import Layout
 from tessera.serving.cases import CACHE_CASES
 from tessera.serving.operands import CacheRequest, describe
 from tessera.serving.problem import CacheProblem
@@ -36,6 +38,8 @@ def _of(problem: CacheProblem) -> Iterator[jit.Variant]:
     name = f"decode {element} {config.rows}x{config.keys} d{dims} {config.stages} stages {features}"
     yield jit.Variant(name, kernel_spec(config, problem.dtype), wgmma=False)
     if problem.append is not None:
+        if problem.layout is Layout.VARLEN:  # as of many new rows, whose threads do more heads than one
+            problem = replace(problem, shape=replace(problem.shape, seqlen_q=FEW_TOKENS + 1))
         spec = append_spec(problem)
         rows = dict(spec.arguments)["k_ptr"].element
         yield jit.Variant(f"append {element} {rows} rows {append_config(problem)}", spec, wgmma=False, setmaxnreg=False)

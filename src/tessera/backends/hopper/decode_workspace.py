@@ -29,27 +29,22 @@ class Workspace:
         self._taken: dict[int, int] = {}
         self._captured: dict[tuple[int, int, int], Tensor] = {}
 
-    def partial(self, device: int, stream: int, count: int) -> Tensor:
-        """At least `count` float32. Kept for the next launch of the stream; under capture a new tensor of the graph's."""
+    def of(self, device: int, stream: int, count: int, tickets: int) -> tuple[Tensor, Tensor]:
+        """At least `count` float32, and at least `tickets` int32 that are 0 and that a launch leaves 0. Both are kept for the
+        next launch of the stream; under capture the first is a new tensor of the graph's."""
         if torch._C._cuda_isCurrentStreamCapturing():
-            return torch.empty(count, dtype=torch.float32, device=torch.device("cuda", device))
-        found = self._partial.get((device, stream))
-        if found is None or found.numel() < count:
-            found = torch.empty(count, dtype=torch.float32, device=torch.device("cuda", device))
-            self._partial[device, stream] = found
-        return found
-
-    def tickets(self, device: int, stream: int, count: int) -> Tensor:
-        """At least `count` int32 that are 0, and that a launch leaves 0."""
-        if torch._C._cuda_isCurrentStreamCapturing():
-            return self._of_capture((device, stream, driver.capture_id(stream)), count)
+            partial = torch.empty(count, dtype=torch.float32, device=torch.device("cuda", device))
+            return partial, self._of_capture((device, stream, driver.capture_id(stream)), tickets)
         if self._taken.get(device, STOCK) > STOCK // 2:
             with self._lock:  # a capture that comes next finds a stock
                 self._stock[device], self._taken[device] = _zeros(device, STOCK), 0
-        found = self._tickets.get((device, stream))
+        place = (device, stream)
+        found, zeros = self._partial.get(place), self._tickets.get(place)
         if found is None or found.numel() < count:
-            found = self._tickets[device, stream] = _zeros(device, max(count, 4096))
-        return found
+            found = self._partial[place] = torch.empty(count, dtype=torch.float32, device=torch.device("cuda", device))
+        if zeros is None or zeros.numel() < tickets:
+            zeros = self._tickets[place] = _zeros(device, max(tickets, 4096))
+        return found, zeros
 
     def _of_capture(self, key: tuple[int, int, int], count: int) -> Tensor:
         """A captured stream's tickets. They are kept as long as the process: nobody says when a graph ends."""

@@ -61,7 +61,7 @@ def kernel_spec(config: ForwardConfig, dtype: torch.dtype) -> jit.KernelSpec:
 _POINTERS = ("cu_q", "cu_k", "used_q", "used_k", "key_start", "key_end", "query_end", "document_begin", "document_end")
 _NO_POINTERS = (0, *(0 for _ in _POINTERS))
 """Of sinks too."""
-_WITHOUT_POINTERS = frozenset({Feature.LEFT, Feature.RIGHT, Feature.SOFTCAP})
+WITHOUT_POINTERS = frozenset({Feature.LEFT, Feature.RIGHT, Feature.SOFTCAP})
 _INTEGERS = (
     "batch", "heads", "group", "seqlen_q", "seqlen_k", "left", "right", "document_stride", "tiles", "blocks", "tall", "section",
     "q_pitch", "k_pitch", "v_pitch", "o_pitch",
@@ -70,7 +70,7 @@ _INTEGERS = (
 
 Copied = tuple[bool, ...]
 """Which of a call's tensors TMA reads from a copy: what follows from strides follows from this too."""
-AS_THEY_ARE = (False,) * 3
+_AS_THEY_ARE = (False,) * 3
 
 
 class Bound(NamedTuple):
@@ -131,7 +131,7 @@ class ForwardLaunch:
 
     @cached_property
     def has_pointers(self) -> bool:
-        return not _WITHOUT_POINTERS.issuperset(self.config.features)
+        return not WITHOUT_POINTERS.issuperset(self.config.features)
 
     @cached_property
     def is_modified(self) -> bool:
@@ -163,9 +163,9 @@ class ForwardLaunch:
     def shortcut(self, others: tuple[Any, ...]) -> Shortcut | None:
         """For what needs no more than q, k and v, and has been launched: nothing is worked out in a call but what depends on
         addresses and on the stream."""
-        if self.takes_more or AS_THEY_ARE not in self.bound:
+        if self.takes_more or _AS_THEY_ARE not in self.bound:
             return None
-        device, allocate, (q_maps, k_maps, v_maps, out_maps), _, launch = self.bound[AS_THEY_ARE]
+        device, allocate, (q_maps, k_maps, v_maps, out_maps), _, launch = self.bound[_AS_THEY_ARE]
         current_stream, counter = jit.current_stream, counters.address
 
         def output(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -182,7 +182,7 @@ class ForwardLaunch:
 
     def _run(self, operands: Operands, lse: int) -> Tensor:
         q, k, v = operands[:3]
-        bound = self.bound.get(AS_THEY_ARE)
+        bound = self.bound.get(_AS_THEY_ARE)
         out = q.new_empty(self.problem.out_shape) if bound is None else bound.allocate(q)
         addresses: tuple[int, ...] = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
         kept: list[Tensor | None] = []  # copies that must live until the kernel is in the stream

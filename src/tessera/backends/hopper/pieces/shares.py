@@ -148,17 +148,31 @@ def _tiles_of(config: gl.constexpr, call, index):
 
 
 @gluon.jit
-def _measure(config: gl.constexpr, call, lane):
-    """(all tiles, tiles of the longest item, of the shortest)."""
+def _all_tiles(config: gl.constexpr, call, lane):
+    """Tiles of all items of all sequences."""
     total = call.sizes.batch * 0
-    longest = total
-    shortest = total + (1 << 30)
     for first in range(0, call.sizes.batch, SCANNED):
-        items, tiles = _items_and_tiles(config, call, first + lane)
-        total += gl.sum(items * tiles, axis=0)
-        longest = gl.maximum(longest, gl.max(tiles, axis=0))  # past the batch the last sequence is seen again
-        shortest = gl.minimum(shortest, -gl.max(-tiles, axis=0))
-    return total, longest, shortest
+        total += gl.sum(_tiles_of(config, call, first + lane), axis=0)
+    return total
+
+
+@gluon.jit
+def _any_lane(condition):
+    """Whether a condition holds in any lane of the warp. One vote: a sum over lanes takes five shuffles."""
+    asm: gl.constexpr = "{ .reg .pred p; setp.ne.s32 p, $1, 0; vote.sync.any.pred p, p, 0xffffffff; selp.b32 $0, 1, 0, p; }"
+    return gl.inline_asm_elementwise(asm, "=r,r", [condition], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _are_equally_long(config: gl.constexpr, call, tiles):
+    """Whether the items of every sequence have `tiles` tiles: each lane looks at a few sequences, and they vote."""
+    lane = gl.inline_asm_elementwise("mov.u32 $0, %laneid;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    differs = call.sizes.batch * 0
+    for first in range(0, call.sizes.batch, SCANNED):
+        for turn in gl.static_range(SCANNED // 32):
+            _, others = _items_and_tiles(config, call, first + turn * 32 + lane)  # past the batch the last one again
+            differs += gl.where(others == tiles, 0, 1)
+    return _any_lane(differs) == 0
 
 
 @gluon.jit
@@ -191,10 +205,11 @@ def _stretch(config: gl.constexpr, call, turn, warps: gl.constexpr):
     """This program's stretch of the line of all tiles; or, where all items turn out to be equally long, its first turn."""
     layout: gl.constexpr = gl.BlockedLayout([SCANNED // 32], [32], [warps], [0])  # every warp has all of them: no barriers
     lane = gl.arange(0, SCANNED, layout)
-    total, longest, shortest = _measure(config, call, lane)
-    if (longest == shortest) & (call.split.rounds + call.split.crew > 0):
-        share = _share_of(call, turn, longest)
+    _, tiles = _items_and_tiles(config, call, turn.index)
+    if (call.split.rounds + call.split.crew > 0) & _are_equally_long(config, call, tiles):
+        share = _share_of(call, turn, tiles)
     else:
+        total = _all_tiles(config, call, lane)
         zero = total * 0
         position, stop = _part_of(total, gl.num_programs(0), gl.program_id(0))
         index, block, head, first = _find_item(config, call, lane, position)
