@@ -84,12 +84,22 @@ def test_in_a_fixed_order(case: Case) -> None:
 
 
 @pytest.mark.parametrize("heads_kv", [3, 6], ids=["grouped", "one a group"])
-def test_sections_of_grouped_heads_take_turns(heads_kv: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a fixed order, below a diagonal: one pair of heads a section, so that both orders of tiles come."""
+def test_sections_take_turns(heads_kv: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a fixed order, below a diagonal: one pair of heads a section, so that both orders of tiles, and of rows, come."""
     monkeypatch.setattr(BackwardLaunch, "section", 1)
     case = Case("sections", head_dim=128, batch=2, seqlen_q=700, seqlen_k=740, heads_q=6, heads_kv=heads_kv, causal=True)
     request = case.request("cpu", torch.bfloat16, requires_grad=True)._replace(deterministic=True)
     assert backward_config(bind(request)[0]).sections_take_turns
+    check(request)
+
+
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_long_in_a_fixed_order(dim: int, causal: bool) -> None:
+    """Past the lengths at which the last tile rounds: two writers, tile after tile."""
+    case = Case("long", head_dim=dim, batch=2, seqlen_q=530, seqlen_k=600, heads_q=2, heads_kv=1, causal=causal)
+    request = case.request("cpu", torch.bfloat16, requires_grad=True)._replace(deterministic=True)
+    assert backward_config(bind(request)[0]).writers == 2
     check(request)
 
 
@@ -107,10 +117,10 @@ def test_nan_in_padding_stays_there(dim: int) -> None:
     check(clean, clean._replace(q=q, k=k, v=v))
 
 
-@pytest.mark.parametrize(("dim", "in_order"), [(64, True), (128, True), (128, False)])
-def test_few_keys_are_added_in_order(dim: int, in_order: bool) -> None:
+@pytest.mark.parametrize("in_order", [True, False])
+def test_few_keys_are_added_in_order(in_order: bool) -> None:
     """At head dim 128 that is faster, and the default: no zeros, no kernel after the main one."""
-    case = Case("short", batch=128, heads_q=4, heads_kv=4, seqlen_q=100, seqlen_k=130, head_dim=dim, causal=True)
+    case = Case("short", batch=128, heads_q=4, heads_kv=4, seqlen_q=100, seqlen_k=130, head_dim=128, causal=True)
     problem = bind(case.request("cpu", torch.bfloat16, requires_grad=True)._replace(deterministic=in_order))[0]
     assert backward_config(problem).adding is Adding.ROUNDED
     assert len(BackwardLaunch(problem, backward_config(problem), FEW).specs) == 2

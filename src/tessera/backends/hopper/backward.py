@@ -29,7 +29,7 @@ from tessera.backends.hopper.backward_writer import writer_of_dq, writer_of_many
 from tessera.backends.hopper.pieces.channel import NAMED_BARRIER_K, NAMED_BARRIER_V, make_stream
 from tessera.backends.hopper.pieces.draws import make_draws
 from tessera.backends.hopper.pieces.gradients import Score, Shared, place_of_k, place_of_v
-from tessera.backends.hopper.pieces.key_tiles import Call, Order, first_place, locate_keys
+from tessera.backends.hopper.pieces.key_tiles import Call, Order, first_place, locate_keys, nth_place
 from tessera.backends.hopper.pieces.kv_source import Lengths, Pitch, load_rows
 from tessera.backends.hopper.pieces.masking import Band
 from tessera.backends.hopper.pieces.modifiers import make_modifiers
@@ -103,11 +103,11 @@ def _uses(config: gl.constexpr, call, count):
 
 
 @gluon.jit
-def _member_and_row(config: gl.constexpr, begin, count, start, n):
+def _member_and_row(config: gl.constexpr, tile, begin, count, start, n):
     """Whose block the n-th of a tile is, and its first row; `start`: the place of each member's first."""
     member = n // gl.maximum(count, 1)
     place = n - member * count + start
-    place = gl.where(place >= count, place - count, place)
+    place = nth_place(config, tile, count, gl.where(place >= count, place - count, place))
     return member, gl.where(count > 0, (begin + place) * config.rows, 0)
 
 
@@ -122,7 +122,7 @@ def producer(config: gl.constexpr, maps, stats_map, shared, call):
     wait_for_previous()  # for lse, D and dQ's zeros; keys were there before
     start = first_place(config, call, tile, count)
     for n in range(_uses(config, call, count)):
-        member, row = _member_and_row(config, begin, count, start, n)
+        member, row = _member_and_row(config, tile, begin, count, start, n)
         _load_q(config, maps, stats_map, shared, call, tile, n, member, row)
         if (n == 0) & (count > 0):
             _load_v(config, maps, shared, call, tile, 0)
@@ -173,7 +173,7 @@ def producer_of_many(config: gl.constexpr, maps, stats_map, shared, draws, call)
         uses = _uses(config, call, count)
         start = first_place(config, call, tile, count)
         for n in range(uses):
-            member, row = _member_and_row(config, begin, count, start, n)
+            member, row = _member_and_row(config, tile, begin, count, start, n)
             _load_q(config, maps, stats_map, shared, call, tile, done + n, member, row)
             if (n == 0) & (count > 0):
                 _load_later_keys(config, maps, shared, call, tile, seen, turn)
@@ -210,10 +210,13 @@ def _allocate(config: gl.constexpr, maps, stats_map):
     lse = allocate_tiles(stats_map, config.q_stages)
     d = allocate_tiles(stats_map, config.do_stages)
     full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(2):
         mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(free.index(slot), count=config.v_readers if slot else config.k_readers)
+    free = full  # stands for what a program of one tile does not use (see sums_in)
+    if config.takes_tile_after_tile:
+        free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        mbarrier.init(free.index(0), count=config.k_readers)
+        mbarrier.init(free.index(1), count=config.v_readers)
     q_stream = make_stream(config.q_stages, config.readers, NAMED_BARRIER_K)
     do_stream = make_stream(config.do_stages, config.readers, NAMED_BARRIER_V)
     return Shared(
@@ -233,9 +236,9 @@ def _start_ahead(config: gl.constexpr, maps, others, out, marks, rings, score, c
         gl.warp_specialize([
             (consumer_ahead, (config, 0, dq_map, dk_map, dv_map, shared, pair, draws, score, call)),
             (consumer_ahead, (config, 1, dq_map, dk_map, dv_map, shared, pair, draws, score, call)),
-            (producer_of_many, (config, maps, stats_map, shared, draws, call)),
             (writer_of_many, (config, 0, dq_map, out, pair.sums, draws, marks, call)),
             (writer_of_many, (config, 1, dq_map, out, pair.sums, draws, marks, call)),
+            (producer_of_many, (config, maps, stats_map, shared, draws, call)),
         ], [4, 1, 1, 1], [240, 24, 24, 24])  # fmt: skip
     else:
         gl.warp_specialize([
@@ -243,6 +246,66 @@ def _start_ahead(config: gl.constexpr, maps, others, out, marks, rings, score, c
             (consumer_ahead, (config, 1, dq_map, dk_map, dv_map, shared, pair, draws, score, call)),
             (producer_of_many, (config, maps, stats_map, shared, draws, call)),
         ], [4, 1], [240, 24])  # fmt: skip
+
+
+@gluon.jit
+def _start_in_turn(config: gl.constexpr, maps, others, out, marks, rings, score, call):
+    """The warps of backward_turns.py."""
+    stats_map, dq_map, dk_map, dv_map = others
+    shared, draws = rings
+    parts = make_parts(config, dq_map, out[0])
+    fence_async_shared()
+    if config.consumers == 2:
+        gl.warp_specialize([
+            (consumer_in_turn, (config, 0, dq_map, dk_map, dv_map, shared, parts, draws, score, call)),
+            (consumer_in_turn, (config, 1, dq_map, dk_map, dv_map, shared, parts, draws, score, call)),
+            (producer, (config, maps, stats_map, shared, call)),
+            (writer_of_dq, (config, dq_map, out, parts.sums, marks, call)),
+        ], [4, 1, 1], [240, 24, 24])  # fmt: skip
+    elif config.writers == 2:
+        gl.warp_specialize([
+            (consumer_in_turn, (config, 0, dq_map, dk_map, dv_map, shared, parts, draws, score, call)),
+            (consumer_in_turn, (config, 1, dq_map, dk_map, dv_map, shared, parts, draws, score, call)),
+            (consumer_in_turn, (config, 2, dq_map, dk_map, dv_map, shared, parts, draws, score, call)),
+            (writer_of_many, (config, 0, dq_map, out, parts.sums, draws, marks, call)),
+            (writer_of_many, (config, 1, dq_map, out, parts.sums, draws, marks, call)),
+            (producer_of_many, (config, maps, stats_map, shared, draws, call)),
+        ], [4, 4, 1, 1, 1], [160, 160, 24, 24, 24])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (consumer_in_turn, (config, 0, dq_map, dk_map, dv_map, shared, parts, draws, score, call)),
+            (consumer_in_turn, (config, 1, dq_map, dk_map, dv_map, shared, parts, draws, score, call)),
+            (consumer_in_turn, (config, 2, dq_map, dk_map, dv_map, shared, parts, draws, score, call)),
+            (_producer, (config, maps, stats_map, shared, draws, call)),
+            (writer_of_dq, (config, dq_map, out, parts.sums, marks, call)),
+        ], [4, 4, 1, 1], [160, 160, 24, 24])  # fmt: skip
+
+
+@gluon.jit
+def _start_by_products(config: gl.constexpr, maps, others, out, marks, rings, score, call):
+    """The warps of backward_products.py. Of the splits of the registers 208/208/72 is clean, 200/200/88 serialises the products
+    (Triton 3.6, d256)."""
+    stats_map, dq_map, dk_map, dv_map = others
+    shared, draws = rings
+    exchange = make_exchange(config, dq_map, out[0])
+    fence_async_shared()
+    if config.writers == 2:
+        gl.warp_specialize([
+            (consumer_of_dv, (config, dv_map, shared, exchange, draws, score, call)),
+            (consumer_of_dk, (config, dk_map, shared, exchange, draws, score, call)),
+            (consumer_of_dq, (config, dq_map, shared, exchange, draws, score, call)),
+            (writer_of_many, (config, 0, dq_map, out, exchange.sums, draws, marks, call)),
+            (writer_of_many, (config, 1, dq_map, out, exchange.sums, draws, marks, call)),
+            (producer_of_many, (config, maps, stats_map, shared, draws, call)),
+        ], [4, 4, 1, 1, 1], [208, 72, 24, 24, 24])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (consumer_of_dv, (config, dv_map, shared, exchange, draws, score, call)),
+            (consumer_of_dk, (config, dk_map, shared, exchange, draws, score, call)),
+            (consumer_of_dq, (config, dq_map, shared, exchange, draws, score, call)),
+            (_producer, (config, maps, stats_map, shared, draws, call)),
+            (writer_of_dq, (config, dq_map, out, exchange.sums, marks, call)),
+        ], [4, 4, 1, 1], [208, 72, 24, 24])  # fmt: skip
 
 
 @gluon.jit
@@ -272,9 +335,11 @@ def attention_backward(
     score = Score(scale, inner, factor, modifiers)
     out = (out_map, dq_pitch, factor)
     shared = _allocate(config, maps, stats_map)
-    draws = make_draws(config, marks_ptr, tiles, config.consumers)
+    draws = 0
+    if config.takes_tile_after_tile:
+        draws = make_draws(config, marks_ptr, tiles)
     if divided_by(config, "keys"):
-        halves = make_halves(config, dq_map, q_map.dtype)
+        halves = make_halves(config, dq_map, out_map, shared.k_full)
         fence_async_shared()
         gl.warp_specialize([
             (consumer_of_keys, (config, 0, dq_map, dk_map, dv_map, shared, halves, score, call)),
@@ -285,31 +350,6 @@ def attention_backward(
     elif divided_by(config, "keys, P ahead"):
         _start_ahead(config, maps, (stats_map, dq_map, dk_map, dv_map), out, marks_ptr + 1, (shared, draws), score, call)
     elif divided_by(config, "keys, dQ in turn"):
-        parts = make_parts(config, dq_map, out_map)
-        fence_async_shared()
-        if config.consumers == 2:
-            gl.warp_specialize([
-                (consumer_in_turn, (config, 0, dq_map, dk_map, dv_map, shared, parts, draws, score, call)),
-                (consumer_in_turn, (config, 1, dq_map, dk_map, dv_map, shared, parts, draws, score, call)),
-                (_producer, (config, maps, stats_map, shared, draws, call)),
-                (writer_of_dq, (config, dq_map, out, parts.sums, marks_ptr + 1, call)),
-            ], [4, 1, 1], [240, 24, 24])  # fmt: skip
-        else:
-            gl.warp_specialize([
-                (consumer_in_turn, (config, 0, dq_map, dk_map, dv_map, shared, parts, draws, score, call)),
-                (consumer_in_turn, (config, 1, dq_map, dk_map, dv_map, shared, parts, draws, score, call)),
-                (consumer_in_turn, (config, 2, dq_map, dk_map, dv_map, shared, parts, draws, score, call)),
-                (_producer, (config, maps, stats_map, shared, draws, call)),
-                (writer_of_dq, (config, dq_map, out, parts.sums, marks_ptr + 1, call)),
-            ], [4, 4, 1, 1], [160, 160, 24, 24])  # fmt: skip
+        _start_in_turn(config, maps, (stats_map, dq_map, dk_map, dv_map), out, marks_ptr + 1, (shared, draws), score, call)
     else:
-        # Of the splits of the registers 208/208/72 is clean, 200/200/88 serialises the products (Triton 3.6, d256).
-        exchange = make_exchange(config, dq_map, out_map)
-        fence_async_shared()
-        gl.warp_specialize([
-            (consumer_of_dv, (config, dv_map, shared, exchange, draws, score, call)),
-            (consumer_of_dk, (config, dk_map, shared, exchange, draws, score, call)),
-            (consumer_of_dq, (config, dq_map, shared, exchange, draws, score, call)),
-            (_producer, (config, maps, stats_map, shared, draws, call)),
-            (writer_of_dq, (config, dq_map, out, exchange.sums, marks_ptr + 1, call)),
-        ], [4, 4, 1, 1], [208, 72, 24, 24])  # fmt: skip
+        _start_by_products(config, maps, (stats_map, dq_map, dk_map, dv_map), out, marks_ptr + 1, (shared, draws), score, call)

@@ -14,14 +14,13 @@ carried, in 16 bits: 192 accumulators and one operand are what fits in 240 regis
 dK and dV leave through the buffers of dQ's parts, so that K, V and the rings are free for the next tile before they have.
 """
 
-from tessera.backends.hopper.pieces.channel import make_ring
 from tessera.backends.hopper.pieces.gradients import Score, Shared, issue_transposed, probabilities, row_values
-from tessera.backends.hopper.pieces.key_tiles import Call, locate_keys
+from tessera.backends.hopper.pieces.key_tiles import Call, locate_keys, nth_place
 from tessera.backends.hopper.pieces.kv_source import store_rows
 from tessera.backends.hopper.pieces.masking import has_lower_bound
 from tessera.backends.hopper.pieces.row_ranges import cut_and_full, first_row, key_bounds, row_blocks
 from tessera.backends.hopper.pieces.softmax import to_16_bit, to_32_bit
-from tessera.backends.hopper.pieces.sums import Sums, add_part, adds_in_order, row_block
+from tessera.backends.hopper.pieces.sums import Sums, add_part, adds_in_order, row_block, sums_in
 from tessera.backends.hopper.pieces.tiles import (
     M,
     accumulator_layout,
@@ -76,7 +75,7 @@ def make_pair(config: gl.constexpr, dq_map, dk_map):
     count: gl.constexpr = config.part_buffers
     tiles = allocate_tiles(dk_map, count)  # made as what needs the wider alignment
     parts = reinterpret(tiles, gl.float32, [count] + dq_map.block_type.shape, dq_map.layout)
-    return Pair(ds, full, Sums(parts, parts, make_ring(count, 1)), tiles)
+    return Pair(ds, full, sums_in(config, parts, parts, full), tiles)
 
 
 @aggregate
@@ -143,8 +142,6 @@ def _p_of(me, s, bounds, n, row, MASKED: gl.constexpr):
 @gluon.jit
 def _add_dq(me, dq_map, n, dq, block):
     """This consumer's part of dQ of block n, row block `block` of the workspace, out."""
-    if adds_in_order(me.config):
-        tma_store_wait(0)  # its buffer may have taken dK or dV
     add_part(me.config, dq_map, me.pair.sums, 2 * n + me.index, dq, block, me.index)
 
 
@@ -233,6 +230,16 @@ def _unseen(config: gl.constexpr, band, seq, first, begin, count):
 
 
 @gluon.jit
+def _in_turn(config: gl.constexpr, tile, unseen, cut, count):
+    """Of `count` blocks `unseen` see none of this consumer's keys, and `cut` after them not all of them: how many of each come
+    before the others in the order in which rows come, and which is the first, if any, that comes after the last seen one."""
+    if config.sections_take_turns:
+        return gl.where(tile.falls, unseen, 0), gl.where(tile.falls, cut, 0), gl.where(tile.falls, count, count - unseen)
+    else:
+        return unseen, cut, count
+
+
+@gluon.jit
 def _main_loop(me, dq_map, tile, begin, count, n):
     """dK and dV of 64 keys: the sums over all blocks of rows of all query heads that share them."""
     config: gl.constexpr = me.config
@@ -240,6 +247,7 @@ def _main_loop(me, dq_map, tile, begin, count, n):
     first = tile.first + me.index * M
     unseen = _unseen(config, me.call.band, tile.seq, first, begin, count)
     cut, full = cut_and_full(config, me.call.band, tile.seq, first, begin + unseen, count - unseen)
+    unseen, cut, end = _in_turn(config, tile, unseen, cut, count)
     bounds = key_bounds(config, me.call.band, tile.seq, first)
     row = begin * rows
     dk = empty_accumulator(me.shared.k)
@@ -249,27 +257,36 @@ def _main_loop(me, dq_map, tile, begin, count, n):
         block = row_block(me.call, tile, member, begin)
         for i in range(unseen):
             _pass_over(me, dq_map, n, before)
-            before = block + i
+            before = block + nth_place(config, tile, count, i)
             n += 1
-        if count > unseen:
+        if end > unseen:
+            at = nth_place(config, tile, count, unseen)
             s = warpgroup_mma_wait(0, deps=(_issue_s(me, n),))
-            state = (dk, dv, _p_of(me, s, bounds, n, row + unseen * rows, True))
+            state = (dk, dv, _p_of(me, s, bounds, n, row + at * rows, True))
             for i in range(unseen + 1, unseen + cut):
-                state = _turn(me, dq_map, bounds, n, row + i * rows, before, state, True)
-                before = block + i - 1
+                at = nth_place(config, tile, count, i)
+                state = _turn(me, dq_map, bounds, n, row + at * rows, before, state, True)
+                before = block + nth_place(config, tile, count, i - 1)
                 n += 1
             for i in range(unseen + gl.maximum(cut, 1), unseen + cut + full):
-                state = _turn(me, dq_map, bounds, n, row + i * rows, before, state, False)
-                before = block + i - 1
+                at = nth_place(config, tile, count, i)
+                state = _turn(me, dq_map, bounds, n, row + at * rows, before, state, False)
+                before = block + nth_place(config, tile, count, i - 1)
                 n += 1
-            if has_lower_bound(config):
-                for i in range(unseen + gl.maximum(cut + full, 1), count):
-                    state = _turn(me, dq_map, bounds, n, row + i * rows, before, state, True)
-                    before = block + i - 1
+            if has_lower_bound(config) or config.sections_take_turns:
+                for i in range(unseen + gl.maximum(cut + full, 1), end):
+                    at = nth_place(config, tile, count, i)
+                    state = _turn(me, dq_map, bounds, n, row + at * rows, before, state, True)
+                    before = block + nth_place(config, tile, count, i - 1)
                     n += 1
             dk, dv = _last_turn(me, dq_map, n, before, state)
-            before = block + count - 1
+            before = block + nth_place(config, tile, count, end - 1)
             n += 1
+        if config.sections_take_turns:
+            for i in range(end, count):
+                _pass_over(me, dq_map, n, before)
+                before = block + nth_place(config, tile, count, i)
+                n += 1
     mbarrier.arrive(me.shared.v_free)
     _sum_dq(me, dq_map, n, before)
     mbarrier.arrive(me.shared.k_free)

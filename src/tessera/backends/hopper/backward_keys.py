@@ -58,10 +58,11 @@ class Halves:
 
 
 @gluon.jit
-def make_halves(config: gl.constexpr, dq_map, dtype: gl.constexpr):
+def make_halves(config: gl.constexpr, dq_map, out_map, bar):
+    dtype: gl.constexpr = out_map.dtype
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, config.rows], dtype)
     ds = gl.allocate_shared_memory(dtype, [4, M, config.rows], layout)
-    return Halves(ds, make_sums(config, dq_map))
+    return Halves(ds, make_sums(config, dq_map, out_map, bar))
 
 
 @gluon.jit

@@ -19,12 +19,9 @@ WORK_ROWS = 128
 
 
 FEW_KEYS = 512
-"""Up to so many keys under a diagonal dQ's zeros and the kernel that rounds it cost more than to add in order, at head dim 128:
-ours / FA3 at 512 1.146 with order and 1.002 without (at 64 tile after tile is faster, 1.146 and 1.093; H200, 2026-11-21)."""
-FEW_KEYS_IN_ORDER = 16
-"""Where an order is kept anyway, up to so many keys a column of V. Its time over that of order alone, in turn: d128 full 512
-0.917, 2k 0.993, 4k 1.016, 16k 1.042; causal 0.868, 0.967, 0.999, 1.027; d64 full 512 0.936, 1k 0.979, 2k 1.003, 16k 1.040 (same
-run). With P ahead order alone is faster: FEW_KEYS counts there (1k full 1.03, causal 1.02)."""
+"""Up to so many keys dQ's zeros and the kernel that rounds it cost more than that the last tile rounds: by default under a
+diagonal at head dim 128 (ours / FA3 at 512 1.146 and 1.002; at 64 tile after tile is faster, 1.146 and 1.093), and where an order
+is kept anyway (over order alone 1.03 under a diagonal, 0.99 without; at 1k 0.98 and 0.92; H200, 2026-11-21)."""
 MANY_TILES = 512
 """With fewer than about four for each multiprocessor those of a head begin together, and wait for one another."""
 
@@ -93,15 +90,17 @@ class BackwardConfig:
         ends: ours / FA3 at head dim 64 went from 1.017 to 1.146 (causal 512), 0.994 to 1.111 (causal 1k), 0.965 to 1.014 (full
         1k), 0.945 to 1.011 (a window of 1024 at 16k), at 256 from 0.947 to 0.989 (causal 512), 0.975 to 0.988 (full 1k), 0.986
         to 1.017 (causal 4k) and 1.029 to 1.085 (full 16k; H200, 2026-11-21). Beside the places of a bias it spills."""
-        fits = self.division is not Division.KEYS and Feature.BIAS not in self.features
-        return self.division is Division.AHEAD or (fits and self.adding is Adding.ANY_ORDER)
+        if self.adding is Adding.ROUNDED or Feature.BIAS in self.features:
+            return False
+        wide = self.division is Division.PRODUCTS or self.division is Division.AHEAD
+        return wide or (self.division is Division.TURNS and self.consumers == 3)
 
     @property
     def begins_apart(self) -> bool:
         """Whether tiles that all rows see begin with different rows. Ours / FA3, full, without and with: head dim 64 at 1k 1.008
         and 1.015, 4k 0.997 and 1.007, 16k 1.014 and 1.049; 256 at 1k 0.994 and 1.003, 2k 0.999 and 1.022, 4k 1.027 and 1.034, but
         16k 1.070 and 1.025 (H200, 2026-11-21)."""
-        return self.takes_tile_after_tile and self.division is not Division.AHEAD
+        return self.takes_tile_after_tile and self.division is not Division.AHEAD and self.adding is Adding.ANY_ORDER
 
     @property
     def k_readers(self) -> int:
@@ -113,19 +112,35 @@ class BackwardConfig:
         return 1 if self.division is Division.PRODUCTS else self.consumers
 
     @property
+    def writers(self) -> int:
+        """Warps that add parts of dQ up in an order (backward_writer.py); in any order the consumers add."""
+        if self.adding is Adding.ANY_ORDER:
+            return 0
+        return 2 if self.takes_tile_after_tile else 1
+
+    @property
     def adders(self) -> int:
         """Consumers that compute parts of dQ."""
         return 1 if self.division is Division.PRODUCTS else self.consumers
 
     @property
     def sections_take_turns(self) -> bool:
-        """Whether sections of grouped heads take turns at two orders of tiles, the longest last and the longest first, so that
-        the grid ends evenly: below a diagonal alone a tile's rows are among those of the tile before it, in either order. Their
-        time over that of the longest last: GQA 32/8 causal 1k 0.79, 4k 0.78, 8k 0.92, 16k 0.99; one head a group 1.00, 1.05 and
-        1.12 at 16k; GQA at head dim 64, 16k, with fewer tiles a section than multiprocessors, 1.29 (H200, 2026-11-21)."""
+        """Whether sections of heads take turns at two orders of tiles, the longest last and the longest first, so that the grid
+        ends evenly: below a diagonal alone a tile's rows are among those of the tile before it, in either order. An order's cost
+        at head dim 128, causal, without and with: 16k 1.07 and 1.03, 4k 1.04 and 1.00 (GQA: key_tiles.nth_place). Divided by
+        products it is 1.21 and 1.29 at 16k: tiles of 64 keys follow one another by one block of rows, sooner than marks do. At
+        head dim 64 both are 0.99 (H200, 2026-11-21)."""
         others = {Feature.LEFT, Feature.DOCUMENTS, Feature.VARLEN} & set(self.features)
         is_ordered = self.adding is Adding.ORDER and self.division is Division.AHEAD
         return is_ordered and Feature.RIGHT in self.features and not others
+
+    @property
+    def takes_heads_apart(self) -> bool:
+        """Whether packed sequences of grouped heads come a head at a time: shortest tiles first, many heads would be at work at
+        once, with more rows than L2 holds. An order's cost, packed GQA 32/8 causal: 1.06 and 1.27; full 1.04 and 1.01, one head a
+        group 1.02 either way, head dim 256 1.25 and 1.11 (H200, 2026-11-21)."""
+        is_ordered = self.adding is Adding.ORDER and self.division is Division.AHEAD
+        return is_ordered and {Feature.VARLEN, Feature.RIGHT} <= set(self.features)
 
     @property
     def part_buffers(self) -> int:
@@ -151,8 +166,8 @@ class BackwardConfig:
     @property
     def swaps_keys(self) -> bool:
         """Whether K and V have one buffer of two tiles and change places from tile to tile: V is in registers as soon as a tile
-        begins, so the next K comes where it was, while this tile's rows still do."""
-        return self.keeps_v and self.takes_tile_after_tile
+        begins, so the next K comes where it was, while this tile's rows still do. (In an order not tried on a GPU.)"""
+        return self.keeps_v and self.takes_tile_after_tile and self.adding is Adding.ANY_ORDER
 
     @property
     def parts(self) -> int:
@@ -195,8 +210,7 @@ def backward_config(problem: Problem) -> BackwardConfig:
     if not rounded or not 0 < shape.seqlen_q <= shape.seqlen_k:  # else some rows may see no key
         return plain
     if problem.reproducibility is Reproducibility.BITWISE:
-        few = FEW_KEYS if plain.division is Division.AHEAD else FEW_KEYS_IN_ORDER * plain.dim_v
-        return rounded[0] if shape.seqlen_k <= few else plain
+        return rounded[0] if shape.seqlen_k <= FEW_KEYS else plain
     tiles = shape.batch * shape.heads_kv * -(-shape.seqlen_k // rounded[0].keys)
     return rounded[0] if shape.seqlen_k <= FEW_KEYS and tiles >= MANY_TILES else plain
 
@@ -211,8 +225,8 @@ def backward_family(problem: Problem) -> tuple[BackwardConfig, ...]:
     rounded = replace(ordered, adding=Adding.ROUNDED)
     if ordered.division is Division.AHEAD:
         rounded = replace(rounded, division=Division.TURNS)
-    is_slow = plain.division is not Division.TURNS and Feature.SOFTCAP not in plain.features
-    pays = is_bitwise or (mask.right is not None and is_slow)
+    is_fast = plain.division is Division.TURNS and plain.takes_tile_after_tile
+    pays = not is_fast and (is_bitwise or (mask.right is not None and Feature.SOFTCAP not in plain.features))
     has_last_tile = problem.layout is Layout.DENSE and not mask.bounds and mask.left is None and (mask.right or 0) >= 0
     if pays and has_last_tile and rounded.division is Division.TURNS and Feature.DROPOUT not in ordered.features:
         return plain, rounded

@@ -37,7 +37,7 @@ from tessera.backends.hopper.pieces.key_tiles import first_place, locate_keys
 from tessera.backends.hopper.pieces.modifiers import add_to_dbias
 from tessera.backends.hopper.pieces.row_ranges import cut_and_full, key_bounds, row_blocks
 from tessera.backends.hopper.pieces.softmax import to_16_bit, to_32_bit
-from tessera.backends.hopper.pieces.sums import Sums, add_part, make_sums, row_block
+from tessera.backends.hopper.pieces.sums import Sums, add_part, adds_in_order, make_sums, row_block
 from tessera.backends.hopper.pieces.tiles import M, accumulator_layout, fresh_zero, has, matrix
 from tessera.jit.compat import (
     aggregate,
@@ -78,7 +78,7 @@ def make_exchange(config: gl.constexpr, dq_map, out_map):
     p = gl.allocate_shared_memory(dtype, [2, M, config.rows], layout)
     ds = gl.allocate_shared_memory(dtype, [2, M, config.rows], layout)
     p_ring = make_ring(1 if needs_slope_apart(config) else 2, 1)
-    return Exchange(p, ds, p_ring, make_ring(2, 1), make_sums(config, dq_map, out_map))
+    return Exchange(p, ds, p_ring, make_ring(2, 1), make_sums(config, dq_map, out_map, p_ring.full))
 
 
 @gluon.constexpr_function
@@ -105,8 +105,7 @@ def _each_tile(config: gl.constexpr, differentiate: gl.constexpr, map_, shared, 
     """A consumer's work on the program's tile, or on one after another: `differentiate` is told how many places of the rings were
     taken before a tile, and how many tiles any row saw, and returns both with that tile's."""
     if config.takes_tile_after_tile:
-        draws.read(0)
-        number = call.order.number  # the same, and a scalar
+        number = draws.read_first(config, call.order.number)
         turn = 0
         done = 0
         seen = 0
@@ -116,6 +115,13 @@ def _each_tile(config: gl.constexpr, differentiate: gl.constexpr, map_, shared, 
             number = draws.read(turn)
     else:
         differentiate(config, map_, shared, exchange, score, call, call.order.number, 0, 0)
+
+
+@gluon.jit
+def _let_go(config: gl.constexpr, free):
+    """The tile's K or V may be overwritten, as far as this consumer goes; in a program of one tile nobody wants to."""
+    if config.takes_tile_after_tile:
+        mbarrier.arrive(free)
 
 
 @gluon.jit
@@ -228,7 +234,7 @@ def _sum_dv(config: gl.constexpr, shared, exchange, score, call, tile, rows, don
             scored = score_of_keys(config, score, tile.seq, tile.head * call.group + member, tile.first)
             is_cut = (block < cut) | (block >= cut + full)
             p = _next_p(config, shared, exchange, scored, bounds, s, lse, n + 1, (begin + block) * config.rows, is_cut)
-        mbarrier.arrive(shared.k_free)
+        _let_go(config, shared.k_free)
         shared.do_stream.wait(last)
         dv = warpgroup_mma_wait(0, deps=(_issue_sum(p, _do_of(config, shared, last), dv),))
     else:
@@ -273,8 +279,8 @@ def _d_and_p_of(config: gl.constexpr, shared, exchange, n):
 
 @gluon.jit
 def _finished_dp(config: gl.constexpr, shared, exchange, dp, n):
-    """(dP of block n, its rows' D and its P), as _finished_s."""
-    if has(config, "bias"):
+    """(dP of block n, its rows' D and its P), as _finished_s. (Packed and in an order there is no room either.)"""
+    if has(config, "bias") or (has(config, "varlen") and adds_in_order(config)):
         dp = warpgroup_mma_wait(0, deps=(dp,))
         d, p = _d_and_p_of(config, shared, exchange, n)
     else:
@@ -332,7 +338,7 @@ def _sum_dk(config: gl.constexpr, shared, exchange, score, call, tile, rows, don
             block, member = _next_block(config, block, member, count, start, n + 1 - done)
             scored = score_of_keys(config, score, tile.seq, tile.head * call.group + member, tile.first)
             ds = _next_ds(config, shared, exchange, scored, dp, d, p, n + 1, (begin + block) * config.rows)
-        mbarrier.arrive(shared.v_free)
+        _let_go(config, shared.v_free)
         shared.q_stream.wait(last)
         dk = warpgroup_mma_wait(0, deps=(_issue_sum(ds, matrix(shared.q.index(shared.q_stream.slot(last))), dk),))
     else:
@@ -396,7 +402,7 @@ def _differentiate_q(config: gl.constexpr, dq_map, shared, exchange, score, call
                     exchange.ds_ring.release(n)
                 add_part(config, dq_map, exchange.sums, n * parts + j, dq, block, j, chain, place * config.rows)
             at, member = _next_block(config, at, member, count, start, n + 1 - done)
-        mbarrier.arrive(shared.k_free)
+        _let_go(config, shared.k_free)
     else:
         exchange.ds_ring.wait(done)
         exchange.ds_ring.release(done)

@@ -71,7 +71,7 @@ def make_parts(config: gl.constexpr, dq_map, out_map):
         full = make_barriers(count, count)
     else:
         full = empty  # named barriers tell (_hand_over)
-    return Parts(ds, Ring(full, empty, count), make_sums(config, dq_map, out_map))
+    return Parts(ds, Ring(full, empty, count), make_sums(config, dq_map, out_map, empty))
 
 
 @gluon.jit
@@ -108,6 +108,13 @@ def _has_turn(config: gl.constexpr, consumer: gl.constexpr, n):
         return n % 2 == 0
     else:
         return n % 4 == 2 * consumer - 1
+
+
+@gluon.jit
+def _next_turn(config: gl.constexpr, consumer: gl.constexpr, n):
+    """The first block from n on whose dQ this consumer adds up, where there is an order."""
+    count: gl.constexpr = config.consumers
+    return n + (count + consumer - n % count) % count
 
 
 @gluon.jit
@@ -296,8 +303,7 @@ def _one_tile(config: gl.constexpr, consumer: gl.constexpr, dq_map, dk_map, dv_m
 @gluon.jit
 def _tile_after_tile(config: gl.constexpr, consumer: gl.constexpr, dq_map, dk_map, dv_map, shared, parts, draws, score, call):
     """They leave through the buffer of this consumer's part of dQ: nobody waits for anybody at a tile's end."""
-    draws.read(0)  # the program's own: as its number it stays a scalar
-    number = call.order.number
+    number = draws.read_first(config, call.order.number)
     turn = 0
     done = 0
     seen = 0
@@ -306,6 +312,8 @@ def _tile_after_tile(config: gl.constexpr, consumer: gl.constexpr, dq_map, dk_ma
         state, done, seen = _main_loop(config, consumer, dq_map, shared, parts, score, call, tile, done, seen)
         dk, dv = state
         row = tile.first + consumer * M
+        if adds_in_order(config):
+            parts.sums.ring.acquire(_next_turn(config, consumer, done))
         tma_store_wait(0)
         store_gradient(dv_map, parts.sums.rounded, 2 * consumer, scaled_dv(config, score, dv), tile, row)
         store_gradient(dk_map, parts.sums.rounded, 2 * consumer + 1, dk * score.factor, tile, row)

@@ -1,9 +1,8 @@
 """The backward's warps that add dQ up in a fixed order (see pieces/sums.py and chain.py): part after part from the consumers.
 
-One warp, or, where programs take tile after tile, two that take blocks of rows in turn: to wait until additions are complete, to
-tell the next tile and to hear from the one before take longer than a block has. (Two where a program has one tile would cost 1.06
-to 1.18 instead of 1.22 to 1.31 at head dim 256 and 16k, but one in a hundred runs then had other bits, in d64's and d256's
-divisions, and it is not known why; H200, 2026-11-21.)
+One warp where a program has one tile; two, which take blocks of rows in turn, where it takes tile after tile: to wait until
+additions are complete, to tell the next tile and to hear from the one before take longer than a block has. An order's cost at
+head dim 256, by one warp and by two: full 4k 1.26 and 1.09, 16k 1.29 and 1.10, causal 16k 1.31 and 1.21 (H200, 2026-11-21).
 
 A tile only waits for tiles with lower numbers. Blocks are dispatched in the order of their numbers (CUB's single-pass scan counts
 on that too), so those are running, and every wait ends. (Programs that take tile after tile: pieces/draws.py.)
@@ -13,7 +12,7 @@ while they still compute it; they add, round, and hand back 16 bits.
 """
 
 from tessera.backends.hopper.pieces.chain import Chain, chain_of
-from tessera.backends.hopper.pieces.key_tiles import KeyTile, locate_keys
+from tessera.backends.hopper.pieces.key_tiles import KeyTile, locate_keys, nth_place
 from tessera.backends.hopper.pieces.kv_source import store_rows
 from tessera.backends.hopper.pieces.row_ranges import row_blocks
 from tessera.backends.hopper.pieces.sums import (
@@ -23,12 +22,14 @@ from tessera.backends.hopper.pieces.sums import (
     rounds_last,
     row_block,
     set_mark,
+    shares_slots,
     where_part_lies,
 )
 from tessera.jit.compat import (
     aggregate,
     gl,
     gluon,
+    mbarrier,
     tma_load,
     tma_reduce_add,
     tma_store,
@@ -59,23 +60,23 @@ class Task:
         self.done = done
 
     @gluon.jit
-    def row(self, n):
+    def row(self, config: gl.constexpr, n):
         """The first row of the n-th block, in the sequence."""
-        return (self.begin + n % self.count) * PART_ROWS
+        return (self.begin + nth_place(config, self.tile, self.count, n % self.count)) * PART_ROWS
 
     @gluon.jit
-    def place(self, call, n):
+    def place(self, config: gl.constexpr, call, n):
         """Which of the workspace's row blocks the n-th is."""
-        return row_block(call, self.tile, n // self.count, self.begin + n % self.count)
+        return row_block(call, self.tile, n // self.count, self.row(config, n) // PART_ROWS)
 
 
 @gluon.jit
 def _release(config: gl.constexpr, dq_map, sums, call, task, m):
     """Slot m to the consumers; if theirs is the last part to come to its rows, with what has been added before."""
     n = m // config.parts
-    row = task.row(n)
+    row = task.row(config, n)
     if rounds_last(config) and task.chain.closes(row) and not task.chain.opens(row):
-        place = task.place(call, n)
+        place = task.place(config, call, n)
         index = m - n * config.parts
         if index == 0:
             await_mark(task.marks + place, task.chain.before + 1)
@@ -90,8 +91,8 @@ def _send(config: gl.constexpr, dq_map, out, sums, call, task, n, j: gl.constexp
     """Part j of the n-th block on its way: stored, added, or, in 16 bits, to dQ itself."""
     slot = sums.ring.slot((task.done + n) * config.parts + j)
     part = sums.parts.index(slot)
-    where = where_part_lies(config, task.place(call, n), j)
-    row = task.row(n)
+    where = where_part_lies(config, task.place(config, call, n), j)
+    row = task.row(config, n)
     if rounds_last(config) and task.chain.closes(row):
         out_map, pitch, factor = out
         head = task.tile.head * call.group + n // task.count
@@ -105,16 +106,22 @@ def _send(config: gl.constexpr, dq_map, out, sums, call, task, n, j: gl.constexp
 
 @gluon.jit
 def _write_in_turn(config: gl.constexpr, writer: gl.constexpr, dq_map, out, sums, call, task):
-    """Every other block, whose parts lie in slots of this warp's own."""
+    """Every other block. Where the two warps share slots, one looks for a block's parts when the other has found all of the block
+    before: an mbarrier tells this lap from the last, not from the one before that."""
     parts: gl.constexpr = config.parts
     number = task.tile.first // config.keys + 1
     for n in range((task.done + writer) & 1, task.count * call.group, 2):
-        mark = task.marks + task.place(call, n)
-        if not task.chain.opens(task.row(n)):
+        use = task.done + n
+        mark = task.marks + task.place(config, call, n)
+        if not task.chain.opens(task.row(config, n)):
             await_mark(mark, task.chain.before + 1)
+        if shares_slots(config) and use > 0:
+            mbarrier.wait(sums.found.index(1 - writer), ((use - 1) // 2) & 1)
         for j in gl.static_range(parts):
-            m = (task.done + n) * parts + j
+            m = use * parts + j
             sums.ring.wait(m)
+            if j == parts - 1 and shares_slots(config):
+                mbarrier.arrive(sums.found.index(writer))
             _send(config, dq_map, out, sums, call, task, n, j)
             tma_store_wait(0)
             sums.ring.release(m)
@@ -132,9 +139,9 @@ def _write_in_order(config: gl.constexpr, dq_map, out, sums, call, task):
         for m in range(gl.minimum(total, slots)):
             _release(config, dq_map, sums, call, task, m)
     for n in range(task.count * call.group):
-        is_there = rounds_last(config) and task.chain.closes(task.row(n))  # then _release has waited
-        if not (task.chain.opens(task.row(n)) or is_there):
-            await_mark(task.marks + task.place(call, n), task.chain.before + 1)
+        is_there = rounds_last(config) and task.chain.closes(task.row(config, n))  # then _release has waited
+        if not (task.chain.opens(task.row(config, n)) or is_there):
+            await_mark(task.marks + task.place(config, call, n), task.chain.before + 1)
         for j in gl.static_range(parts):
             m = n * parts + j
             sums.ring.wait(m)
@@ -146,9 +153,9 @@ def _write_in_order(config: gl.constexpr, dq_map, out, sums, call, task):
                 elif m - 1 + slots < total:
                     _release(config, dq_map, sums, call, task, m - 1 + slots)
             if j == 0 and n > 0:
-                set_mark(task.marks + task.place(call, n - 1), number, 1)
+                set_mark(task.marks + task.place(config, call, n - 1), number, 1)
     if total > 0:
-        set_mark(task.marks + task.place(call, task.count * call.group - 1), number, 0)
+        set_mark(task.marks + task.place(config, call, task.count * call.group - 1), number, 0)
 
 
 @gluon.jit

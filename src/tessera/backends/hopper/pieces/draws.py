@@ -47,6 +47,16 @@ class Draws:
         self.ring.publish(turn)
 
     @gluon.jit
+    def read_first(self, config: gl.constexpr, own):
+        """Consumer: the number of the first tile: where it is not drawn the program's `own`, which the compiler knows for a
+        scalar."""
+        number = self.read(0)
+        if adds_in_order(config):
+            return number
+        else:
+            return own
+
+    @gluon.jit
     def read(self, turn):
         """Consumer: the number of the `turn`-th tile, in every thread."""
         self.ring.wait(turn)
@@ -56,8 +66,7 @@ class Draws:
 
 
 @gluon.jit
-def make_draws(config: gl.constexpr, counter, tiles, consumers: gl.constexpr):
-    if adds_in_order(config):  # the writers read them too
-        return Draws(counter, tiles, tiles * 0, make_numbers(_SLOTS), make_ring(_SLOTS, consumers + 2))
-    else:
-        return Draws(counter, tiles, gl.num_programs(0) + tiles * 0, make_numbers(_SLOTS), make_ring(_SLOTS, consumers))
+def make_draws(config: gl.constexpr, counter, tiles):
+    """For programs that take tile after tile."""
+    given = tiles * 0 if adds_in_order(config) else gl.num_programs(0) + tiles * 0
+    return Draws(counter, tiles, given, make_numbers(_SLOTS), make_ring(_SLOTS, config.consumers + config.writers))

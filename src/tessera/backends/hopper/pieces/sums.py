@@ -16,7 +16,7 @@ from tessera.backends.hopper.pieces.channel import Ring, make_ring
 from tessera.backends.hopper.pieces.masking import has_lower_bound
 from tessera.backends.hopper.pieces.softmax import to_16_bit
 from tessera.backends.hopper.pieces.tiles import has, matrix
-from tessera.jit.compat import aggregate, fence_async_shared, gl, gluon, reinterpret, tma_reduce_add, tma_store_wait
+from tessera.jit.compat import aggregate, fence_async_shared, gl, gluon, mbarrier, reinterpret, tma_reduce_add, tma_store_wait
 
 PART_ROWS = gl.constexpr(ROWS)
 """Rows of a part, and of a mark."""
@@ -52,30 +52,55 @@ class Sums:
     """Parts on their way, in float32: (slots, 64, columns) in rows, else (slots, 1, columns / 4, 256). `rounded` are the same
     bytes as rows of 16 bits, two of (64, columns) a slot, of which the first is used; or both, for dV and dK.
 
-    Where the last tile rounds, the writer does not release a slot only: it may first have brought what has been added so far."""
+    Where the last tile rounds, the writer does not release a slot only: it may first have brought what has been added so far.
+    `found`: where two writers share slots an mbarrier of each, that it has found its block's parts (backward_writer.py)."""
 
     parts: gl.shared_memory_descriptor
     rounded: gl.shared_memory_descriptor
     ring: Ring
+    found: gl.shared_memory_descriptor
 
     @gluon.constexpr_function
-    def __init__(self, parts, rounded, ring):
+    def __init__(self, parts, rounded, ring, found):
         self.parts = parts
         self.rounded = rounded
         self.ring = ring
+        self.found = found
+
+
+@gluon.constexpr_function
+def shares_slots(config):
+    """Whether two writers find their parts in the same slots, not every other block's always in the same."""
+    return config.writers == 2 and config.part_buffers != 2 * config.parts
 
 
 @gluon.jit
-def make_sums(config: gl.constexpr, dq_map, out_map=0):
+def sums_in(config: gl.constexpr, parts, rounded, bar):
+    """Sums whose parts lie in these buffers. `bar`, any mbarriers, stands for those that nobody uses: if they were made, Triton
+    would have their bytes hold data too, into which the hardware writes when programs give way to another process."""
+    count: gl.constexpr = config.part_buffers
+    if config.writers == 0:
+        return Sums(parts, rounded, Ring(bar, bar, count), bar)
+    elif shares_slots(config):
+        found = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        for writer in gl.static_range(2):
+            mbarrier.init(found.index(writer), count=1)
+        return Sums(parts, rounded, make_ring(count, 1), found)
+    else:
+        return Sums(parts, rounded, make_ring(count, 1), bar)
+
+
+@gluon.jit
+def make_sums(config: gl.constexpr, dq_map, out_map, bar):
     count: gl.constexpr = config.part_buffers
     shape: gl.constexpr = [count] + dq_map.block_type.shape
     if rounds_last(config) or (config.takes_tile_after_tile and not lies_in_rows(config)):
         # made as what needs the wider alignment
         rounded = gl.allocate_shared_memory(out_map.dtype, [2 * count] + out_map.block_type.shape, out_map.layout)
-        return Sums(reinterpret(rounded, gl.float32, shape, dq_map.layout), rounded, make_ring(count, 1))
+        return sums_in(config, reinterpret(rounded, gl.float32, shape, dq_map.layout), rounded, bar)
     else:
         parts = gl.allocate_shared_memory(gl.float32, shape, dq_map.layout)
-        return Sums(parts, parts, make_ring(count, 1))
+        return sums_in(config, parts, parts, bar)
 
 
 @gluon.jit
@@ -155,6 +180,8 @@ def add_part(config: gl.constexpr, dq_map, sums, n, part, block, index, chain=0,
         sums.ring.publish(n)
     elif adds_in_order(config):
         sums.ring.acquire(n)
+        if config.takes_tile_after_tile:
+            tma_store_wait(0)  # the buffer may have taken dK or dV
         _put(config, buffer, part)
         sums.ring.publish(n)
     else:
