@@ -170,12 +170,14 @@ class BackwardLaunch:
 
     @cached_property
     def section(self) -> int:
-        """Query rows whose Q, dO and float32 dQ, for all heads of a group, fit in L2's share; but so many that there is a tile
-        for every multiprocessor, else the last section's longest begin late (GQA 32/8, causal 8k: 1.06, H200, 2026-11-21). Whole
-        heads, where sections take turns: nearly as many tiles will do, far fewer would mix two of them. Or a head at a time."""
+        """Query rows whose Q, dO and float32 dQ, for all heads of a group, fit in L2's share, or without groups in a part of it;
+        but so many that there is a tile for every multiprocessor, else the last section's longest begin late (GQA 32/8, causal
+        8k: 1.06, H200, 2026-11-21; half as many where the last two sections are one). Whole heads, where sections take turns:
+        nearly as many tiles will do, far fewer would mix two of them. Or a head at a time."""
         shape = self.problem.shape
-        fitting = L2_BYTES // (shape.group * (6 * shape.head_dim + 2 * shape.head_dim_v))
-        rows = self.multiprocessors * self.config.keys
+        narrow = 1 if shape.group > 1 else self.config.sections_in_share
+        fitting = L2_BYTES // (shape.group * (6 * shape.head_dim + 2 * shape.head_dim_v) * narrow)
+        rows = self.multiprocessors * self.config.keys // min(narrow, 2)
         if self.config.sections_take_turns:
             rows = max(rows, shape.seqlen_q * -(-95 * rows // (100 * max(shape.seqlen_q, 1))))
         return 1 if self.config.takes_heads_apart and shape.group > 1 else max(fitting, rows)

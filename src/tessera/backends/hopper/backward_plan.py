@@ -143,6 +143,16 @@ class BackwardConfig:
         return is_ordered and {Feature.VARLEN, Feature.RIGHT} <= set(self.features)
 
     @property
+    def sections_in_share(self) -> int:
+        """How many sections of heads L2's share holds. Where more than one, the last two are joined: that ends the grid as
+        evenly as wide ones do. Ours / FA3, one and so many: head dim 64 causal 512 1.154 and 1.174, 4k 1.028 and 1.044, 16k
+        1.008 and 1.015; 256 causal 512 0.993 and 1.019, 1k 0.995 and 1.015, 2k 1.006 and 1.026 (H200, 2026-11-21)."""
+        others = {Feature.LEFT, Feature.DOCUMENTS, Feature.VARLEN} & set(self.features)
+        if not self.begins_apart or Feature.RIGHT not in self.features or others:
+            return 1
+        return 2 if self.division is Division.TURNS else 4
+
+    @property
     def part_buffers(self) -> int:
         """Buffers for parts of dQ, over all adders. In turns there is one each."""
         return self.adders if self.division is Division.TURNS else 2 * self.adders

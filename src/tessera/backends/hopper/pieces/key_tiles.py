@@ -92,7 +92,7 @@ class KeyTile:
 def _ordered(config: gl.constexpr, number, blocks, heads, section):
     """Tile `number` of blocks x heads as (block, head, falls). Where a diagonal makes the first blocks the longest they come
     first (longest processing time first), inside even sections of heads whose Q, dO and dQ share L2; or last, where dQ is summed
-    in a fixed order (see backward_writer.py).
+    in a fixed order (see backward_writer.py). Where sections are narrow the last two are one: short tiles end the grid.
 
     The longest last end a grid badly. Where the other order does as well, sections take turns, and a second one's longest come
     first: who has had a short tile of the first begins early with a long one, so that tiles that follow each other in a head
@@ -102,8 +102,14 @@ def _ordered(config: gl.constexpr, number, blocks, heads, section):
         section = (heads + sections - 1) // sections
         whole = blocks * section
         place = number // whole
-        rest = number - place * whole
-        size = gl.maximum(gl.minimum(section, heads - place * section), 1)  # the last section may be short
+        if config.sections_in_share > 1:
+            last = gl.maximum(sections - 2, 0)
+            place = gl.minimum(place, last)
+            rest = number - place * whole
+            size = gl.where(place < last, section, heads - place * section)
+        else:
+            rest = number - place * whole
+            size = gl.maximum(gl.minimum(section, heads - place * section), 1)  # the last section may be short
         block = rest // size
         head = place * section + rest - block * size
         falls = sections > 0
