@@ -148,6 +148,15 @@ def test_appended_rows_may_begin_anywhere(name: str, of: str) -> None:
         assert torch.equal(getattr(whole, name).view(torch.int16), getattr(odd, name).view(torch.int16))  # NaN where nothing is
 
 
+@pytest.mark.parametrize("lengths", [(700, 700, 700), (700, 1, 250)])
+def test_keys_make_room_before_their_values(lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of long sequences that a program has to itself."""
+    monkeypatch.setattr(decode_plan, "LONG", 512)
+    case = CacheCase("keys first", cached=lengths, heads_q=2, heads_kv=2, schedule="stream_k")
+    plan = check(case.request("cpu", torch.bfloat16), replace(FEW, multiprocessors=8))
+    assert decode_plan.DecodeFeature.KEYS_FIRST in plan.config.features
+
+
 READ_EARLY = ["one query", "pages of 16", "indexed", "packed", "left padding, window", "pages, packed, window", "long"]
 
 

@@ -301,6 +301,8 @@ def _tile(config: gl.constexpr, tiles, item, q, bounds, spot, state, MASKED: gl.
         k_scales, v_scales = _own_scales(config, item, bounds, first_key)
     k_stream.wait(n)
     s = scores(config, q, k, k_stream.slot(n))
+    if has(config, "keys_first"):
+        k_stream.release(n)
     if has(config, "block_scales"):
         s = s * k_scales
     if has(config, "softcap"):
@@ -502,7 +504,7 @@ def decode(
     results = Results(out_ptr, lse_ptr, partial_out, partial_lse, tickets, sinks, head_dim_v, seqlen_q)
     shared = Shared(
         _allocate(config, k_maps), _allocate(config, v_maps),
-        make_stream(config.stages, groups, RING_BARRIERS), make_stream(config.stages, groups, RING_BARRIERS),
+        make_stream(config.stages, groups, RING_BARRIERS + config.stages), make_stream(config.stages, groups, RING_BARRIERS),
     )  # fmt: skip
     fence_async_shared()
     gl.warp_specialize([

@@ -25,9 +25,10 @@ RESERVED = 1024 + 256
 REGISTERS = 64 * 1024
 MOST_STAGES = 6
 """Named barriers bound the ring: two a stage, and Triton takes three of the sixteen."""
-AHEAD = 2
-"""Tiles that a program brings into L2 while the kernel before ends. More come late, and the first loads wait behind them: 1 x 8k
-with 0, 1, 2, 4 tiles 11.8, 11.3, 11.2, 11.5 microseconds (H200, 2026-11-21)."""
+AHEAD, AHEAD_OF_LINE = 2, 3
+"""Tiles that a program brings into L2 while the kernel before ends, by the split schedule and by stream-K, whose first loads come
+later. More come late, and the first loads wait behind them: 1 x 8k with 0, 1, 2, 4 tiles 11.8, 11.3, 11.2, 11.5 microseconds,
+4 x 8k with 2, 3, 5 33.3, 33.1, 33.1, 64 x 2048 of 2 heads 32.7, 32.6, 33.1 (H200, 2026-11-21)."""
 SHORT_SHARE = 64
 """Tiles of a program up to which it does. In a longer share programs go out of step by it: 1 x 128k 120.5, 122.0."""
 INVARIANT_KEYS = 1024
@@ -136,11 +137,13 @@ def decode_plan(problem: CacheProblem, device: Device) -> DecodePlan:
         keys=tile.keys, warps=tile.warps, stages=tile.stages, dims=dims, dims_v=dims_v,
         box=tile.keys if pages is None else min(tile.keys, pages.size), registers=registers,
         storage=Storage.E4M3 if problem.cache.is_quantised else Storage.HALF,
-        features=_features(problem, schedule),
+        features=_features(problem, schedule, _frees_keys_first(problem, schedule, items, device.multiprocessors)),
     )  # fmt: skip
     tickets = 1 + -(-parts // PARTS_TOGETHER)
     depth = _depth(problem, sum(dims) + sum(dims_v), tile)
-    ahead = AHEAD if items * tile.needed(shape.seqlen_k) <= SHORT_SHARE * math.prod(programs) else 0
+    ahead = AHEAD_OF_LINE if schedule is Schedule.STREAM_K else AHEAD
+    if items * tile.needed(shape.seqlen_k) > SHORT_SHARE * math.prod(programs):
+        ahead = 0
     return DecodePlan(config, programs, splits, least, crew, rounds, depth, ahead, row_blocks, slot_rows, slots, items, tickets)
 
 
@@ -245,11 +248,20 @@ def _splits(problem: CacheProblem, tile: Tile, items: int, programs: int) -> tup
     return max(1, min(tiles, _in_one_step(programs // max(1, items)), MOST_SPLITS)), 1
 
 
-def _features(problem: CacheProblem, schedule: Schedule) -> tuple[DecodeFeature, ...]:
+def _frees_keys_first(problem: CacheProblem, schedule: Schedule, items: int, multiprocessors: int) -> bool:
+    """Whether K's slots are freed before V's: more is on its way then, of long sequences that a program has to itself. 16 x 128k
+    1903, 1894 microseconds, 64 x 32k 1912, 1897, but 16 x 32k 473.5, 475.2 (H200, 2026-11-21)."""
+    plain = problem.cache.pages is None and not problem.cache.is_quantised
+    long = LONG if items <= multiprocessors else LONG // 2
+    return schedule is Schedule.STREAM_K and plain and 2 * items > multiprocessors and problem.shape.seqlen_k >= long
+
+
+def _features(problem: CacheProblem, schedule: Schedule, keys_first: bool) -> tuple[DecodeFeature, ...]:
     """What must be compiled in, always in the same order."""
     mask, score = problem.mask, problem.score
     wanted = {
         DecodeFeature.STREAM_K: schedule is Schedule.STREAM_K,
+        DecodeFeature.KEYS_FIRST: keys_first,
         DecodeFeature.PAGED: problem.cache.pages is not None,
         DecodeFeature.PACKED: problem.layout is Layout.VARLEN,
         DecodeFeature.BATCH_INDEX: "cache_batch_idx" in problem.lengths,

@@ -7,7 +7,7 @@ before has ended everything is read again, and L2 has what memory has.
 
 from tessera.backends.hopper.pieces.cached import cache_entry, foresee_box, load_box, locate_box
 from tessera.backends.hopper.pieces.shares import after, first_share, first_turn, segment_of
-from tessera.backends.hopper.pieces.tiles import head_bytes
+from tessera.backends.hopper.pieces.tiles import has, head_bytes
 from tessera.jit.compat import gl, gluon, let_next_begin, wait_for_previous
 
 LOADS_TOGETHER = gl.constexpr(8)
@@ -45,14 +45,21 @@ def _load_tile(config: gl.constexpr, k_maps, v_maps, shared, call, segment, entr
     group: gl.constexpr = min(boxes, LOADS_TOGETHER)
     slot = shared.v_stream.slot(n)
     places = _locate_boxes(config, call, segment, entry, tile, 0)  # page numbers come while the slot is waited for
-    shared.v_stream.acquire(n)
+    if has(config, "keys_first"):
+        shared.k_stream.acquire(n)
+    else:
+        shared.v_stream.acquire(n)
     k_bar = shared.k_stream.expect(n, head_bytes(config.dims) * config.keys)
-    v_bar = shared.v_stream.expect(n, head_bytes(config.dims_v) * config.keys)
+    v_bar = shared.v_stream.full.index(slot)
     for first in gl.static_range(0, boxes, group):
         if first > 0:
             places = _locate_boxes(config, call, segment, entry, tile, first)
         for box in gl.static_range(group):
             load_box(k_maps, shared.k, places[box], segment.head, k_bar, slot * boxes + first + box)
+        if first == 0:
+            if has(config, "keys_first"):
+                shared.v_stream.acquire(n)
+            shared.v_stream.expect(n, head_bytes(config.dims_v) * config.keys)
         for box in gl.static_range(group):
             load_box(v_maps, shared.v, places[box], segment.head, v_bar, slot * boxes + first + box)
 
