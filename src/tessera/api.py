@@ -273,6 +273,9 @@ def warmup(problems: Planned | Iterable[Planned], *, device: str | torch.device 
     """Compile ahead of time, into the disk cache, what these problems need at any length, and steps over a cache with any number
     of sequences; returns how many kernels that took.
 
+    Without it the first call of a kind compiles what it launches; what its backward and other lengths need is compiled beside the
+    program, on a thread, and a process waits at its end for the kernel in work.
+
     Args:
         problems: plans, as `plan` (with requires_grad the backward's kernels too) and `plan_kvcache` give them, or problems
             for `device`; several, or one.

@@ -237,15 +237,19 @@ class _PlainAttention(torch.autograd.Function):
     def forward(ctx: Any, made: _Made, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out, lse = made.runner.forward(Operands(q, k, v, *made.operands))
         ctx.save_for_backward(out, lse, q, k, v)
-        ctx.request = made.request
+        ctx.made, ctx.strides = made, (q.stride(), k.stride(), v.stride())
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        out, lse, *inputs = ctx.saved_tensors
+        made, (out, lse, *inputs) = ctx.made, ctx.saved_tensors
         if _is_watched(dout, out, inputs[0]):
-            return (None, *torch.ops.tessera.backward(dout, None, out, lse, *inputs, *ctx.request)[:3])
-        found = _gradients(Request(*inputs, *ctx.request), Upstream(out, lse, dout.contiguous(), None))
+            return (None, *torch.ops.tessera.backward(dout, None, out, lse, *inputs, *made.request)[:3])
+        upstream = Upstream(out, lse, dout.contiguous(), None)
+        if tuple(x.stride() for x in inputs) == ctx.strides:
+            found = made.runner.backward(Operands(*inputs, *made.operands), upstream)
+        else:  # who packs saved tensors away need not bring them back with their strides
+            found = _gradients(Request(*inputs, *made.request), upstream)
         return None, found.dq, found.dk, found.dv
 
 

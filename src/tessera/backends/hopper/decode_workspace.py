@@ -12,6 +12,7 @@ import threading
 import torch
 from torch import Tensor
 
+from tessera.backends.hopper.launch import is_captured
 from tessera.jit import driver
 
 STOCK = 1 << 16
@@ -32,7 +33,7 @@ class Workspace:
     def of(self, device: int, stream: int, count: int, tickets: int) -> tuple[Tensor, Tensor]:
         """At least `count` float32, and at least `tickets` int32 that are 0 and that a launch leaves 0. Both are kept for the
         next launch of the stream; under capture the first is a new tensor of the graph's."""
-        if torch._C._cuda_isCurrentStreamCapturing():
+        if is_captured(stream):
             partial = torch.empty(count, dtype=torch.float32, device=torch.device("cuda", device))
             return partial, self._of_capture((device, stream, driver.capture_id(stream)), tickets)
         if self._taken.get(device, STOCK) > STOCK // 2:

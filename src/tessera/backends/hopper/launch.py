@@ -281,6 +281,12 @@ class Rows(NamedTuple):
         return cls(tensor.data_ptr(), shape, strides, batch_stride // row_stride, tensor)
 
 
+def is_captured(stream: int) -> bool:
+    """Whether a launch on this stream, the current one, goes into a graph. CUDA captures no launch on the default stream, 0, so
+    that most calls need not ask."""
+    return stream != 0 and torch._C._cuda_isCurrentStreamCapturing()
+
+
 class Counters:
     """The int32 tile counters of pieces/scheduler.py, zero between launches: one a stream, and one a captured launch.
 
@@ -299,7 +305,7 @@ class Counters:
 
     def address(self, device: int, stream: int) -> int:
         """The address of the counter for a launch on this stream now."""
-        if torch._C._cuda_isCurrentStreamCapturing():
+        if is_captured(stream):
             return self._take(device)
         found = self._of_stream.get((device, stream))
         if found is None:
