@@ -30,6 +30,7 @@ MORE = (
     *(Case(f"d{d} full long", head_dim=d, **LONG) for d in DIMS),
     *(Case(f"d{d} window long", head_dim=d, window=(90, 20), **LONG) for d in DIMS),
     *(Case(f"d{d} packed", head_dim=d, **PACKED) for d in DIMS),
+    *(Case(f"d{d} short", head_dim=d, batch=4, seqlen_q=60, seqlen_k=120, heads_q=2, heads_kv=2) for d in DIMS),
     *(Case(f"d{d} softcap", head_dim=d, softcap=15.0, causal=True, seqlen_q=150, seqlen_k=150) for d in DIMS),
     *(Case(f"d{d} everything", head_dim=d, causal=True, alibi="batch", bias=(1, 4, 200, 330), dropout_p=0.3, softcap=15.0, **WIDE)
       for d in DIMS),

@@ -16,13 +16,14 @@ three consumer warpgroups and one warp or two that write dQ where it has an orde
     writers     dQ of each block, added in float32 to the workspace by TMA
 
 Scores stand transposed so that P^T and dS^T are operands from registers, as wgmma leaves its results. How consumers share this
-work is backward_turns.py (head dim 64), backward_ahead.py (128), backward_keys.py (both, with modifiers) and
-backward_products.py (256); the writer is backward_writer.py. lse and D come from backward_rows.py, in base 2 and with lse +inf
+work is backward_turns.py (head dim 64), backward_ahead.py and backward_onward.py (128), backward_keys.py (both, with
+modifiers) and backward_products.py (256); the writer is backward_writer.py. lse and D come from backward_rows.py, in base 2 and with lse +inf
 for rows that see nothing: their P is then 0 without a mask.
 """
 
 from tessera.backends.hopper.backward_ahead import consumer_ahead, make_pair
 from tessera.backends.hopper.backward_keys import consumer_of_keys, make_halves
+from tessera.backends.hopper.backward_onward import consumer_onward, make_onward_pair
 from tessera.backends.hopper.backward_products import consumer_of_dk, consumer_of_dq, consumer_of_dv, make_exchange, places
 from tessera.backends.hopper.backward_turns import consumer_in_turn, make_parts
 from tessera.backends.hopper.backward_writer import writer_of_dq, writer_of_many
@@ -190,6 +191,66 @@ def producer_of_many(config: gl.constexpr, maps, stats_map, shared, draws, call)
 
 
 @gluon.jit
+def _load_k_onward(config: gl.constexpr, maps, shared, pair, call, tile, seen):
+    """The K of tile `seen`, of those that any row sees, to its place, when what lay there has been read."""
+    place = seen & 1
+    if seen > 1:
+        mbarrier.wait(shared.k_free, seen & 1)
+    full = pair.keys.index(4 + place)
+    mbarrier.expect(full, config.keys * 2 * shared.k.shape[-1])
+    keys = tile.seq.keys(call.pitch.k)
+    for half in gl.static_range(2):
+        load_rows((maps[1],), (shared.k,), place * 2 + half, full, keys, tile.head, tile.first + half * M)
+
+
+@gluon.jit
+def _load_half_of_v(config: gl.constexpr, maps, shared, pair, call, tile, seen, half: gl.constexpr):
+    """A consumer's half of V, when it has read the last tile's."""
+    mbarrier.wait(pair.keys.index(2 + half), (seen & 1) ^ 1)
+    full = pair.keys.index(half)
+    mbarrier.expect(full, M * 2 * shared.v.shape[-1])
+    load_rows((maps[2],), (shared.v,), half, full, tile.seq.keys(call.pitch.v), tile.head, tile.first + half * M)
+
+
+@gluon.jit
+def producer_onward(config: gl.constexpr, maps, stats_map, shared, pair, draws, call):
+    """The same for backward_onward.py: K before a tile's first rows, each consumer's half of V when that consumer has read the
+    last one."""
+    number = call.order.number
+    let_next_begin()
+    draws.post(0, number)
+    tile = locate_keys(config, call, gl.minimum(number, draws.tiles - 1))
+    begin, count = row_blocks(config, call.band, tile.seq, tile.first)
+    if (count > 0) & (number < draws.tiles):
+        _load_k_onward(config, maps, shared, pair, call, tile, 0)
+    wait_for_previous()
+    done = 0  # blocks of rows
+    seen = 0  # tiles that any row sees
+    turn = 0
+    while number < draws.tiles:
+        uses = count * call.group
+        if count > 0:
+            row = begin * config.rows
+            if turn > 0:
+                _load_k_onward(config, maps, shared, pair, call, tile, seen)
+            _load_q(config, maps, stats_map, shared, call, tile, done, 0, row)
+            _load_half_of_v(config, maps, shared, pair, call, tile, seen, 0)
+            _load_do(config, maps, stats_map, shared, call, tile, done, 0, row)
+            _load_half_of_v(config, maps, shared, pair, call, tile, seen, 1)
+            seen += 1
+        for n in range(1, uses):
+            member, row = _member_and_row(config, tile, begin, count, 0, n)
+            _load_q(config, maps, stats_map, shared, call, tile, done + n, member, row)
+            _load_do(config, maps, stats_map, shared, call, tile, done + n, member, row)
+        done += uses
+        number = draws.draw()
+        turn += 1
+        draws.post(turn, number)
+        tile = locate_keys(config, call, gl.minimum(number, draws.tiles - 1))
+        begin, count = row_blocks(config, call.band, tile.seq, tile.first)
+
+
+@gluon.jit
 def _producer(config: gl.constexpr, maps, stats_map, shared, draws, call):
     if config.takes_tile_after_tile:
         producer_of_many(config, maps, stats_map, shared, draws, call)
@@ -203,7 +264,7 @@ def _producer(config: gl.constexpr, maps, stats_map, shared, draws, call):
 @gluon.jit
 def _allocate(config: gl.constexpr, maps, stats_map):
     q_map, k_map, v_map, do_map = maps
-    k = allocate_tiles(k_map, (2 if config.swaps_keys else 1) * (config.keys // M))
+    k = allocate_tiles(k_map, (2 if config.swaps_keys else config.k_places) * (config.keys // M))
     v = k if config.swaps_keys else allocate_tiles(v_map, config.keys // M)
     q = allocate_tiles(q_map, config.q_stages)
     do = allocate_tiles(do_map, config.do_stages)
@@ -211,9 +272,9 @@ def _allocate(config: gl.constexpr, maps, stats_map):
     d = allocate_tiles(stats_map, config.do_stages)
     full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(2):
-        mbarrier.init(full.index(slot), count=1)
-    free = full  # stands for what a program of one tile does not use (see sums_in)
-    if config.takes_tile_after_tile:
+        mbarrier.init(full.index(slot), count=1 if config.k_places == 1 else config.k_readers)
+    free = full  # stands for what a program of one tile does not use (see sums_in); with two places for K it is that K is free
+    if config.takes_tile_after_tile and config.k_places == 1:
         free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
         mbarrier.init(free.index(0), count=config.k_readers)
         mbarrier.init(free.index(1), count=config.v_readers)
@@ -226,13 +287,19 @@ def _allocate(config: gl.constexpr, maps, stats_map):
 
 @gluon.jit
 def _start_ahead(config: gl.constexpr, maps, others, out, marks, rings, score, call):
-    """The warps of backward_ahead.py. In any order there are no writers: two idle warps cost 1.01 to 1.10 under a diagonal (H200,
+    """The warps of backward_ahead.py, or of backward_onward.py. In any order there are no writers: two idle warps cost 1.01 to 1.10 under a diagonal (H200,
     2026-11-21)."""
     stats_map, dq_map, dk_map, dv_map = others
     shared, draws = rings
-    pair = make_pair(config, dq_map, dk_map)
+    pair = make_onward_pair(config, dq_map, dk_map) if config.k_places == 2 else make_pair(config, dq_map, dk_map)
     fence_async_shared()
-    if adds_in_order(config):
+    if config.k_places == 2:
+        gl.warp_specialize([
+            (consumer_onward, (config, 0, dq_map, dk_map, dv_map, shared, pair, draws, score, call)),
+            (consumer_onward, (config, 1, dq_map, dk_map, dv_map, shared, pair, draws, score, call)),
+            (producer_onward, (config, maps, stats_map, shared, pair, draws, call)),
+        ], [4, 1], [240, 24])  # fmt: skip
+    elif adds_in_order(config):
         gl.warp_specialize([
             (consumer_ahead, (config, 0, dq_map, dk_map, dv_map, shared, pair, draws, score, call)),
             (consumer_ahead, (config, 1, dq_map, dk_map, dv_map, shared, pair, draws, score, call)),

@@ -22,6 +22,11 @@ FEW_KEYS = 512
 """Up to so many keys dQ's zeros and the kernel that rounds it cost more than that the last tile rounds: by default under a
 diagonal at head dim 128 (ours / FA3 at 512 1.146 and 1.002; at 64 tile after tile is faster, 1.146 and 1.093), and where an order
 is kept anyway (over order alone 1.03 under a diagonal, 0.99 without; at 1k 0.98 and 0.92; H200, 2026-11-21)."""
+FEW_ROWS = 1280
+"""Where a tile of keys sees up to so many rows, over all heads of a group, its end costs enough to run it under the next one's
+start at head dim 128. The second place for K takes a buffer for parts of dQ, which long tiles miss: ours over FA3's time without
+and with, window 256 1.041 and 0.950, 1024 1.009 and 0.966, full 512 0.964 and 0.886, 1k 0.997 and 0.977, causal 1k 0.973 and
+0.946, 2k 0.971 and 0.962; but full 4k 0.985 and 0.996, 16k 0.98 and 1.03, GQA 32/8 1k 0.785 and 0.794 (H200, 2026-11-21)."""
 MANY_TILES = 512
 """With fewer than about four for each multiprocessor those of a head begin together, and wait for one another."""
 
@@ -73,6 +78,8 @@ class BackwardConfig:
     do_stages: int
     adding: Adding = Adding.ANY_ORDER
     features: tuple[Feature, ...] = ()
+    k_places: int = 1
+    """Places for a tile's K: with two, a tile's end runs under the next one's start (backward_onward.py)."""
 
     @property
     def consumers(self) -> int:
@@ -154,8 +161,8 @@ class BackwardConfig:
 
     @property
     def part_buffers(self) -> int:
-        """Buffers for parts of dQ, over all adders. In turns there is one each."""
-        return self.adders if self.division is Division.TURNS else 2 * self.adders
+        """Buffers for parts of dQ, over all adders. In turns there is one each, and where K has the memory of the second."""
+        return self.adders if self.division is Division.TURNS or self.k_places == 2 else 2 * self.adders
 
     @property
     def part_columns(self) -> int:
@@ -215,32 +222,56 @@ class RowsConfig:
 
 def backward_config(problem: Problem) -> BackwardConfig:
     """The configuration for a problem."""
-    plain, *rounded = backward_family(problem)
+    family = backward_family(problem)
+    rounded = next((config for config in family if config.adding is Adding.ROUNDED), None)
+    if rounded is not None and _rounds(problem, rounded):
+        return rounded
+    return next(config for config in family if config.k_places == 1 or _rows_of_a_tile(problem) <= FEW_ROWS)
+
+
+def _rounds(problem: Problem, rounded: BackwardConfig) -> bool:
+    """Whether the last tile rounds dQ, where it may."""
     shape = problem.shape
-    if not rounded or not 0 < shape.seqlen_q <= shape.seqlen_k:  # else some rows may see no key
-        return plain
-    if problem.reproducibility is Reproducibility.BITWISE:
-        return rounded[0] if shape.seqlen_k <= FEW_KEYS else plain
-    tiles = shape.batch * shape.heads_kv * -(-shape.seqlen_k // rounded[0].keys)
-    return rounded[0] if shape.seqlen_k <= FEW_KEYS and tiles >= MANY_TILES else plain
+    if not 0 < shape.seqlen_q <= shape.seqlen_k <= FEW_KEYS:  # with fewer keys some rows may see none
+        return False
+    tiles = shape.batch * shape.heads_kv * -(-shape.seqlen_k // rounded.keys)
+    return problem.reproducibility is Reproducibility.BITWISE or tiles >= MANY_TILES
+
+
+def _rows_of_a_tile(problem: Problem) -> int:
+    """About how many rows a tile of 128 keys sees, over all heads of a group."""
+    shape, mask = problem.shape, problem.mask
+    rows = shape.group * (shape.seqlen_q if mask.right is None else shape.seqlen_q // 2)
+    return rows if mask.left is None else min(rows, _rows_of_a_window(problem))
+
+
+def _rows_of_a_window(problem: Problem) -> int:
+    """The same at any length, where a row sees so many keys to its left and right."""
+    mask = problem.mask
+    return problem.shape.group * ((mask.left or 0) + max(mask.right or 0, 0) + 128)
 
 
 def backward_family(problem: Problem) -> tuple[BackwardConfig, ...]:
-    """The configurations that problems like this one have at any length: one, or after it that whose last tile rounds dQ. For
-    that one tile of keys must be the last that adds to every row, whatever the data. (Under a window each row has another, and
-    tiles that look ahead for what they round wait for one another one by one: twice as slow at 16k, H200, 2026-11-21.)"""
+    """The configurations that problems like this one have at any length: one; or two, the first with two places for K; or after
+    them that whose last tile rounds dQ. For that one tile of keys must be the last that adds to every row, whatever the data.
+    (Under a window each row has another, and tiles that look ahead for what they round wait for one another one by one: twice as
+    slow at 16k, H200, 2026-11-21.)"""
     is_bitwise, mask = problem.reproducibility is Reproducibility.BITWISE, problem.mask
     ordered = _divided(problem, Adding.ORDER)
     plain = ordered if is_bitwise else _divided(problem, Adding.ANY_ORDER)
     rounded = replace(ordered, adding=Adding.ROUNDED)
     if ordered.division is Division.AHEAD:
         rounded = replace(rounded, division=Division.TURNS)
+    forms: tuple[BackwardConfig, ...] = (plain,)
+    if plain.division is Division.AHEAD and not is_bitwise:
+        short = replace(plain, k_places=2)
+        forms = (short,) if mask.left is not None and _rows_of_a_window(problem) <= FEW_ROWS else (short, plain)
     is_fast = plain.division is Division.TURNS and plain.takes_tile_after_tile
     pays = not is_fast and (is_bitwise or (mask.right is not None and Feature.SOFTCAP not in plain.features))
     has_last_tile = problem.layout is Layout.DENSE and not mask.bounds and mask.left is None and (mask.right or 0) >= 0
     if pays and has_last_tile and rounded.division is Division.TURNS and Feature.DROPOUT not in ordered.features:
-        return plain, rounded
-    return (plain,)
+        return *forms, rounded
+    return forms
 
 
 def _divided(problem: Problem, adding: Adding) -> BackwardConfig:
