@@ -16,9 +16,9 @@ three consumer warpgroups and one warp or two that write dQ where it has an orde
     writers     dQ of each block, added in float32 to the workspace by TMA
 
 Scores stand transposed so that P^T and dS^T are operands from registers, as wgmma leaves its results. How consumers share this
-work is backward_turns.py (head dim 64), backward_ahead.py and backward_onward.py (128), backward_keys.py (both, with
-modifiers) and backward_products.py (256); the writer is backward_writer.py. lse and D come from backward_rows.py, in base 2 and with lse +inf
-for rows that see nothing: their P is then 0 without a mask.
+work is backward_turns.py (head dim 64), backward_ahead.py and backward_onward.py (128), backward_keys.py (both, with modifiers)
+and backward_products.py (256); the writer is backward_writer.py. lse and D come from backward_rows.py, in base 2 and with lse
++inf for rows that see nothing: their P is then 0 without a mask.
 """
 
 from tessera.backends.hopper.backward_ahead import consumer_ahead, make_pair
@@ -287,8 +287,8 @@ def _allocate(config: gl.constexpr, maps, stats_map):
 
 @gluon.jit
 def _start_ahead(config: gl.constexpr, maps, others, out, marks, rings, score, call):
-    """The warps of backward_ahead.py, or of backward_onward.py. In any order there are no writers: two idle warps cost 1.01 to 1.10 under a diagonal (H200,
-    2026-11-21)."""
+    """The warps of backward_ahead.py, or of backward_onward.py. In any order there are no writers: two idle warps cost 1.01 to
+    1.10 under a diagonal (H200, 2026-11-21)."""
     stats_map, dq_map, dk_map, dv_map = others
     shared, draws = rings
     pair = make_onward_pair(config, dq_map, dk_map) if config.k_places == 2 else make_pair(config, dq_map, dk_map)
