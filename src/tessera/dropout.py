@@ -20,11 +20,11 @@ constants alone: it makes one for all of them.
 
 All products are of 32 bits: beside the tensor cores' work a product of 64 holds up a warp for 10 to 45 cycles (H200, 2026-11-21).
 
-What that is worth: every step to a word is a bijection of b, so any two draws of different calls are independent, and any set of
-them whose rows and columns close no cycle, as far as the keys are random. This is tabulation hashing, which is 3-independent
-(Patrascu and Thorup, "The power of simple tabulation hashing", STOC 2011). The least that can depend on one another are four
-draws at a rectangle's corners, those whose keys differ by a constant, and those of one call; that they don't is the mixture's
-work, and tests/cpu/test_dropout.py looks at it (without the shift it fails).
+What that is worth: x is uniform whatever a is, and so are draws of it (to a thousandth, counted), so any two of different calls
+are independent, and any set of them whose rows and columns close no cycle, as far as the keys are random. This is tabulation
+hashing, which is 3-independent (Patrascu and Thorup, "The power of simple tabulation hashing", STOC 2011). The least that can
+depend on one another are four draws at a rectangle's corners, those whose keys differ by a constant, and those of one call; that
+they don't is the mixture's work, and tests/cpu/test_dropout.py looks at it (without the shift it fails).
 
 A draw has 8 bits, as in FlashAttention-2: p is thereby rounded to a multiple of 1/256, and the kept probabilities are scaled by
 the exact 256 / (256 - threshold), so that expectations are. A p that rounds to 0 or to 1 is refused in words.
