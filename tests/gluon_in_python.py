@@ -638,6 +638,17 @@ def _taken_out() -> dict[str, ModuleType]:
     return {name: sys.modules.pop(name) for name in names}
 
 
+class PlainWorkspace:
+    """decode_launch.workspace on the CPU: what a launch does not write is NaN, and it leaves the tickets 0."""
+
+    def __init__(self) -> None:
+        self.zeros: list[Tensor] = []
+
+    def of(self, device: int, stream: int, count: int, tickets: int) -> tuple[Tensor, Tensor]:
+        self.zeros.append(torch.zeros(tickets, dtype=torch.int32))
+        return torch.full((count,), float("nan")), self.zeros[-1]
+
+
 @contextmanager
 def in_python() -> Iterator[None]:
     """While this lasts, launches of Hopper kernels on CPU tensors run here."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from gluon_in_python import in_python
+from gluon_in_python import PlainWorkspace, in_python
 from gluon_turns import Meeting
 from torch import Tensor
 
@@ -25,17 +25,6 @@ from tessera.verify import compare
 
 FEW = replace(Device.named("h200"), multiprocessors=3)
 """So few multiprocessors that a stream-K share goes over the ends of items and sequences."""
-
-
-class PlainWorkspace:
-    """Scratch memory on the CPU: what a launch does not write is NaN, and it leaves the tickets 0."""
-
-    def __init__(self) -> None:
-        self.zeros: list[Tensor] = []
-
-    def of(self, device: int, stream: int, count: int, tickets: int) -> tuple[Tensor, Tensor]:
-        self.zeros.append(torch.zeros(tickets, dtype=torch.int32))
-        return torch.full((count,), float("nan")), self.zeros[-1]
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from gluon_in_python import in_python
+from gluon_in_python import PlainWorkspace, in_python
 from serving_simulation import Server, Setting
 from torch import Tensor
 
@@ -24,16 +24,6 @@ from tessera.serving.plan import CachePlan
 
 FEW = replace(Device.named("h200"), multiprocessors=3)
 MOST_KEYS = 300
-
-
-class PlainWorkspace:
-    """Scratch memory on the CPU: what a launch does not write is NaN, tickets begin at 0."""
-
-    def partial(self, device: int, stream: int, count: int) -> Tensor:
-        return torch.full((count,), float("nan"))
-
-    def tickets(self, device: int, stream: int, count: int) -> Tensor:
-        return torch.zeros(count, dtype=torch.int32)
 
 
 @pytest.fixture(autouse=True)
