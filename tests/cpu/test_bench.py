@@ -424,7 +424,7 @@ def test_large_caches_are_checked_at_both_ends(monkeypatch):
     standard = accuracy.standard_for(request, problem)
     assert "first and last" in standard.how
     out = reference.attention(problem, operands)[0]
-    assert standard.error((out,)) == 0
+    assert standard.error((out,)) < 1e-14  # sums of two batches, by other kernels of BLAS
     out[2, 0, 1] *= 1.01
     assert standard.error((out,)) > 1e-3
 
