@@ -61,7 +61,7 @@ def kernel_spec(config: ForwardConfig, dtype: torch.dtype) -> jit.KernelSpec:
 _POINTERS = ("cu_q", "cu_k", "used_q", "used_k", "key_start", "key_end", "query_end", "document_begin", "document_end")
 _NO_POINTERS = (0, *(0 for _ in _POINTERS))
 """Of sinks too."""
-WITHOUT_POINTERS = frozenset({Feature.LEFT, Feature.RIGHT, Feature.SOFTCAP})
+WITHOUT_POINTERS = frozenset({Feature.LEFT, Feature.RIGHT, Feature.SOFTCAP, Feature.SCALE_FIRST})
 _INTEGERS = (
     "batch", "heads", "group", "seqlen_q", "seqlen_k", "left", "right", "document_stride", "tiles", "blocks", "tall", "section",
     "q_pitch", "k_pitch", "v_pitch", "o_pitch",
