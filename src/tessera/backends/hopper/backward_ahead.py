@@ -14,6 +14,7 @@ carried, in 16 bits: 192 accumulators and one operand are what fits in 240 regis
 dK and dV leave through the buffers of dQ's parts, so that K, V and the rings are free for the next tile before they have.
 """
 
+from tessera.backends.hopper.pieces.channel import make_barriers
 from tessera.backends.hopper.pieces.gradients import Score, Shared, issue_transposed, probabilities, row_values
 from tessera.backends.hopper.pieces.key_tiles import Call, locate_keys, nth_place
 from tessera.backends.hopper.pieces.kv_source import store_rows
@@ -69,9 +70,7 @@ def make_pair(config: gl.constexpr, dq_map, dk_map):
     dtype: gl.constexpr = dk_map.dtype
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, config.rows], dtype)
     ds = gl.allocate_shared_memory(dtype, [4, M, config.rows], layout)
-    full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(2):
-        mbarrier.init(full.index(slot), count=2)
+    full = make_barriers(2, 2)
     count: gl.constexpr = config.part_buffers
     tiles = allocate_tiles(dk_map, count)  # made as what needs the wider alignment
     parts = reinterpret(tiles, gl.float32, [count] + dq_map.block_type.shape, dq_map.layout)
@@ -100,7 +99,7 @@ class Consumer:
 
 
 @gluon.jit
-def _hand_over(me, ds, n):
+def hand_over(me, ds, n):
     """This consumer's dS^T of block n."""
     me.pair.ds.index((n & 1) * 2 + me.index).store(ds)
     fence_async_shared()
@@ -132,7 +131,7 @@ def _issue_s(me, n):
 
 
 @gluon.jit
-def _p_of(me, s, bounds, n, row, MASKED: gl.constexpr):
+def p_of(me, s, bounds, n, row, MASKED: gl.constexpr):
     """P^T of block n, whose first row is `row`, in 16 bits."""
     lse = row_values(me.shared.lse, me.shared.q_stream.slot(n), me.config.rows)
     p, _ = probabilities(me.config, me.score, s, lse, bounds, row, MASKED)
@@ -163,7 +162,7 @@ def _from_p_to_ds(me, dq_map, n, before, dv, p):
         _add_dq(me, dq_map, n - 1, dq, before)
     d = row_values(shared.d, slot, me.config.rows)
     ds = to_16_bit(to_32_bit(p) * (dp - d[None, :]), dtype)
-    _hand_over(me, ds, n)
+    hand_over(me, ds, n)
     return dv, ds
 
 
@@ -179,7 +178,7 @@ def _turn(me, dq_map, bounds, n, row, before, state, MASKED: gl.constexpr):
     dv = warpgroup_mma_wait(2, deps=(dv,))
     shared.do_stream.release(n)
     s = warpgroup_mma_wait(1, deps=(s,))
-    p = _p_of(me, s, bounds, n + 1, row, MASKED)
+    p = p_of(me, s, bounds, n + 1, row, MASKED)
     dk = warpgroup_mma_wait(0, deps=(dk,))
     shared.q_stream.release(n)
     return dk, dv, p
@@ -216,7 +215,7 @@ def _pass_over(me, dq_map, n, before):
     me.shared.do_stream.wait(n)
     me.shared.do_stream.release(n)
     _sum_dq(me, dq_map, n, before)
-    _hand_over(me, gl.zeros([M, rows], me.shared.q.dtype, accumulator_layout(rows)), n)
+    hand_over(me, gl.zeros([M, rows], me.shared.q.dtype, accumulator_layout(rows)), n)
 
 
 @gluon.jit
@@ -262,7 +261,7 @@ def _main_loop(me, dq_map, tile, begin, count, n):
         if end > unseen:
             at = nth_place(config, tile, count, unseen)
             s = warpgroup_mma_wait(0, deps=(_issue_s(me, n),))
-            state = (dk, dv, _p_of(me, s, bounds, n, row + at * rows, True))
+            state = (dk, dv, p_of(me, s, bounds, n, row + at * rows, True))
             for i in range(unseen + 1, unseen + cut):
                 at = nth_place(config, tile, count, i)
                 state = _turn(me, dq_map, bounds, n, row + at * rows, before, state, True)

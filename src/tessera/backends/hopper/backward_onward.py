@@ -11,19 +11,20 @@ meanwhile. P of the block after that is made when it comes: Q's ring holds two.
 dK and dV leave through the buffer of dQ's parts, so that K, V and the rings are free for the next tile before they have.
 """
 
+from tessera.backends.hopper.backward_ahead import hand_over, make_pair, p_of
+from tessera.backends.hopper.pieces.channel import make_barriers
 from tessera.backends.hopper.pieces.draws import Draws
-from tessera.backends.hopper.pieces.gradients import Score, Shared, issue_transposed, probabilities, row_values
+from tessera.backends.hopper.pieces.gradients import Score, Shared, issue_transposed, row_values
 from tessera.backends.hopper.pieces.key_tiles import Call, KeyTile, locate_keys
 from tessera.backends.hopper.pieces.kv_source import store_rows
 from tessera.backends.hopper.pieces.masking import has_lower_bound
 from tessera.backends.hopper.pieces.numbers import of_first_lane
 from tessera.backends.hopper.pieces.row_ranges import cut_and_full, end_row, first_row, key_bounds, row_blocks
 from tessera.backends.hopper.pieces.softmax import to_16_bit, to_32_bit
-from tessera.backends.hopper.pieces.sums import Sums, add_part, row_block, sums_in
+from tessera.backends.hopper.pieces.sums import Sums, add_part, row_block
 from tessera.backends.hopper.pieces.tiles import (
     M,
     accumulator_layout,
-    allocate_tiles,
     empty_accumulator,
     fresh_zero,
     has,
@@ -36,7 +37,6 @@ from tessera.jit.compat import (
     gl,
     gluon,
     mbarrier,
-    reinterpret,
     tma_store_wait,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -64,12 +64,8 @@ def _leads_over(config, index):
 
 @aggregate
 class Pair:
-    """What the consumers tell each other and the producer: dS^T of two blocks, each as two tiles (64 keys, rows), and mbarriers
-    that both have written theirs; parts of dQ, half of the columns each, and the same bytes as tiles of dK and dV; mbarriers that
-    each consumer's half of V is there (0, 1), and that it may be written again (2, 3), that K is there, one a place (4, 5).
-
-    Nobody asks whether a tile of dS^T may be written again: a consumer has waited for the other's next one by then, and that was
-    written after the product that reads this one."""
+    """That of backward_ahead.py, and mbarriers (`keys`) that each consumer's half of V is there (0, 1), that it may be written
+    again (2, 3), and that K is there, one a place (4, 5)."""
 
     ds: gl.shared_memory_descriptor
     full: gl.shared_memory_descriptor
@@ -88,19 +84,8 @@ class Pair:
 
 @gluon.jit
 def make_onward_pair(config: gl.constexpr, dq_map, dk_map):
-    dtype: gl.constexpr = dk_map.dtype
-    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, config.rows], dtype)
-    ds = gl.allocate_shared_memory(dtype, [4, M, config.rows], layout)
-    full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    keys = gl.allocate_shared_memory(gl.int64, [6, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(2):
-        mbarrier.init(full.index(slot), count=2)
-    for slot in gl.static_range(6):
-        mbarrier.init(keys.index(slot), count=1)
-    count: gl.constexpr = config.part_buffers
-    tiles = allocate_tiles(dk_map, count)  # made as what needs the wider alignment
-    parts = reinterpret(tiles, gl.float32, [count] + dq_map.block_type.shape, dq_map.layout)
-    return Pair(ds, full, sums_in(config, parts, parts, full), tiles, keys)
+    pair = make_pair(config, dq_map, dk_map)
+    return Pair(pair.ds, pair.full, pair.sums, pair.tiles, make_barriers(6, 1))
 
 
 @aggregate
@@ -200,14 +185,6 @@ def _await_k(me, seen):
 
 
 @gluon.jit
-def _hand_over(me, ds, n):
-    """This consumer's dS^T of block n."""
-    me.pair.ds.index((n & 1) * 2 + me.index).store(ds)
-    fence_async_shared()
-    mbarrier.arrive(me.pair.full.index(n & 1))
-
-
-@gluon.jit
 def _issue_dq(me, at):
     """Start this consumer's half of the columns of dQ = dS K of the block before this one: (64 rows, columns). If there is none,
     of whatever lies there: a product under a condition would be serialised."""
@@ -243,17 +220,9 @@ def _issue_s(me, n, seen, is_there):
 
 
 @gluon.jit
-def _p_of(me, s, bounds, n, row, MASKED: gl.constexpr):
-    """P^T of block n, whose first row is `row`, in 16 bits."""
-    lse = row_values(me.shared.lse, me.shared.q_stream.slot(n), me.config.rows)
-    p, _ = probabilities(me.config, me.score, s, lse, bounds, row, MASKED)
-    return to_16_bit(p, me.shared.q.dtype)
-
-
-@gluon.jit
 def _first_p(me, n, seen, bounds, row):
     """The same under nothing."""
-    return _p_of(me, warpgroup_mma_wait(0, deps=(_issue_s(me, n, seen, True),)), bounds, n, row, True)
+    return p_of(me, warpgroup_mma_wait(0, deps=(_issue_s(me, n, seen, True),)), bounds, n, row, True)
 
 
 @gluon.jit
@@ -274,7 +243,7 @@ def _from_p_to_ds(me, dq_map, at, closes, dv, p):
     _put_dq(me, dq_map, at, dq)
     d = row_values(shared.d, slot, me.config.rows)
     ds = to_16_bit(to_32_bit(p) * (dp - d[None, :]), dtype)
-    _hand_over(me, ds, at.n)
+    hand_over(me, ds, at.n)
     return dv, ds
 
 
@@ -297,7 +266,7 @@ def _turn(me, dq_map, at, closes, state, then, MASKED: gl.constexpr):
     dv = warpgroup_mma_wait(2, deps=(dv,))
     shared.do_stream.release(at.n)
     s = warpgroup_mma_wait(1, deps=(s,))
-    p = _p_of(me, s, bounds, at.n + 1, row, MASKED)
+    p = p_of(me, s, bounds, at.n + 1, row, MASKED)
     dk = warpgroup_mma_wait(0, deps=(dk,))
     shared.q_stream.release(at.n)
     return dk, dv, p
@@ -332,7 +301,7 @@ def _pass_over(me, dq_map, at):
     me.shared.do_stream.wait(at.n)
     me.shared.do_stream.release(at.n)
     _sum_dq(me, dq_map, at)
-    _hand_over(me, gl.zeros([M, rows], me.shared.q.dtype, accumulator_layout(rows)), at.n)
+    hand_over(me, gl.zeros([M, rows], me.shared.q.dtype, accumulator_layout(rows)), at.n)
 
 
 # ----------------------------------------------------------------------------------------------------------------- tiles
