@@ -27,6 +27,7 @@ from compile_ahead import compile_all, kernels
 from tessera import dispatch, operators
 from tessera.backends import hopper
 from tessera.backends.hopper.config import ForwardConfig
+from tessera.backends.hopper.decode_plan import LONG
 from tessera.bench import machine
 from tessera.cases import CASES, Case
 from tessera.device import Device
@@ -79,6 +80,9 @@ FORWARD = (
     Case("tall and low tiles, window", window=(100, 0), seqlen_q=5000, seqlen_k=5000, **ALONE | EIGHT),
     *(Case(f"d{d}, window", head_dim=d, window=(100, 0), seqlen_q=300, seqlen_k=300, **ALONE) for d in (128, 192, 256)),
     Case("d192, full", head_dim=192, seqlen_q=300, seqlen_k=300, **ALONE),
+    *(Case(f"d{d}, off the tile, causal", head_dim=d, seqlen_q=309, seqlen_k=333, causal=True, **ALONE) for d in (64, 96, 128)),
+    Case("d64, wide window", window=(2500, 0), seqlen_q=4100, seqlen_k=4100, **ALONE),
+    Case("d128, wide window", head_dim=128, window=(600, 0), seqlen_q=1130, seqlen_k=1100, **ALONE),
 )  # fmt: skip
 PAIRS = (
     Case("by rows", head_dim=192, head_dim_v=128, seqlen_q=4300, seqlen_k=4200, **ALONE),
@@ -88,9 +92,13 @@ BACKWARD = (
     *(CASES[name] for name in ("gqa", "more queries, causal", "softcap", "sinks, window", "varlen, empty sequences")),
     *(Case(f"d{d}, causal", head_dim=d, seqlen_q=330, seqlen_k=330, heads_kv=2, causal=True) for d in (128, 256)),
     *(Case(f"d{d}, varlen", head_dim=d, lengths_q=(100, 1, 230, 0), lengths_k=(100, 1, 230, 0), causal=True) for d in (128, 256)),
-    Case("more tiles than programs", batch=4, seqlen_q=300, seqlen_k=300, heads_q=24, heads_kv=12, head_dim=128, causal=True),
+    *(Case(f"d{d}, full", head_dim=d, seqlen_q=330, seqlen_k=330, heads_kv=2) for d in (64, 128, 256)),
     Case("d128, window, gqa", head_dim=128, window=(100, 0), seqlen_q=330, seqlen_k=330, heads_q=4, heads_kv=2),
-)
+    *(Case(f"more tiles than programs, d{d}", head_dim=d, batch=4, seqlen_q=300, seqlen_k=300, heads_q=24, heads_kv=heads,
+           causal=True) for d, heads in ((64, 24), (128, 12), (256, 8))),
+    Case("more tiles than programs, long ones", head_dim=128, batch=3, seqlen_q=600, seqlen_k=600, heads_q=45, heads_kv=9,
+         causal=True),
+)  # fmt: skip
 MODIFIERS = (
     *(CASES[name] for name in ("alibi", "dropout, causal, gqa", "bias", "varlen, softcap, alibi, dropout")),
     *(Case(f"d{d}, dropout", head_dim=d, dropout_p=0.2, **PLANE) for d in (64, 128, 256)),
@@ -107,14 +115,20 @@ STREAM_K = (
     *(CACHE_CASES[name] for name in ("stream-k", "stream-k, pages, packed", "batch-invariant")),
     CacheCase("ragged", cached=(3000, 37, 0, 410, 5000), schedule="stream_k", **GQA),
     CacheCase("equal lengths", cached=(2000,) * 5, schedule="stream_k", **GQA),
+    CacheCase("K freed first", cached=(3000, 400), capacity=LONG // 2, heads_q=68, heads_kv=68, head_dim=8, schedule="stream_k"),
 )
 FP8 = tuple(CACHE_CASES[f"fp8, {name}"] for name in ("no scales", "scales of heads", "scales of sequences", "scales of blocks",
                                                       "scales of blocks, contiguous", "d128, window, sinks"))  # fmt: skip
-APPEND = tuple(CACHE_CASES[name] for name in (
-    "append", "append more than asked", "append fewer than asked", "append, pages of 1", "append, packed, pages, beside",
-    "append, left padding", "rotary", "rotary, halves, in part, packed", "rotary, float32 tables", "fp8, append",
-    "fp8, append, blocks, packed", "latent, append",
-))  # fmt: skip
+APPEND = (
+    *(CACHE_CASES[name] for name in ("append", "append more than asked", "append fewer than asked", "append, pages of 1",
+                                     "append, packed, pages, beside", "append, left padding", "rotary",
+                                     "rotary, halves, in part, packed", "rotary, float32 tables", "fp8, append",
+                                     "fp8, append, blocks, packed", "latent, append")),
+    CacheCase("many tokens", cached=(100, 37, 0), new=200, seqlen_q=200),
+    CacheCase("many tokens, rotary", cached=(100, 37, 0), new=200, seqlen_q=200, rotary_dim=64, page_size=16),
+    CacheCase("many tokens, rotary, halves", new=1, lengths_q=(500, 1, 150), rotary_dim=48, interleaved=False, heads_kv=1),
+    CacheCase("many tokens, fp8", scales="block", cached=(64, 32), new=300, seqlen_q=300, page_size=32, head_dim=128),
+)  # fmt: skip
 CHUNK = (
     *(CACHE_CASES[name] for name in ("64 queries", "more queries than keys", "packed, sinks, long", "pages, 64 queries",
                                      "pages of 1", "pages of 4", "window both ways")),
