@@ -27,7 +27,7 @@ from tessera.backends.hopper.backward_onward import consumer_onward, make_onward
 from tessera.backends.hopper.backward_products import consumer_of_dk, consumer_of_dq, consumer_of_dv, make_exchange, places
 from tessera.backends.hopper.backward_turns import consumer_in_turn, make_parts
 from tessera.backends.hopper.backward_writer import writer_of_dq, writer_of_many
-from tessera.backends.hopper.pieces.channel import NAMED_BARRIER_K, NAMED_BARRIER_V, make_stream
+from tessera.backends.hopper.pieces.channel import NAMED_BARRIER_K, NAMED_BARRIER_V, make_barriers, make_stream
 from tessera.backends.hopper.pieces.draws import make_draws
 from tessera.backends.hopper.pieces.gradients import Score, Shared, place_of_k, place_of_v
 from tessera.backends.hopper.pieces.key_tiles import Call, Order, first_place, locate_keys, nth_place
@@ -270,9 +270,7 @@ def _allocate(config: gl.constexpr, maps, stats_map):
     do = allocate_tiles(do_map, config.do_stages)
     lse = allocate_tiles(stats_map, config.q_stages)
     d = allocate_tiles(stats_map, config.do_stages)
-    full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(2):
-        mbarrier.init(full.index(slot), count=1 if config.k_places == 1 else config.k_readers)
+    full = make_barriers(2, 1 if config.k_places == 1 else config.k_readers)
     free = full  # stands for what a program of one tile does not use (see sums_in); with two places for K it is that K is free
     if config.takes_tile_after_tile and config.k_places == 1:
         free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())

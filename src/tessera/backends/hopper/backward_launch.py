@@ -205,7 +205,7 @@ class BackwardLaunch:
         return -(-self.line // (_ELEMENTS_A_PROGRAM // self.config.dim_v))
 
     @cached_property
-    def has_places(self) -> bool:
+    def has_pointers(self) -> bool:
         """Whether there are lengths, padding or documents (or modifiers)."""
         return not WITHOUT_POINTERS.issuperset(self.config.features)
 
@@ -215,7 +215,7 @@ class BackwardLaunch:
 
     def __call__(self, operands: Operands, upstream: Upstream) -> InputGradients:
         q, k, v, dout = operands.q, operands.k, operands.v, upstream.dout.contiguous()
-        kept = Kept(operands if self.has_places else None)
+        kept = Kept(operands if self.has_pointers else None)
         addresses: tuple[int, ...] = (q.data_ptr(), k.data_ptr(), v.data_ptr(), dout.data_ptr())
         bound = self.bound.get(_AS_THEY_ARE)
         if bound is None or (addresses[0] | addresses[1] | addresses[2] | addresses[3]) % 16:

@@ -4,7 +4,15 @@ The n-th use of a ring is slot n mod slots; the parity of n div slots tells this
 for `empty`, the TMA's bytes complete `full`.
 """
 
-from tessera.jit.compat import aggregate, arrive_after_copies, fence_async_shared, gl, gluon, mbarrier
+from tessera.jit.compat import (
+    aggregate,
+    arrive_after_copies,
+    fence_async_shared,
+    gl,
+    gluon,
+    init_for_cluster,
+    mbarrier,
+)
 
 # Hardware's named barriers, 0 to 15. Triton takes 0, 1 and one for each partition (2 to 4 here).
 NAMED_BARRIER_TURN = gl.constexpr(7)
@@ -97,6 +105,17 @@ def make_barriers(count: gl.constexpr, arrivals: gl.constexpr):
     for index in gl.static_range(count):
         mbarrier.init(barriers.index(index), count=arrivals)
     return barriers
+
+
+@gluon.jit
+def make_cluster_barriers(count: gl.constexpr, arrivals: gl.constexpr):
+    """The same where another program of the cluster arrives, and the first one's address in shared memory, for
+    compat.place_in. Before the cluster meets."""
+    barriers = gl.allocate_shared_memory(gl.int64, [count, 1], mbarrier.MBarrierLayout())
+    first = init_for_cluster(barriers.index(0), arrivals)
+    for index in gl.static_range(1, count):
+        mbarrier.init(barriers.index(index), count=arrivals)
+    return barriers, first
 
 
 @aggregate

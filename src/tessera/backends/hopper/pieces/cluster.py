@@ -13,6 +13,7 @@ program ends while the other still reaches for it.
 """
 
 from tessera.backends.hopper.config import Pairing
+from tessera.backends.hopper.pieces.channel import make_cluster_barriers
 from tessera.jit.compat import (
     aggregate,
     arrive_in_cluster,
@@ -97,10 +98,7 @@ class Peer:
 
 @gluon.jit
 def _make_peer(slots: gl.constexpr, loader: gl.constexpr):
-    left = gl.allocate_shared_memory(gl.int64, [slots, 1], mbarrier.MBarrierLayout())
-    first = init_for_cluster(left.index(0), 1)
-    for slot in gl.static_range(1, slots):
-        mbarrier.init(left.index(slot), count=1)
+    left, first = make_cluster_barriers(slots, 1)
     return Peer(left, place_in(loader, first), program_of_pair(), loader)
 
 

@@ -8,11 +8,12 @@ Where a tile has keys for one program alone, that keeps all rows. Each program w
 ends while the other still reaches for it.
 """
 
+from tessera.backends.hopper.pieces.channel import make_cluster_barriers
 from tessera.backends.hopper.pieces.epilogue import LN_2, LOG2_E, log2
 from tessera.backends.hopper.pieces.packed_rows import Outcome, is_joined, load_lse, load_out, store_lse, store_out
 from tessera.backends.hopper.pieces.softmax import exp2
 from tessera.backends.hopper.pieces.tiles import row_layout
-from tessera.jit.compat import aggregate, arrive_after_writes, await_writes, gl, gluon, init_for_cluster, mbarrier, place_in
+from tessera.jit.compat import aggregate, arrive_after_writes, await_writes, gl, gluon, place_in
 
 _WARPS = gl.constexpr(4)
 """Of a consumer: each says for itself that its rows are written."""
@@ -37,8 +38,7 @@ class Meeting:
 def make_meeting(config: gl.constexpr, given):
     """A tuple of one; empty for a program by itself. Before the warps specialise, and before the cluster meets."""
     if is_joined(config):
-        told = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
-        address = init_for_cluster(told.index(0), _WARPS)
+        told, address = make_cluster_barriers(1, _WARPS)
         place = gl.where(gl.program_id(0) % 2 == 0, place_in(1, address), place_in(0, address))
         return (Meeting(given, told, place),)
     else:

@@ -12,11 +12,11 @@ its part; each tile waits for the one before it (see backward_writer.py).
 
 from tessera.backends.hopper.backward_plan import PART_LINE
 from tessera.backends.hopper.config import ROWS
-from tessera.backends.hopper.pieces.channel import Ring, make_ring
+from tessera.backends.hopper.pieces.channel import Ring, make_barriers, make_ring
 from tessera.backends.hopper.pieces.masking import has_lower_bound
 from tessera.backends.hopper.pieces.softmax import to_16_bit
 from tessera.backends.hopper.pieces.tiles import has, matrix
-from tessera.jit.compat import aggregate, fence_async_shared, gl, gluon, mbarrier, reinterpret, tma_reduce_add, tma_store_wait
+from tessera.jit.compat import aggregate, fence_async_shared, gl, gluon, reinterpret, tma_reduce_add, tma_store_wait
 
 PART_ROWS = gl.constexpr(ROWS)
 """Rows of a part, and of a mark."""
@@ -82,9 +82,7 @@ def sums_in(config: gl.constexpr, parts, rounded, bar):
     if config.writers == 0:
         return Sums(parts, rounded, Ring(bar, bar, count), bar)
     elif shares_slots(config):
-        found = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-        for writer in gl.static_range(2):
-            mbarrier.init(found.index(writer), count=1)
+        found = make_barriers(2, 1)
         return Sums(parts, rounded, make_ring(count, 1), found)
     else:
         return Sums(parts, rounded, make_ring(count, 1), bar)
