@@ -53,6 +53,17 @@ def test_links_lead_somewhere() -> None:
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_the_logs_overview_leads_to_its_sections() -> None:
+    """Its references, [F1] and so on, lead to headings as GitHub names their anchors."""
+    log = (ROOT / "benchmarks" / "LOG.md").read_text()
+    headings = re.findall(r"^## (.*)$", log, flags=re.MULTILINE)
+    anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    leads = dict(re.findall(r"^\[(\w+)\]: #(\S+)$", log, flags=re.MULTILINE))
+    overview = log[: log.index("\n[F1]: ")]
+    assert set(re.findall(r"\[([A-Z]\w*)\]", overview)) == set(leads)
+    assert set(leads.values()) <= anchors
+
+
 def test_generated_parts_are_current() -> None:
     done = subprocess.run([sys.executable, ROOT / "scripts" / "update_readme.py", "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
