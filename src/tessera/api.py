@@ -328,7 +328,12 @@ def shape_as_tensor(x: Tensor | tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A tensor as it is; a shape as a tensor without memory."""
     if not isinstance(dtype, torch.dtype):
         raise bad_type("dtype", repr(dtype), "shapes become tensors of a dtype", "give a torch.dtype, as torch.bfloat16")
-    return x if isinstance(x, Tensor) else torch.empty(x, dtype=dtype, device="meta")
+    if isinstance(x, Tensor):
+        return x
+    try:
+        return torch.empty(x, dtype=dtype, device="meta")
+    except (RuntimeError, TypeError):  # below 0, past 2^63 bytes, no integers
+        raise bad_value("shape", repr(x), "no tensor has it", "give sizes from 0 on, or a tensor") from None
 
 
 def _complete(request: Request, window: Window | None, mask: Mask | None, device_kind: str | None = None) -> Request:

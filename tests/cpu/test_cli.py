@@ -171,6 +171,8 @@ def test_explain_cache_shows_the_plan():
         (("--latent", "--head-dim", "576", "--head-dim-v", "512", "--heads", "128", "--heads-kv", "1"), "hopper-latent"),
         (("--fp8", "--sinks", "--window", "1000,0"), "hopper-decode"),
         (("--varlen", "--append", "1", "--batch", "3"), "hopper-decode"),
+        (("--batch", "0"), "hopper-decode"),
+        (("--batch", "0", "--seqlen-q", "64", "--schedule", "split"), "hopper-chunk"),
     ],
 )
 def test_explain_cache_for_programs(flags: tuple[str, ...], kernel: str):
@@ -190,6 +192,7 @@ def test_explain_cache_for_programs(flags: tuple[str, ...], kernel: str):
         (("--rotary", "64"), 2, "rotary_cos"),
         (("--schedule", "magic"), 2, "schedule='magic'"),
         (("--fp8", "--seqlen-q", "64", "--head-dim", "72", "--backend", "hopper"), 3, "cannot run this problem"),
+        (("--seqlen-k", str(10**17)), 2, "no tensor has it"),
     ],
 )
 def test_explain_cache_refuses_in_words(flags: tuple[str, ...], code: int, words: str):

@@ -120,7 +120,7 @@ def decode_plan(problem: CacheProblem, device: Device) -> DecodePlan:
     resident = items if whole else tile.blocks * device.multiprocessors
     splits, least = _splits(problem, tile, items, resident)
     if schedule is Schedule.STREAM_K:
-        programs = (min(resident, items * tile.needed(shape.seqlen_k)), 1, 1)
+        programs = (max(1, min(resident, items * tile.needed(shape.seqlen_k))), 1, 1)  # one, where there is nothing to do
         slots = 2 * programs[0]
         in_line = packed or (tile.blocks > 1 and shape.seqlen_k >= LONG)
         rounds, crew = (0, 0) if in_line else _turns(items, programs[0])
