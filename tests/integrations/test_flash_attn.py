@@ -135,6 +135,10 @@ def test_the_second_one_over_packed_sequences_and_pages():
     table = torch.arange(8, dtype=torch.int32).view(2, 4)
     step = flash2.flash_attn_with_kvcache(q, *pool, cache_seqlens=37, block_table=table, causal=True)
     assert torch.equal(step, tessera.attention_with_kvcache(q, k_cache, v_cache, cache_seqlens=int32(37, 37), causal=True))
+    each = int32(0, 3, 6), int32(0, 37, 74)
+    packed = flash2.flash_attn_varlen_func(q.flatten(0, 1), *pool, *each, causal=True, block_table=table, return_attn_probs=True)
+    torch.testing.assert_close(packed[0].view_as(step), step)
+    assert packed[1].shape == (4, 6)
 
 
 def test_packed_sequences():
@@ -196,7 +200,6 @@ REFUSED = {
     "rotary_seqlens": lambda: cached(rotary_seqlens=int32(1, 2)),
     "cu_seqlens_k_new": lambda: cached(cu_seqlens_k_new=int32(0, 2, 4)),
     "cache_seqlens": lambda: cached(cache_seqlens=None, k=NEW, v=NEW),
-    "block_table": lambda: flash2.flash_attn_varlen_func(*qkv(), int32(0, 1), int32(0, 1), block_table=int32(1)),
     "alibi_slopes": lambda: flash2.flash_attn_with_kvcache(*qkv(2, 64), cache_seqlens=9, alibi_slopes=torch.rand(4)),
     "causal": lambda: cached(k=NEW, v=NEW, rotary_cos=torch.ones(64, 8), rotary_sin=torch.ones(64, 8)),
 }

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tessera import attention, attention_varlen
 from tessera.errors import bad_value
-from tessera.integrations import flash_attn_interface
+from tessera.integrations import flash_attn_interface, vllm_flash_attn
 from tessera.integrations.flash_attn_interface import Window, limits
 
 Result = Tensor | tuple[Tensor, Tensor, None]
@@ -64,10 +64,15 @@ def flash_attn_varlen_func(
     window_size: Window = (-1, -1), softcap: float = 0.0, alibi_slopes: Tensor | None = None, deterministic: bool = False,
     return_attn_probs: bool = False, block_table: Tensor | None = None,
 ) -> Result:  # fmt: skip
-    """`tessera.attention_varlen` as FlashAttention-2's flash_attn_varlen_func; max_seqlen_q and max_seqlen_k are not needed."""
+    """`tessera.attention_varlen` as FlashAttention-2's flash_attn_varlen_func; max_seqlen_q and max_seqlen_k are not needed. With
+    block_table k and v are pages, each sequence's length follows from cu_seqlens_k, and there are no gradients."""
     if block_table is not None:
-        why, instead = "packed keys lie in one piece here", "use flash_attn_with_kvcache(cu_seqlens_q=) of flash_attn_interface"
-        raise bad_value("block_table", f"shape {tuple(block_table.shape)}", why, instead)
+        found = vllm_flash_attn.flash_attn_varlen_func(
+            q, k, v, max_seqlen_q, cu_seqlens_q, max_seqlen_k, seqused_k=cu_seqlens_k.diff(), dropout_p=dropout_p,
+            softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes,
+            return_softmax_lse=return_attn_probs, block_table=block_table,
+        )  # fmt: skip
+        return _results(found)
     options: dict[str, Any] = {
         "causal": causal, "window": limits(window_size), "softmax_scale": softmax_scale, "softcap": softcap,
         "alibi_slopes": alibi_slopes, "deterministic": deterministic, "return_lse": return_attn_probs, **_dropout(dropout_p),
