@@ -18,6 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 LINES = """
         /*0000*/                   LDC R1, c[0x0][0x28] ;
         /*0010*/                   STL [R1], R0 ;
+        /*0014*/                   ULDC.64 UR4, c[0x0][0x8e0] ;
+        /*0018*/                   UIADD3.64 UR6, UR4, 0x2, URZ ;
         /*0020*/                   USETMAXREG.DEALLOC.CTAPOOL 0x78 ;
         /*0030*/                   BRX R2 -0x40   (*"BRANCH_TARGETS .L_x_1,.L_x_9"*);
 .L_x_1:
@@ -67,7 +69,8 @@ def loop(label: int, products: int, others: int, extra: str = "") -> str:
 
 
 MASKING = "/*0000*/ FSEL R1, R2, -INF , !P1 ;\n/*0000*/ STL [R1], R0 ;\n" * 4
-TWINS = loop(1, 4, 56, MASKING) + loop(2, 4, 56) + loop(3, 4, 57) + loop(4, 2, 200)
+SET = "/*0000*/ UIADD3.64 UR4, UR8, 0x2, URZ ;\n/*0000*/ UIADD3.64 UR6, UR8, 0x4, URZ ;\n"
+TWINS = SET + loop(1, 4, 56, MASKING) + loop(2, 4, 56) + loop(3, 4, 57) + loop(4, 2, 200)
 """The main loops of two warpgroups, a loop that masks as well and spills, and the main loop of a warpgroup with other work."""
 
 
@@ -80,7 +83,7 @@ def test_main_loops_are_twins_and_not_the_masking_ones():
 def test_instructions_are_counted_once():
     counts = sass.parse(GOOD).counts
     assert (counts["HGMMA"], counts["STL"], counts["USETMAXREG"], counts["UTMALDG"], counts["EXIT"]) == (4, 1, 1, 1, 2)
-    assert sum(counts.values()) == 24
+    assert sum(counts.values()) == 26
 
 
 def test_a_reconvergence_point_is_no_jump():
@@ -130,6 +133,29 @@ def test_missing_instructions_and_sizes_are_faults(monkeypatch):
     faults = " ".join(verdict(monkeypatch, plain, shared=gate.SHARED_LIMIT + 1, threads=512).faults)
     for words in ("no HGMMA or QGMMA", "no USETMAXREG", "232449 bytes of shared memory", "168 registers x 512 threads"):
         assert words in faults
+
+
+@pytest.mark.parametrize(("before", "after", "expected"), [
+    ("UIADD3.64 UR6", "UIADD3 UR6", 4),  # the pair's second half
+    ("FADD R3, R3, R4", "@P3 UMOV UR5, 0x4", 0),
+    ("gdesc[UR4], RZ", "gdesc[UR6], RZ", 4),  # 8 and 9
+    ("R24, gdesc[UR4], RZ", "R24, R88, gdesc[UR4], RZ", 0),
+    ("R24, gdesc[UR4], RZ", "R24, R88, gdesc[UR2], RZ", 0),  # A's pair is idle
+], ids=["half a pair", "set again", "never", "A in registers", "idle"])  # fmt: skip
+def test_products_whose_descriptors_are_not_set(monkeypatch, before, after, expected):
+    found = verdict(monkeypatch, GOOD.replace(before, after))
+    assert len(found.unset) == expected
+    assert bool(found.faults) == bool(expected)
+
+
+def test_a_descriptor_that_one_of_two_branches_sets(monkeypatch):
+    """By way of .L_x_3 alone, the second product's A is set on one path of two, and by way of the jump round it on the other."""
+    branch = "@P3 BRA `(.L_x_5) ;\n        /*00d4*/                   UMOV UR5, 0x4 ;\n.L_x_5:\n"
+    product = "        /*00d8*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], RZ, !UPT ;"
+    one_path = GOOD.replace("ULDC.64 UR4,", "ULDC UR4,").replace("HGMMA.64x128x16.F32.BF16 R24, gdesc", "FADD R3, gdesc")
+    assert len(verdict(monkeypatch, one_path.replace("FADD R3, R3, R4 ;", branch + product)).unset) == 1
+    both = one_path.replace("FADD R3, R3, R4 ;", "UMOV UR5, 0x2 ;\n        /*00d2*/                   " + branch + product)
+    assert verdict(monkeypatch, both).unset == ()
 
 
 PARTITIONED = """

@@ -31,6 +31,10 @@ MANY_TILES = (
     *(Case(f"d{d} causal", head_dim=d, causal=True, **MANY) for d in (64, 72, 96, 128, 192, 256)),
     Case("d192 v128 causal", head_dim=192, head_dim_v=128, causal=True, **MANY),
     *(Case(f"d{d} v{v}", head_dim=d, head_dim_v=v, causal=d > v, **MANY) for d, v in ((24, 8), (40, 256), (136, 200), (256, 64))),
+    *(
+        Case(f"d{d} v{v} causal, not aligned", head_dim=d, head_dim_v=v, causal=True, batch=1, seqlen_q=160, seqlen_k=190)
+        for d, v in ((96, 64), (64, 96), (160, 128), (128, 96))
+    ),
     *(Case(f"d{d} long", head_dim=d, batch=1, seqlen_q=700, seqlen_k=3000, heads_q=36, heads_kv=12) for d in (64, 72, 96, 128)),
     Case("d96 long causal", head_dim=96, batch=1, seqlen_q=700, seqlen_k=3000, heads_q=36, heads_kv=12, causal=True),
     Case("window", head_dim=128, window=(200, 0), **MANY),

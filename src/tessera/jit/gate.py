@@ -22,6 +22,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from tessera.jit import descriptors
 from tessera.jit.compiler import obtain
 from tessera.jit.sass import WARPGROUP, disassemble, parse
 from tessera.jit.spec import Variant
@@ -50,7 +51,7 @@ class Verdict:
 
     `spills` are those ptxas counts anywhere (stores, loads); `loop_spills` the local-memory instructions inside main loops,
     `edge_spills` those inside loops that run at a tile's edge alone (see `sass.Code.main_loops`). `faults` is empty for a
-    variant that passes.
+    variant that passes. `unset` are products whose descriptors a path leaves unset (see `descriptors`).
     """
 
     name: str
@@ -64,6 +65,7 @@ class Verdict:
     loop_tensor_core: int
     counts: dict[str, int]
     warnings: tuple[str, ...]
+    unset: tuple[str, ...]
     seconds: float
     faults: tuple[str, ...]
 
@@ -80,7 +82,7 @@ def examine(variant: Variant) -> Verdict:
         code = parse(disassemble(binary.cubin))
     except Exception as error:
         words = f"{type(error).__name__}: {error}"[:2000]
-        return Verdict(variant.name, 0, 0, 0, (0, 0), 0, 0, 0, 0, {}, (), time.perf_counter() - start, (words,))
+        return Verdict(variant.name, 0, 0, 0, (0, 0), 0, 0, 0, 0, {}, (), (), time.perf_counter() - start, (words,))
     loops, main_loops = code.tensor_core_loops(), code.main_loops()
     main = loops[0] if loops else None
     spills = sum(loop.spills for loop in main_loops)
@@ -97,6 +99,7 @@ def examine(variant: Variant) -> Verdict:
         loop_tensor_core=main.tensor_core if main else 0,
         counts={opcode: code.counts[opcode] for opcode in COUNTED},
         warnings=warnings,
+        unset=descriptors.unset(code),
         seconds=time.perf_counter() - start,
         faults=(),
     )
@@ -105,6 +108,8 @@ def examine(variant: Variant) -> Verdict:
 
 def _faults(variant: Variant, verdict: Verdict) -> Iterable[str]:
     yield from verdict.warnings
+    if verdict.unset:
+        yield f"{len(verdict.unset)} products read descriptors that a path leaves unset, such as {verdict.unset[0]}"
     if verdict.loop_spills:
         yield f"{verdict.loop_spills} spill instructions (LDL, STL) in main loops"
     if variant.wgmma and not any(verdict.counts[opcode] for opcode in WARPGROUP):

@@ -63,9 +63,10 @@ def stages_in_query(config):
 @gluon.constexpr_function
 def masks_by_words(config):
     """Which of masking.py's two ways a cut block goes: words in the forward, but not where registers are few, in a window's three
-    consumers and under dropout. Chunks have few cut blocks. (Nor where V is in two parts: at head dim 96 a first block that rows
-    see more than half of came out wrong on the GPU, in the emulator right, and it is not known why; H200, 2026-11-21.)"""
-    wide = isinstance(config, ForwardConfig) and takes_p_at_once(config) and config.keys == 128 and len(config.dims_v) == 1
+    consumers and under dropout. Chunks have few cut blocks. (Nor where Q has a second part of 16 or 32 columns: with half blocks
+    ptxas 12.8 leaves the descriptor of its last 16 unset in one of two branches, at head dim 96; see jit/descriptors.py. The gate
+    sees 192 = 128 + 64, which is right.)"""
+    wide = isinstance(config, ForwardConfig) and takes_p_at_once(config) and config.keys == 128 and config.dims[1:] in ((), (64,))
     few = (config.consumers == 3 and has(config, "left")) or has(config, "dropout")
     return wide and not few
 
