@@ -43,7 +43,7 @@ NO_CLUSTERS = ("racecheck",)
 does nothing else shows (H200, CUDA 13, 2026-11-21). memcheck and synccheck see them."""
 EXPLAINED = {
     "Triton's own words to its partitions, between two barrier.sync of the whole block": (
-        "def attention_", "def _start_ahead(", "def decode(", "gl.warp_specialize([", "if config.consumers == 2:",
+        "def attention_", "def _start_", "def decode(", "gl.warp_specialize([", "if config.consumers == 2:",
         "if divided_by(config, ", "elif divided_by(config, ",
     ),
     "the posted tile, between the arrives and the waits of an mbarrier pair": (
