@@ -184,12 +184,19 @@ def _issue_s(shared, n):
     return issue_transposed(matrix(shared.k.index(fresh_zero())), matrix(shared.q.index(shared.q_stream.slot(n))))
 
 
+@gluon.constexpr_function
+def _reads_rows_late(config):
+    """Whether rows' values are read behind a product and not under it: there is no room beside the places of a bias, nor beside
+    a bias of keys and what dropout draws."""
+    return has(config, "bias") or (has(config, "bias of keys") and has(config, "dropout"))
+
+
 @gluon.jit
 def _finished_s(config: gl.constexpr, shared, s, n):
-    """(S of block n, its rows' lse), which is read while S is under way. (Beside the places of a bias there is no room.)"""
+    """(S of block n, its rows' lse), which is read while S is under way."""
     values = shared.lse
     slot = shared.q_stream.slot(n)
-    if has(config, "bias"):
+    if _reads_rows_late(config):
         s = warpgroup_mma_wait(0, deps=(s,))
         lse = row_values(values, slot, config.rows)
     else:
@@ -280,7 +287,7 @@ def _d_and_p_of(config: gl.constexpr, shared, exchange, n):
 @gluon.jit
 def _finished_dp(config: gl.constexpr, shared, exchange, dp, n):
     """(dP of block n, its rows' D and its P), as _finished_s. (Packed and in an order there is no room either.)"""
-    if has(config, "bias") or (has(config, "varlen") and adds_in_order(config)):
+    if _reads_rows_late(config) or (has(config, "varlen") and adds_in_order(config)):
         dp = warpgroup_mma_wait(0, deps=(dp,))
         d, p = _d_and_p_of(config, shared, exchange, n)
     else:
