@@ -549,10 +549,17 @@ def _language() -> ModuleType:
     return gl
 
 
+def _aggregate(cls: type) -> type:
+    """With an __init__ that takes the fields in their order, where there is none."""
+    if "__init__" not in vars(cls):
+        cls.__init__ = lambda self, *values: vars(self).update(zip(cls.__annotations__, values, strict=True))
+    return cls
+
+
 def _compat() -> ModuleType:
     compat = ModuleType("tessera.jit.compat")
     vars(compat).update(
-        gl=_language(), gluon=SimpleNamespace(jit=lambda f: f, constexpr_function=lambda f: f), aggregate=lambda c: c,
+        gl=_language(), gluon=SimpleNamespace(jit=lambda f: f, constexpr_function=lambda f: f), aggregate=_aggregate,
         mbarrier=SimpleNamespace(
             MBarrierLayout=BarrierLayout, init=lambda bar, count: bar.init(count), expect=lambda bar, count: bar.arrive(count),
             arrive=lambda bar: bar.arrive(), wait=lambda bar, parity: bar.wait(parity),

@@ -53,13 +53,30 @@ VERSION = tuple(int(part) for part in triton.__version__.split("+")[0].split("."
 
 # Names that moved: thread_barrier -> barrier in 3.7, _aggregate -> aggregate in 3.8, async_copy_* -> async_load and
 # async_store in 3.8, where the old names remain, and raise from 3.9 on. So the new name is looked for first.
-aggregate = gluon.aggregate if hasattr(gluon, "aggregate") else core._aggregate
+_aggregate = gluon.aggregate if hasattr(gluon, "aggregate") else core._aggregate
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 copy_to_shared = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
 arrive_after_copies = async_copy.mbarrier_arrive
 tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 tma_store_wait = tma.store_wait
+
+
+def aggregate(cls: type) -> Any:
+    """A record in device code: its annotated fields, which its call takes in their order unless it has an __init__ of its own.
+    (Triton makes such an __init__ from 3.8 on.)"""
+    if "__init__" not in vars(cls):
+        cls.__init__ = _taking(cls.__annotations__)  # type: ignore[misc]
+    return _aggregate(cls)
+
+
+def _taking(fields: dict[str, Any]) -> Callable[..., None]:
+    def take(self: Any, *values: Any) -> None:
+        for (name, kind), value in zip(fields.items(), values, strict=True):
+            setattr(self, name, gl.constexpr(value) if kind is gl.constexpr else value)
+
+    take.__triton_builtin__ = True  # type: ignore[attr-defined]  # nothing for Triton to read
+    return take
 
 
 _ADDRESS_ASM = gl.constexpr(f"{ptx.END}\n\tmov.u32 $0, 0;")

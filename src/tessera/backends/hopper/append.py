@@ -26,15 +26,6 @@ class Rows:
     columns: gl.tensor
     turning: gl.tensor
 
-    @gluon.constexpr_function
-    def __init__(self, pointer, entry, row, head, columns, turning):
-        self.pointer = pointer
-        self.entry = entry
-        self.row = row
-        self.head = head
-        self.columns = columns
-        self.turning = turning
-
     @gluon.jit
     def at(self, entry, row, head):
         """Offsets of rows' beginnings, (tokens, heads)."""
@@ -52,14 +43,6 @@ class Rotary:
     sin_row: gl.tensor
     positions: gl.tensor
 
-    @gluon.constexpr_function
-    def __init__(self, cos, sin, cos_row, sin_row, positions):
-        self.cos = cos
-        self.sin = sin
-        self.cos_row = cos_row
-        self.sin_row = sin_row
-        self.positions = positions
-
 
 @aggregate
 class Tokens:
@@ -70,14 +53,6 @@ class Tokens:
     number: gl.tensor
     position: gl.tensor
     exists: gl.tensor
-
-    @gluon.constexpr_function
-    def __init__(self, sequence, begin, number, position, exists):
-        self.sequence = sequence
-        self.begin = begin
-        self.number = number
-        self.position = position
-        self.exists = exists
 
 
 # ------------------------------------------------------------------------------------------------------------ layouts

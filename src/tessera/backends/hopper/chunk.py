@@ -70,16 +70,6 @@ class Shared:
     k_stream: Stream
     v_stream: Stream
 
-    @gluon.constexpr_function
-    def __init__(self, q, k, v, boxes, q_ring, k_stream, v_stream):
-        self.q = q
-        self.k = k
-        self.v = v
-        self.boxes = boxes
-        self.q_ring = q_ring
-        self.k_stream = k_stream
-        self.v_stream = v_stream
-
 
 # ----------------------------------------------------------------------------------------------------------- producer
 
@@ -144,14 +134,6 @@ class Consumer:
     shared: Shared
     score: Score
     call: CacheCall
-
-    @gluon.constexpr_function
-    def __init__(self, config, index, shared, score, call):
-        self.config = gl.constexpr(config)
-        self.index = gl.constexpr(index)
-        self.shared = shared
-        self.score = score
-        self.call = call
 
 
 @gluon.jit

@@ -93,16 +93,6 @@ class Shared:
     outer: Stream
     right: Stream
 
-    @gluon.constexpr_function
-    def __init__(self, q, k, boxes, passed, q_ring, outer, right):
-        self.q = q
-        self.k = k
-        self.boxes = boxes
-        self.passed = passed
-        self.q_ring = q_ring
-        self.outer = outer
-        self.right = right
-
 
 @aggregate
 class Role:
@@ -112,13 +102,6 @@ class Role:
     shared: Shared
     score: Score
     call: CacheCall
-
-    @gluon.constexpr_function
-    def __init__(self, config, shared, score, call):
-        self.config = gl.constexpr(config)
-        self.shared = shared
-        self.score = score
-        self.call = call
 
 
 # ----------------------------------------------------------------------------------------------------------- producer

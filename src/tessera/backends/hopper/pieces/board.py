@@ -22,11 +22,6 @@ class Board:
     entries: gl.shared_memory_descriptor
     ring: Ring
 
-    @gluon.constexpr_function
-    def __init__(self, entries, ring):
-        self.entries = entries
-        self.ring = ring
-
 
 @gluon.jit
 def make_board(readers: gl.constexpr):

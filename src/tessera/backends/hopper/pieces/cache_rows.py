@@ -34,14 +34,6 @@ class Cache:
     capacity: gl.tensor
     appended: gl.tensor
 
-    @gluon.constexpr_function
-    def __init__(self, seqlens, leftpad, batch_index, capacity, appended):
-        self.seqlens = seqlens
-        self.leftpad = leftpad
-        self.batch_index = batch_index
-        self.capacity = capacity
-        self.appended = appended
-
 
 @aggregate
 class Pages:
@@ -53,14 +45,6 @@ class Pages:
     per_sequence: gl.tensor
     count: gl.tensor
     size: gl.tensor
-
-    @gluon.constexpr_function
-    def __init__(self, table, stride, per_sequence, count, size):
-        self.table = table
-        self.stride = stride
-        self.per_sequence = per_sequence
-        self.count = count
-        self.size = size
 
 
 @aggregate
@@ -74,14 +58,6 @@ class Rows:
     head: gl.tensor
     pitch: gl.tensor
 
-    @gluon.constexpr_function
-    def __init__(self, pointer, page, row, head, pitch):
-        self.pointer = pointer
-        self.page = page
-        self.row = row
-        self.head = head
-        self.pitch = pitch
-
 
 @aggregate
 class Source:
@@ -93,15 +69,6 @@ class Source:
     head: gl.tensor
     first: gl.tensor
     count: gl.tensor
-
-    @gluon.constexpr_function
-    def __init__(self, rows, pages, entry, head, first, count):
-        self.rows = rows
-        self.pages = pages
-        self.entry = entry
-        self.head = head
-        self.first = first
-        self.count = count
 
 
 @gluon.jit

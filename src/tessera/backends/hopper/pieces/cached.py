@@ -20,14 +20,6 @@ class Places:
     batch_index: gl.tensor
     page_table: gl.tensor
 
-    @gluon.constexpr_function
-    def __init__(self, seqlens, cu_q, leftpad, batch_index, page_table):
-        self.seqlens = seqlens
-        self.cu_q = cu_q
-        self.leftpad = leftpad
-        self.batch_index = batch_index
-        self.page_table = page_table
-
 
 @aggregate
 class Sizes:
@@ -52,26 +44,6 @@ class Sizes:
     tickets: gl.tensor
     entries: gl.tensor
 
-    @gluon.constexpr_function
-    def __init__(
-        self, batch, heads_kv, group, seqlen_q, added, capacity, row_blocks, slot_rows, left, right, table_stride, page_shift,
-        tickets, entries,
-    ):  # fmt: skip
-        self.batch = batch
-        self.heads_kv = heads_kv
-        self.group = group
-        self.seqlen_q = seqlen_q
-        self.added = added
-        self.capacity = capacity
-        self.row_blocks = row_blocks
-        self.slot_rows = slot_rows
-        self.left = left
-        self.right = right
-        self.table_stride = table_stride
-        self.page_shift = page_shift
-        self.tickets = tickets
-        self.entries = entries
-
 
 @aggregate
 class Cached:
@@ -83,14 +55,6 @@ class Cached:
     q_rows: gl.tensor
     k_begin: gl.tensor
     k_end: gl.tensor
-
-    @gluon.constexpr_function
-    def __init__(self, index, q_begin, q_rows, k_begin, k_end):
-        self.index = index
-        self.q_begin = q_begin
-        self.q_rows = q_rows
-        self.k_begin = k_begin
-        self.k_end = k_end
 
 
 @gluon.jit

@@ -20,13 +20,6 @@ class Chain:
     closed: gl.tensor
     factor: gl.tensor
 
-    @gluon.constexpr_function
-    def __init__(self, before, opened, closed, factor):
-        self.before = before
-        self.opened = opened
-        self.closed = closed
-        self.factor = factor
-
     @gluon.jit
     def opens(self, row):
         """Whether nothing has been added to a block's rows, from `row` on, before this tile."""

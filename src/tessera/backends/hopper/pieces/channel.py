@@ -33,12 +33,6 @@ class Ring:
     empty: gl.shared_memory_descriptor
     slots: gl.constexpr
 
-    @gluon.constexpr_function
-    def __init__(self, full, empty, slots):
-        self.full = full
-        self.empty = empty
-        self.slots = gl.constexpr(slots)
-
     @gluon.jit
     def slot(self, n):
         return n % self.slots
@@ -139,15 +133,6 @@ class Stream:
     first: gl.constexpr
     warps: gl.constexpr
     peer: gl.tuple
-
-    @gluon.constexpr_function
-    def __init__(self, full, slots, consumers, first, warps, peer):
-        self.full = full
-        self.peer = peer
-        self.slots = gl.constexpr(slots)
-        self.consumers = gl.constexpr(consumers)
-        self.first = gl.constexpr(first)
-        self.warps = gl.constexpr(warps)
 
     @gluon.jit
     def slot(self, n):

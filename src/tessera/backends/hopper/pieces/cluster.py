@@ -77,13 +77,6 @@ class Peer:
     rank: gl.tensor
     loader: gl.constexpr
 
-    @gluon.constexpr_function
-    def __init__(self, left, place, rank, loader):
-        self.left = left
-        self.place = place
-        self.rank = rank
-        self.loader = gl.constexpr(loader)
-
     @gluon.jit
     def may_load(self, slot, lap):
         """Producer, with its own slot free for lap `lap`: whether it loads for both, which it now can."""
@@ -119,12 +112,6 @@ class Box:
     places: gl.shared_memory_descriptor
     place: gl.tensor
     room: gl.constexpr
-
-    @gluon.constexpr_function
-    def __init__(self, places, place, room):
-        self.places = places
-        self.place = place
-        self.room = gl.constexpr(room)
 
     @gluon.jit
     def send(self, turn, number):

@@ -27,12 +27,6 @@ class Meeting:
     told: gl.shared_memory_descriptor
     place: gl.tensor
 
-    @gluon.constexpr_function
-    def __init__(self, given, told, place):
-        self.given = given
-        self.told = told
-        self.place = place
-
 
 @gluon.jit
 def make_meeting(config: gl.constexpr, given):

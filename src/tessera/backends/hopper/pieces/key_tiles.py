@@ -25,13 +25,6 @@ class Order:
     section: gl.tensor
     line: gl.tensor
 
-    @gluon.constexpr_function
-    def __init__(self, number, blocks, section, line):
-        self.number = number
-        self.blocks = blocks
-        self.section = section
-        self.line = line
-
 
 @aggregate
 class Call:
@@ -47,18 +40,6 @@ class Call:
     pitch: Pitch
     order: Order
 
-    @gluon.constexpr_function
-    def __init__(self, batch, heads_kv, group, seqlen_q, seqlen_k, band, lengths, pitch, order):
-        self.batch = batch
-        self.heads_kv = heads_kv
-        self.group = group
-        self.seqlen_q = seqlen_q
-        self.seqlen_k = seqlen_k
-        self.band = band
-        self.lengths = lengths
-        self.pitch = pitch
-        self.order = order
-
 
 @aggregate
 class KeyTile:
@@ -72,15 +53,6 @@ class KeyTile:
     written: Span
     work: gl.tensor
     falls: gl.tensor
-
-    @gluon.constexpr_function
-    def __init__(self, seq, head, first, written, work, falls):
-        self.seq = seq
-        self.head = head
-        self.first = first
-        self.written = written
-        self.work = work
-        self.falls = falls
 
     @gluon.jit
     def queries(self, pitch):

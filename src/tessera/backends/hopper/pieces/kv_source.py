@@ -28,16 +28,6 @@ class Lengths:
     key_end: gl.tensor
     query_end: gl.tensor
 
-    @gluon.constexpr_function
-    def __init__(self, cu_q, cu_k, used_q, used_k, key_start, key_end, query_end):
-        self.cu_q = cu_q
-        self.cu_k = cu_k
-        self.used_q = used_q
-        self.used_k = used_k
-        self.key_start = key_start
-        self.key_end = key_end
-        self.query_end = query_end
-
 
 WRAP = gl.constexpr(1 << 30)
 
@@ -51,13 +41,6 @@ class Pitch:
     v: gl.tensor
     o: gl.tensor
 
-    @gluon.constexpr_function
-    def __init__(self, q, k, v, o):
-        self.q = q
-        self.k = k
-        self.v = v
-        self.o = o
-
 
 @aggregate
 class Span:
@@ -65,11 +48,6 @@ class Span:
 
     first: gl.tensor
     count: gl.tensor
-
-    @gluon.constexpr_function
-    def __init__(self, first, count):
-        self.first = first
-        self.count = count
 
 
 @aggregate
@@ -85,17 +63,6 @@ class Sequence:
     k_rows: gl.tensor
     diagonal: gl.tensor
     number: gl.tensor
-
-    @gluon.constexpr_function
-    def __init__(self, batch, q_begin, q_rows, q_live, k_begin, k_rows, diagonal, number):
-        self.batch = batch
-        self.q_begin = q_begin
-        self.q_rows = q_rows
-        self.q_live = q_live
-        self.k_begin = k_begin
-        self.k_rows = k_rows
-        self.diagonal = diagonal
-        self.number = number
 
     @gluon.jit
     def queries(self, pitch):

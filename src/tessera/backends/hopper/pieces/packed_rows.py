@@ -21,11 +21,6 @@ class Reach:
     left: gl.tensor
     right: gl.tensor
 
-    @gluon.constexpr_function
-    def __init__(self, left, right):
-        self.left = left
-        self.right = right
-
 
 @aggregate
 class CacheCall:
@@ -39,17 +34,6 @@ class CacheCall:
     splits: gl.tensor
     reach: Reach
     cache: Cache
-
-    @gluon.constexpr_function
-    def __init__(self, batch, heads, group, seqlen_q, cu_q, splits, reach, cache):
-        self.batch = batch
-        self.heads = heads
-        self.group = group
-        self.seqlen_q = seqlen_q
-        self.cu_q = cu_q
-        self.splits = splits
-        self.reach = reach
-        self.cache = cache
 
 
 @aggregate
@@ -66,17 +50,6 @@ class CacheTile:
     begin: gl.tensor
     end: gl.tensor
 
-    @gluon.constexpr_function
-    def __init__(self, seq, position, head, first_head, split, parts, begin, end):
-        self.seq = seq
-        self.position = position
-        self.head = head
-        self.first_head = first_head
-        self.split = split
-        self.parts = parts
-        self.begin = begin
-        self.end = end
-
 
 @aggregate
 class Outcome:
@@ -86,12 +59,6 @@ class Outcome:
     out: gl.tensor
     lse: gl.tensor
     lines: gl.tensor
-
-    @gluon.constexpr_function
-    def __init__(self, out, lse, lines):
-        self.out = out
-        self.lse = lse
-        self.lines = lines
 
 
 @gluon.constexpr_function

@@ -31,17 +31,6 @@ class Results:
     head_dim_v: gl.tensor
     lse_pitch: gl.tensor
 
-    @gluon.constexpr_function
-    def __init__(self, out, lse, partial_out, partial_lse, tickets, sinks, head_dim_v, lse_pitch):
-        self.out = out
-        self.lse = lse
-        self.partial_out = partial_out
-        self.partial_lse = partial_lse
-        self.tickets = tickets
-        self.sinks = sinks
-        self.head_dim_v = head_dim_v
-        self.lse_pitch = lse_pitch
-
 
 @aggregate
 class Span:
@@ -50,12 +39,6 @@ class Span:
     begin: gl.tensor
     end: gl.tensor
     step: gl.tensor
-
-    @gluon.constexpr_function
-    def __init__(self, begin, end, step):
-        self.begin = begin
-        self.end = end
-        self.step = step
 
 
 @gluon.constexpr_function

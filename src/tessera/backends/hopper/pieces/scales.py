@@ -15,14 +15,6 @@ class Scales:
     block: gl.tensor
     rows: gl.tensor
 
-    @gluon.constexpr_function
-    def __init__(self, pointer, sequence, entry, block, rows):
-        self.pointer = pointer
-        self.sequence = sequence
-        self.entry = entry
-        self.block = block
-        self.rows = rows
-
 
 @aggregate
 class CacheScales:
@@ -30,11 +22,6 @@ class CacheScales:
 
     k: Scales
     v: Scales
-
-    @gluon.constexpr_function
-    def __init__(self, k, v):
-        self.k = k
-        self.v = v
 
 
 @gluon.jit

@@ -41,14 +41,6 @@ class Schedule:
     tall: gl.tensor
     section: gl.tensor
 
-    @gluon.constexpr_function
-    def __init__(self, counter, tiles, blocks, tall, section):
-        self.counter = counter
-        self.tiles = tiles
-        self.blocks = blocks
-        self.tall = tall
-        self.section = section
-
 
 @aggregate
 class Tile:
@@ -58,13 +50,6 @@ class Tile:
     head: gl.tensor
     first: gl.tensor
     rows: gl.tensor
-
-    @gluon.constexpr_function
-    def __init__(self, seq, head, first, rows):
-        self.seq = seq
-        self.head = head
-        self.first = first
-        self.rows = rows
 
 
 @gluon.jit

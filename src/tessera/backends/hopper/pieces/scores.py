@@ -31,13 +31,6 @@ class Score:
     sinks: gl.tensor
     modifiers: Modifiers
 
-    @gluon.constexpr_function
-    def __init__(self, scale, inner, sinks, modifiers):
-        self.scale = scale
-        self.inner = inner
-        self.sinks = sinks
-        self.modifiers = modifiers
-
 
 @gluon.jit
 def score_of_rows(config: gl.constexpr, score, seq, head, row):

@@ -31,12 +31,6 @@ class Line:
     begin: gl.tensor
     programs: gl.tensor
 
-    @gluon.constexpr_function
-    def __init__(self, length, begin, programs):
-        self.length = length
-        self.begin = begin
-        self.programs = programs
-
 
 @aggregate
 class Share:
@@ -54,18 +48,6 @@ class Share:
     turn: gl.tensor
     depth: gl.tensor
 
-    @gluon.constexpr_function
-    def __init__(self, position, stop, index, block, head, first, line, turn, depth):
-        self.position = position
-        self.stop = stop
-        self.index = index
-        self.block = block
-        self.head = head
-        self.first = first
-        self.line = line
-        self.turn = turn
-        self.depth = depth
-
 
 @aggregate
 class Turn:
@@ -79,16 +61,6 @@ class Turn:
     begin: gl.tensor
     crew: gl.tensor
     works: gl.tensor
-
-    @gluon.constexpr_function
-    def __init__(self, number, index, block, head, begin, crew, works):
-        self.number = number
-        self.index = index
-        self.block = block
-        self.head = head
-        self.begin = begin
-        self.crew = crew
-        self.works = works
 
 
 @aggregate
@@ -104,18 +76,6 @@ class Segment:
     parts: gl.tensor
     item: gl.tensor
     slots: gl.tensor
-
-    @gluon.constexpr_function
-    def __init__(self, seq, head, block, begin, end, part, parts, item, slots):
-        self.seq = seq
-        self.head = head
-        self.block = block
-        self.begin = begin
-        self.end = end
-        self.part = part
-        self.parts = parts
-        self.item = item
-        self.slots = slots
 
 
 @gluon.jit
