@@ -139,13 +139,20 @@ def _columns_of_pairs(config: gl.constexpr, rows):
 
 
 @gluon.jit
+def _neighbours(config: gl.constexpr, at, live):
+    """Where rows begin and which there are, (tokens, heads, 1), and their columns, as a thread has pairs of neighbours."""
+    layout: gl.constexpr = _columns_layout(config)
+    column = gl.arange(0, config.columns, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
+    at = gl.convert_layout(at, gl.SliceLayout(2, layout), assert_trivial=True)[:, :, None]
+    live = gl.convert_layout(live, gl.SliceLayout(2, layout), assert_trivial=True)[:, :, None]
+    return at, live, column
+
+
+@gluon.jit
 def _load_pairs(config: gl.constexpr, rows, at, live, NEIGHBOURS: gl.constexpr):
     """(a, b) of the rows that begin at `at`, each (tokens, heads, pairs)."""
     if NEIGHBOURS:
-        layout: gl.constexpr = _columns_layout(config)
-        column = gl.arange(0, config.columns, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
-        at = gl.convert_layout(at, gl.SliceLayout(2, layout), assert_trivial=True)[:, :, None]
-        live = gl.convert_layout(live, gl.SliceLayout(2, layout), assert_trivial=True)[:, :, None]
+        at, live, column = _neighbours(config, at, live)
         x = gl.load(rows.pointer + (at + column), mask=live & (column < rows.columns), other=0.0)
         a, b = gl.split(gl.reshape(x, [config.tokens, config.heads, config.columns // 2, 2]))
         a = gl.convert_layout(a, _pairs_layout(config), assert_trivial=True)
@@ -162,12 +169,9 @@ def _store_pairs(config: gl.constexpr, rows, at, live, pairs, NEIGHBOURS: gl.con
     """`pairs` = (a, b) into the rows that begin at `at`."""
     a, b = pairs
     if NEIGHBOURS:
-        layout: gl.constexpr = _columns_layout(config)
-        column = gl.arange(0, config.columns, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
-        at = gl.convert_layout(at, gl.SliceLayout(2, layout), assert_trivial=True)[:, :, None]
-        live = gl.convert_layout(live, gl.SliceLayout(2, layout), assert_trivial=True)[:, :, None]
+        at, live, column = _neighbours(config, at, live)
         x = gl.reshape(gl.join(a, b), [config.tokens, config.heads, config.columns])
-        x = gl.convert_layout(x, layout, assert_trivial=True)
+        x = gl.convert_layout(x, _columns_layout(config), assert_trivial=True)
         gl.store(rows.pointer + (at + column), x, mask=live & (column < rows.columns))
     else:
         first, second = _columns_of_pairs(config, rows)
