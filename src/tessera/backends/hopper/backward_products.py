@@ -37,7 +37,7 @@ from tessera.backends.hopper.pieces.key_tiles import first_place, locate_keys
 from tessera.backends.hopper.pieces.modifiers import add_to_dbias
 from tessera.backends.hopper.pieces.row_ranges import cut_and_full, key_bounds, row_blocks
 from tessera.backends.hopper.pieces.softmax import to_16_bit, to_32_bit
-from tessera.backends.hopper.pieces.sums import Sums, add_part, adds_in_order, make_sums, row_block
+from tessera.backends.hopper.pieces.sums import Sums, add_part, make_sums, row_block
 from tessera.backends.hopper.pieces.tiles import M, accumulator_layout, fresh_zero, has, matrix
 from tessera.jit.compat import (
     aggregate,
@@ -286,8 +286,8 @@ def _d_and_p_of(config: gl.constexpr, shared, exchange, n):
 
 @gluon.jit
 def _finished_dp(config: gl.constexpr, shared, exchange, dp, n):
-    """(dP of block n, its rows' D and its P), as _finished_s. (Packed and in an order there is no room either.)"""
-    if _reads_rows_late(config) or (has(config, "varlen") and adds_in_order(config)):
+    """(dP of block n, its rows' D and its P), as _finished_s. (Packed there is no room either.)"""
+    if _reads_rows_late(config) or has(config, "varlen"):
         dp = warpgroup_mma_wait(0, deps=(dp,))
         d, p = _d_and_p_of(config, shared, exchange, n)
     else:
