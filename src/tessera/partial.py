@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tessera.errors import bad_value
+from tessera.errors import bad_type, bad_value
 
 
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -20,8 +20,16 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
     float64), (batch, heads, seqlen) or (heads, total), as `attention(..., return_lse=True)` gives them. Returns (out, lse) in
     the same layout; out in out_a's dtype, the sums in lse's. Differentiable in all four.
 
-    Raises ValueError where the shapes don't fit.
+    Raises TypeError and ValueError where they are no such parts, or don't fit.
     """
+    for name, part in (("out_a", out_a), ("lse_a", lse_a), ("out_b", out_b), ("lse_b", lse_b)):
+        if not isinstance(part, Tensor):
+            raise bad_type(name, type(part).__name__, "a part is two tensors", "give what attention(return_lse=True) returns")
+        if part.device != out_a.device:
+            raise bad_value(name, f"on {part.device}", f"out_a is on {out_a.device}", f"use {name}.to(out_a.device)")
+    if out_a.dim() < 3 or lse_a.dim() != out_a.dim() - 1:
+        why = f"out_a has {out_a.dim()} dimensions"
+        raise bad_value("lse_a", f"shape {tuple(lse_a.shape)}", why, "give (..., seqlen, heads, dim) and (..., heads, seqlen)")
     for name, value, like in (("out_b", out_b, out_a), ("lse_b", lse_b, lse_a)):
         if value.shape != like.shape:
             raise bad_value(name, tuple(value.shape), f"the parts differ in shape, {tuple(like.shape)}", "merge equals")

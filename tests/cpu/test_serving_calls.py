@@ -124,6 +124,10 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str, tuple[str, ...]]] 
         lambda: call(function=attention_cascade, shared_pages=1, cache_leftpad=int32(0, 0)),
         ValueError, "cache_leftpad=", ("padding",)),
     "cascade, pages": (lambda: call(function=attention_cascade, shared_pages=4), ValueError, "shared_pages=4", ("0 to 3",)),
+    "cascade, no tensor": (lambda: call(function=attention_cascade, shared_pages=1, q=[7]), TypeError, "q=list", ("Tensor",)),
+    "cascade, a flat cache": (
+        lambda: call(function=attention_cascade, shared_pages=1, k_cache=torch.zeros(9)), ValueError, "k_cache=", ("pages",)),
+    "v_cache, flat": (lambda: call(v_cache=lambda x: x.flatten()), ValueError, "v_cache=", ("1 dimensions",)),
     "cascade, a float": (lambda: call(function=attention_cascade, shared_pages=1.0), TypeError, "shared_pages=", ("int",)),
     "cascade, not shared": (
         lambda: call(function=attention_cascade, shared_pages=1), ValueError, "shared_pages=1", ("sequence 1",)),

@@ -46,7 +46,7 @@ def scaled_dot_product_attention(
         raise bad_value("is_causal", True, "attn_mask is a tensor", "let attn_mask say it all, or give a tessera.Mask")
     q, k, v = (_token_major(x) for x in (query, key, value))
     options: dict[str, Any] = {"softmax_scale": scale}
-    if dropout_p > 0:
+    if dropout_p != 0.0:
         options |= {"dropout_p": dropout_p, "seed": int(torch.randint(2**62, ()))}
     if isinstance(attn_mask, Tensor):
         options["bias"] = _added(attn_mask, query)

@@ -11,6 +11,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from tessera.api import check_tensor
 from tessera.checking import reads_contents
 from tessera.errors import bad_type, bad_value
 from tessera.partial import merge
@@ -81,6 +82,10 @@ def attention_cascade(
     if options.get("batch_invariant"):
         why = "which sequences share a prefix is the batch's affair"
         raise bad_value("batch_invariant", True, why, "use attention_with_kvcache")
+    for name, given in (("q", q), ("k_cache", k_cache), ("cache_seqlens", cache_seqlens)):
+        check_tensor(name, given)
+    if k_cache.dim() != 4:
+        raise bad_value("k_cache", f"shape {tuple(k_cache.shape)}", "pages are shared", "give (pages, page_size, heads_kv, dim)")
     _check_shared(shared_pages, q, k_cache, page_table, cache_seqlens, options)
     if shared_pages == 0:
         return attention_with_kvcache(

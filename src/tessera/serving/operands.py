@@ -158,11 +158,11 @@ def _check_rows(name: str, tensor: Tensor, q: Tensor) -> None:
 def _check_cache(request: CacheRequest, layout: Layout) -> tuple[Shape, Cache]:
     q, k_cache, v_cache, table = request.q, request.k_cache, request.v_cache, request.page_table
     form = "(entries, seqlen_cache, heads_kv, dim)" if table is None else "(pages, page_size, heads_kv, dim)"
-    if k_cache.dim() != 4:
-        raise bad_value("k_cache", f"shape {tuple(k_cache.shape)}", f"{k_cache.dim()} dimensions", f"give {form}")
     for name, tensor in (("k_cache", k_cache), ("v_cache", v_cache)):
         if tensor is None:
             continue
+        if tensor.dim() != 4:
+            raise bad_value(name, f"shape {tuple(tensor.shape)}", f"{tensor.dim()} dimensions", f"give {form}")
         if tensor.dtype not in (q.dtype, FP8) or tensor.dtype != k_cache.dtype:
             why = f"q is {q.dtype}, k_cache {k_cache.dtype}"
             raise bad_type(name, tensor.dtype, why, f"store the cache in q's dtype, or all of it in {FP8}")

@@ -1,0 +1,15 @@
+"""How random problems are drawn: the same in every run, in whatever time; with TESSERA_EXAMPLES above 2000 others each time."""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import HealthCheck, settings
+
+EXAMPLES = int(os.environ.get("TESSERA_EXAMPLES", "2000"))
+
+settings.register_profile(
+    "ci", derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck), print_blob=True
+)
+settings.register_profile("fuzz", parent=settings.get_profile("ci"), derandomize=False)
+settings.load_profile("ci" if EXAMPLES <= 2000 else "fuzz")
