@@ -216,3 +216,11 @@ class TestWithTriton:
         assert gate.main(["--variants", self.PROVIDER, "cluster"]) == 1
         assert "FAILED" in capsys.readouterr().out
         assert gate.main(["--variants", self.PROVIDER, "no such name"]) == 2
+
+
+def test_shares_of_the_variants_are_all_of_them():
+    kernels = {"a:forward": 5, "b:decode": 4, "c:append": 1}
+    variants = [jit.Variant(str(n), jit.KernelSpec(kernel, (), ())) for kernel, count in kernels.items() for n in range(count)]
+    first, second = (gate.one_in(2, variants, share) for share in (0, 7))
+    assert [variant.name for variant in first] == ["0", "2", "4", "0", "2", "0"]
+    assert [variant.name for variant in second] == ["1", "3", "1", "3"]

@@ -139,12 +139,12 @@ def collect(providers: Iterable[str] = PROVIDERS, words: Sequence[str] = ()) -> 
     return tuple(variant for variant in found if all(word in variant.name for word in words))
 
 
-def one_in(every: int, variants: Iterable[Variant]) -> tuple[Variant, ...]:
-    """Of each kernel's variants the first and every `every`-th after it."""
+def one_in(every: int, variants: Iterable[Variant], share: int = 0) -> tuple[Variant, ...]:
+    """Of each kernel's variants every `every`-th: the first and so on, or of `every` such shares another one."""
     met: Counter[str] = Counter()
     found = []
     for variant in variants:
-        if met[variant.spec.kernel] % every == 0:
+        if met[variant.spec.kernel] % every == share % every:
             found.append(variant)
         met[variant.spec.kernel] += 1
     return tuple(found)
@@ -188,11 +188,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="also write the verdicts to this file")
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile at the same time")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="only every N-th variant of each kernel")
+    parser.add_argument("--share", type=int, default=0, metavar="K", help="which of these N shares, modulo N")
     parser.add_argument(
         "--variants", action="append", help=f"module:function that returns variants (default: {' and '.join(PROVIDERS)})"
     )
     chosen = parser.parse_args(arguments)
-    variants = one_in(chosen.every, collect(chosen.variants or PROVIDERS, chosen.words))
+    variants = one_in(chosen.every, collect(chosen.variants or PROVIDERS, chosen.words), chosen.share)
     if not variants:
         print("no variant has such a name", file=sys.stderr)
         return 2
