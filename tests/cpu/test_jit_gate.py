@@ -44,7 +44,7 @@ LINES = """
         /*0120*/              @!P0 BRA `(.L_x_7) ;
         /*0130*/                   BRA `(.L_x_3) ;
 .L_x_9:
-        /*0140*/                   UTMALDG.4D [UR8], [UR18] ;
+        /*0140*/                   UTMALDG.4D [UR4], [UR6] ;
         /*0150*/                   EXIT ;
 .L_x_10:
         /*0160*/                   BRA `(.L_x_10);
@@ -69,7 +69,7 @@ def loop(label: int, products: int, others: int, extra: str = "") -> str:
 
 
 MASKING = "/*0000*/ FSEL R1, R2, -INF , !P1 ;\n/*0000*/ STL [R1], R0 ;\n" * 4
-SET = "/*0000*/ UIADD3.64 UR4, UR8, 0x2, URZ ;\n/*0000*/ UIADD3.64 UR6, UR8, 0x4, URZ ;\n"
+SET = "/*0000*/ UIADD3.64 UR4, URZ, 0x2, URZ ;\n/*0000*/ UIADD3.64 UR6, URZ, 0x4, URZ ;\n"
 TWINS = SET + loop(1, 4, 56, MASKING) + loop(2, 4, 56) + loop(3, 4, 57) + loop(4, 2, 200)
 """The main loops of two warpgroups, a loop that masks as well and spills, and the main loop of a warpgroup with other work."""
 
@@ -142,7 +142,7 @@ def test_missing_instructions_and_sizes_are_faults(monkeypatch):
     ("R24, gdesc[UR4], RZ", "R24, R88, gdesc[UR4], RZ", 0),
     ("R24, gdesc[UR4], RZ", "R24, R88, gdesc[UR2], RZ", 0),  # A's pair is idle
 ], ids=["half a pair", "set again", "never", "A in registers", "idle"])  # fmt: skip
-def test_products_whose_descriptors_are_not_set(monkeypatch, before, after, expected):
+def test_registers_that_are_not_set(monkeypatch, before, after, expected):
     found = verdict(monkeypatch, GOOD.replace(before, after))
     assert len(found.unset) == expected
     assert bool(found.faults) == bool(expected)

@@ -51,7 +51,7 @@ class Verdict:
 
     `spills` are those ptxas counts anywhere (stores, loads); `loop_spills` the local-memory instructions inside main loops,
     `edge_spills` those inside loops that run at a tile's edge alone (see `sass.Code.main_loops`). `faults` is empty for a
-    variant that passes. `unset` are products whose descriptors a path leaves unset (see `descriptors`).
+    variant that passes. `unset` are instructions whose operands lie where a path leaves unset (see `descriptors`).
     """
 
     name: str
@@ -109,7 +109,7 @@ def examine(variant: Variant) -> Verdict:
 def _faults(variant: Variant, verdict: Verdict) -> Iterable[str]:
     yield from verdict.warnings
     if verdict.unset:
-        yield f"{len(verdict.unset)} products read descriptors that a path leaves unset, such as {verdict.unset[0]}"
+        yield f"{len(verdict.unset)} instructions find operands by uniform registers that a path leaves unset, such as {verdict.unset[0]}"
     if verdict.loop_spills:
         yield f"{verdict.loop_spills} spill instructions (LDL, STL) in main loops"
     if variant.wgmma and not any(verdict.counts[opcode] for opcode in WARPGROUP):
