@@ -377,6 +377,11 @@ def _assembly(text: str, constraints: str, arguments: list[Any], dtype: Any, is_
         return arguments[0]
     if text == "mov.u32 $0, %laneid;":  # shares._are_equally_long: one value a lane
         return torch.arange(32)
+    if text.startswith("{ .reg .pred any, grows;"):  # softmax.vote_on_maxima
+        tops, m, scale = arguments
+        top = tops.amax(dim=1, keepdim=True) * scale
+        new = torch.where(top - m > 8, top, m)
+        return new, torch.where(new != m, torch.exp2(m - new), 1.0)
     if "vote.sync.any" in text:
         return Integer(bool(arguments[0].any()))
     if text.startswith("{ .reg .u32 own;"):  # cache_rows.find_pages: one value a lane
@@ -395,6 +400,10 @@ def _assembly(text: str, constraints: str, arguments: list[Any], dtype: Any, is_
         return Integer(arguments[0][arguments[1]])
     if text.startswith("{ .reg .pred kept, grows;"):  # softmax.overtake
         return _overtaken(*arguments, dtype[0])
+    if text.startswith("{ .reg .pred whole, seen;"):  # masking.mask_scores_where_cut
+        s, hi, lo, first, masked = arguments
+        key = first + 8 * torch.arange(s.shape[1])[None, :, None]
+        return torch.where((key >= lo) & (key < hi), s, -torch.inf) if masked else s
     if text.startswith("{ .reg .pred seen;"):  # masking.mask_scores
         s, seen = arguments
         return torch.where((seen >> torch.arange(s.shape[1])[None, :, None]) & 1 != 0, s, -torch.inf)

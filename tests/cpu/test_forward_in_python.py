@@ -13,7 +13,7 @@ from torch import Tensor
 from tessera import reference
 from tessera.backends.hopper.config import ForwardConfig, Overlap, Pairing, Staging
 from tessera.backends.hopper.launch import ForwardLaunch, counters
-from tessera.backends.hopper.plan import deepest, features_of, forward_config
+from tessera.backends.hopper.plan import deepest, features_of, forward_config, forward_family
 from tessera.cases import CASES, Case
 from tessera.operands import Request, bind
 from tessera.verify import compare
@@ -142,6 +142,15 @@ def test_outgrown_references(window: tuple[int | None, int | None], dtype: torch
     request = rising(128, window, "cpu", dtype)
     config = replace(forward_config(bind(rising(128, (None, 0), "cpu", dtype))[0]), features=features_of(bind(request)[0]))
     assert config.overlap is Overlap.AT_ONCE
+    check(request, monkeypatch, config)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_outgrown_maxima(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same where warps vote on their threads' maxima: three consumers without overlap."""
+    request = rising(96, (None, None), "cpu", dtype)
+    config = forward_family(bind(request)[0])[-1]
+    assert config.overlap is Overlap.NONE
     check(request, monkeypatch, config)
 
 

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from tessera import dropout_mask, reference
 from tessera.backends.hopper import BACKEND
+from tessera.backends.hopper.config import Overlap
 from tessera.backends.hopper.launch import ForwardLaunch
+from tessera.backends.hopper.plan import forward_family
 from tessera.cases import CASES, Case
 from tessera.device import Device
 from tessera.operands import TENSORS, Operands, Request, bind
@@ -153,6 +155,20 @@ def test_references(dim: int, dtype: torch.dtype) -> None:
     for window in ((None, None), (None, 0), (300, 0)):
         check(rising(dim, window, "cuda", dtype))
     check(far_below(dim, "cuda", dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp16"])
+def test_references_without_overlap(dtype: torch.dtype) -> None:
+    """Where warps vote on their threads' maxima."""
+    request = rising(96, (None, None), "cuda", dtype)
+    problem, operands = bind(request)
+    config = forward_family(problem)[-1]
+    assert config.overlap is Overlap.NONE
+    results = ForwardLaunch(problem, config, Device.of(request.q.device).multiprocessors)(operands)
+    refs, eagers = reference.attention(problem, operands), reference.attention(problem, operands, dtype)
+    for name, result, ref, eager in zip(("out", "lse"), results, refs, eagers, strict=True):
+        compared = compare(name, result, ref, eager)
+        assert compared.ok, str(compared)
 
 
 @pytest.mark.parametrize("dim", [64, 128, 256])

@@ -42,7 +42,9 @@ def _before_blocks(blocks: tuple[Block, ...]) -> list[int]:
         for successor in block.successors:
             predecessors[successor].append(index)
     before = [0, *(_ALL for _ in blocks[1:])]
-    after = [reduce(lambda bits, one: _after(one, bits), block.instructions, bits) for block, bits in zip(blocks, before, strict=True)]
+    after = [
+        reduce(lambda bits, one: _after(one, bits), block.instructions, bits) for block, bits in zip(blocks, before, strict=True)
+    ]
     changed = True
     while changed:
         changed = False
@@ -68,8 +70,8 @@ def _after(one: Instruction, is_set: int) -> int:
 
 
 def _addresses(one: Instruction) -> int:
-    """The uniform registers that say where an instruction finds its operands. Of a product all that its descriptors are: a pair for
-    A, idle where A is in registers, and a pair for B."""
+    """The uniform registers that say where an instruction finds its operands. Of a product all that its descriptors are: a pair
+    for A, idle where A is in registers, and a pair for B."""
     found = _DESCRIPTORS.search(one.text) if one.opcode in WARPGROUP else None
     if found:
         return (0b1100 if _A_IN_REGISTERS.match(one.text) else 0b1111) << int(found[1])

@@ -109,7 +109,7 @@ def examine(variant: Variant) -> Verdict:
 def _faults(variant: Variant, verdict: Verdict) -> Iterable[str]:
     yield from verdict.warnings
     if verdict.unset:
-        yield f"{len(verdict.unset)} instructions find operands by uniform registers that a path leaves unset, such as {verdict.unset[0]}"
+        yield f"{len(verdict.unset)} operands lie where a uniform register says that a path leaves unset: {verdict.unset[0]}"
     if verdict.loop_spills:
         yield f"{verdict.loop_spills} spill instructions (LDL, STL) in main loops"
     if variant.wgmma and not any(verdict.counts[opcode] for opcode in WARPGROUP):

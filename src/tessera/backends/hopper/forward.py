@@ -39,6 +39,7 @@ from tessera.backends.hopper.pieces.kv_source import Lengths, Pitch, load_rows, 
 from tessera.backends.hopper.pieces.masking import (
     Band,
     has_lower_bound,
+    has_one_loop,
     has_spare,
     has_unseen,
     row_bounds,
@@ -286,21 +287,26 @@ def _main_loop(me, tile, n, turn):
     lower = share.begin  # and lo those below this one
     if has_lower_bound(me.config):
         lower = gl.minimum(gl.maximum(share.full_begin, share.begin), end)
-    if has_lower_bound(me.config) and not takes_turns(me.config):
-        high = gl.maximum(upper, lower)
-        state, n = run_blocks(me, n, q, bounds, end - 1, state, end - high, "upper alone")
-        state, n = run_blocks(me, n, q, bounds, high - 1, state, gl.maximum(lower - upper, 0), "upper")
+    right_alone = share.right_alone & (share.begin < gl.minimum(lower, upper))
+    if has_one_loop(me.config):
+        halves = 0
+        if has_right_half(me.config, me.index):
+            halves = gl.where(right_alone, 1, 0)
+        whole = (gl.minimum(lower, upper) * me.config.keys, upper * me.config.keys)
+        state, n = run_blocks(me, n, q, bounds + whole, end - 1, state, end - share.begin - halves, "any")
+        if has_right_half(me.config, me.index):
+            state, n = run_blocks(me, n, q, bounds, share.begin, state, halves, "lower", 1)
     else:
-        state, n = run_blocks(me, n, q, bounds, end - 1, state, end - upper, "upper")
-    lower = gl.minimum(lower, upper)
-    state, n = run_blocks(me, n, q, bounds, upper - 1, state, upper - lower, None)
-    right_alone = share.right_alone & (share.begin < lower)
-    if has_right_half(me.config, me.index):
-        halves = gl.where(right_alone, 1, 0)
-        state, n = run_blocks(me, n, q, bounds, lower - 1, state, lower - share.begin - halves, "lower")
-        state, n = run_blocks(me, n, q, bounds, share.begin, state, halves, "lower", 1)
-    elif has_lower_bound(me.config):
-        state, n = run_blocks(me, n, q, bounds, lower - 1, state, lower - share.begin, "lower")
+        if has_lower_bound(me.config) and not takes_turns(me.config):
+            high = gl.maximum(upper, lower)
+            state, n = run_blocks(me, n, q, bounds, end - 1, state, end - high, "upper alone")
+            state, n = run_blocks(me, n, q, bounds, high - 1, state, gl.maximum(lower - upper, 0), "upper")
+        else:
+            state, n = run_blocks(me, n, q, bounds, end - 1, state, end - upper, "upper")
+        lower = gl.minimum(lower, upper)
+        state, n = run_blocks(me, n, q, bounds, upper - 1, state, upper - lower, None)
+        if has_lower_bound(me.config):
+            state, n = run_blocks(me, n, q, bounds, lower - 1, state, lower - share.begin, "lower")
     return state, n, share.spare, right_alone
 
 

@@ -17,12 +17,15 @@ from tessera.backends.hopper.pieces.scores import (
 from tessera.backends.hopper.pieces.softmax import (
     add_to_sums,
     as_sums,
+    exponentials_about,
     exponentials_at_once,
     finish_before,
     first_reference,
+    no_reference,
     overtake,
     partial_sums,
     rescale,
+    vote_on_maxima,
 )
 from tessera.backends.hopper.pieces.tiles import (
     M,
@@ -39,6 +42,7 @@ from tessera.backends.hopper.pieces.tiles import (
     overlaps,
     takes_p_at_once,
     takes_turns,
+    votes_on_maxima,
 )
 from tessera.jit.compat import gl, gluon, warpgroup_mma, warpgroup_mma_wait
 
@@ -214,9 +218,15 @@ def _lone_block(me, n, q, bounds, first_key, state, CUT: gl.constexpr):
     s = warpgroup_mma_wait(0, deps=(s,))
     me.shared.k_stream.release(n)
     s = finish_scores(me.config, me.score, s, bias, bounds, first_key, CUT)
-    m, alpha = next_reference(me.config, me.score, s, m, first_key, CUT)
-    p = probabilities(me.config, me.score, s, m, first_key, CUT)
-    l = add_to_sums(l, alpha, partial_sums(p))
+    if votes_on_maxima(me.config):
+        scale = scale_left(me.config, me.score)
+        m, alpha = vote_on_maxima(s, m, scale)
+        p, sums = exponentials_about(s, m, scale)
+        l = l * alpha + sums
+    else:
+        m, alpha = next_reference(me.config, me.score, s, m, first_key, CUT)
+        p = probabilities(me.config, me.score, s, m, first_key, CUT)
+        l = add_to_sums(l, alpha, partial_sums(p))
     o = _rescale_output(o, alpha)
     me.shared.v_stream.wait(n)
     p = rounded(me.config, me.score, p, kept, me.shared.v[0].dtype)
@@ -240,7 +250,11 @@ def start_blocks(me, n, q, bounds, first_key, left_alone=None):
     else:
         keys: gl.constexpr = me.config.keys
         s = gl.zeros([M, keys], gl.float32, accumulator_layout(keys))
-        return (_empty_output(me.shared), gl.max(s, axis=1) + float("-inf"), partial_sums(s)), 0
+        if votes_on_maxima(me.config):
+            m = no_reference(keys)
+        else:
+            m = gl.max(s, axis=1) + float("-inf")
+        return (_empty_output(me.shared), m, partial_sums(s)), 0
 
 
 @gluon.jit

@@ -6,7 +6,7 @@ by element, and blocks outside are never loaded.
 """
 
 from tessera.backends.hopper.pieces.cluster import is_pair_of_rows, rows_together
-from tessera.backends.hopper.pieces.tiles import M, accumulator_layout, has, takes_turns
+from tessera.backends.hopper.pieces.tiles import M, accumulator_layout, has, masks_by_words, takes_turns
 from tessera.jit.compat import aggregate, gl, gluon
 
 
@@ -32,6 +32,13 @@ class Band:
 @gluon.constexpr_function
 def has_lower_bound(config):
     return has(config, "left") or has(config, "documents")
+
+
+@gluon.constexpr_function
+def has_one_loop(config):
+    """Whether all blocks of a tile go through one loop, which masks where it must (mask_scores_where_cut): those of windows and
+    documents, of which a tile has few; but not by three consumers, who spill in it."""
+    return has_lower_bound(config) and masks_by_words(config) and config.consumers == 2
 
 
 @gluon.jit
@@ -169,7 +176,7 @@ def share_of(config: gl.constexpr, band, tile, consumer: gl.constexpr):
 @gluon.jit
 def mask_scores(s, bounds, first_key, CUT: gl.constexpr):
     """S (64, keys) with -inf where a row does not see the key. `CUT`: "upper" where hi cuts the block and lo may, "upper alone"
-    and "lower" where one of them does."""
+    and "lower" where one of them does ("any": see mask_scores_where_cut)."""
     keys: gl.constexpr = s.shape[1]
     grouped = gl.reshape(s, [M, keys // 8, 8])
     layout: gl.constexpr = grouped.type.layout
@@ -226,5 +233,49 @@ def mask_scores_by_words(s, bounds, first_key, CUT: gl.constexpr):
     constraints: gl.constexpr = _masked_constraints(keys // 2)
     grouped = gl.inline_asm_elementwise(
         asm, constraints, [grouped, gl.expand_dims(seen, 1)], dtype=gl.float32, is_pure=True, pack=keys // 2
+    )
+    return gl.convert_layout(gl.reshape(grouped, [M, keys]), s.type.layout, assert_trivial=True)
+
+
+@gluon.constexpr_function
+def _masked_where_asm(n):
+    # as in _masked_asm, but the words are made here too, so that a whole block jumps over all of it
+    high, low, first, masked = (x * n for x in (2, 3, 4, 5))
+    lines = ["{ .reg .pred whole, seen; .reg .b32 t, word0, word1, word2, word3;"]
+    lines += [f"setp.eq.u32 whole, ${masked}, 0;", "@whole bra DONE;"]
+    for place in range(4):
+        word = f"word{place}"
+        for x, bound in ((word, high + place), ("t", low + place)):  # bits of the groups from the bound on
+            lines += [f"sub.s32 {x}, ${bound}, ${first};", f"add.s32 {x}, {x}, 7;", f"shr.s32 {x}, {x}, 3;"]
+            lines += [f"max.s32 {x}, {x}, 0;", f"min.s32 {x}, {x}, {n // 4};", f"shl.b32 {x}, -1, {x};"]
+        lines += [f"not.b32 {word}, {word};", f"and.b32 {word}, {word}, t;"]
+    for i in range(n):
+        lines += [f"and.b32 t, word{i % 4}, {1 << i // 4};", "setp.ne.u32 seen, t, 0;"]
+        lines += [f"selp.f32 ${i}, ${i}, 0fFF800000, seen;"]
+    return "\n".join([*lines, "DONE: }"])
+
+
+@gluon.constexpr_function
+def _masked_where_constraints(n):
+    return ",".join(["=f"] * n + [str(i) for i in range(n)] + ["r"] * (4 * n))
+
+
+@gluon.jit
+def mask_scores_where_cut(s, bounds, first_key):
+    """The same by both bounds, (hi, lo, begin, end): blocks that begin in [begin, end) are seen whole, and jump over it. So one
+    loop takes all blocks of a window; of three in a row, each for a block or a few, the instructions are no longer there when the
+    next tile comes. Whole kernel, over three loops, two consumers: windows of 512 at head_dim 128 1.037, 1024 1.017, 4096 0.996
+    (H200, 2026-11-22)."""
+    keys: gl.constexpr = s.shape[1]
+    grouped = gl.reshape(s, [M, keys // 8, 8])
+    layout: gl.constexpr = gl.SliceLayout(1, grouped.type.layout)
+    hi, lo, begin, end = bounds
+    hi = gl.expand_dims(gl.convert_layout(hi, layout, assert_trivial=True), 1)
+    lo = gl.expand_dims(gl.convert_layout(lo, layout, assert_trivial=True), 1)
+    masked = gl.where((first_key < begin) | (first_key >= end), 1, 0)
+    asm: gl.constexpr = _masked_where_asm(keys // 2)
+    constraints: gl.constexpr = _masked_where_constraints(keys // 2)
+    grouped = gl.inline_asm_elementwise(
+        asm, constraints, [grouped, hi, lo, first_key, masked], dtype=gl.float32, is_pure=False, pack=keys // 2
     )
     return gl.convert_layout(gl.reshape(grouped, [M, keys]), s.type.layout, assert_trivial=True)

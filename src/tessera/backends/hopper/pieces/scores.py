@@ -4,7 +4,7 @@ Without modifiers the row maximum is taken of raw products, and the scale is par
 """
 
 from tessera.backends.hopper.pieces.dropout import draw, draw_anywhere, dropped, key_of_block
-from tessera.backends.hopper.pieces.masking import mask_scores, mask_scores_by_words
+from tessera.backends.hopper.pieces.masking import mask_scores, mask_scores_by_words, mask_scores_where_cut
 from tessera.backends.hopper.pieces.modifiers import (
     Modifiers,
     add_to_scores,
@@ -45,7 +45,9 @@ def finish_scores(config: gl.constexpr, score, s, bias, bounds, first_key, CUT: 
         s = tanh(s * score.inner)
     s = add_to_scores(config, score.modifiers, s, bias, score.scale, first_key, CUT)
     if CUT is not None:
-        if masks_by_words(config):
+        if CUT == "any":
+            s = mask_scores_where_cut(s, bounds, first_key)
+        elif masks_by_words(config):
             s = mask_scores_by_words(s, bounds, first_key, CUT)
         else:
             s = mask_scores(s, bounds, first_key, CUT)

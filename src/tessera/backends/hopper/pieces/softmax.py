@@ -286,3 +286,54 @@ def finish_before(x, n: gl.constexpr):
     asm: gl.constexpr = _boundary_asm(n)
     constraints: gl.constexpr = _boundary_constraints(n, x.dtype)
     gl.inline_asm_elementwise(asm, constraints, [x], dtype=gl.int32, is_pure=False, pack=n)
+
+
+@gluon.constexpr_function
+def _vote_asm():
+    """Operands, each of 4 places, two in one row and two in the row 8 below: reference and alpha out; the greatest scores, the
+    reference, tied, and the scale."""
+    alpha, top, scale = 4, 8, "$16"
+    lines = ["{ .reg .pred any, grows; .reg .f32 x, row0, row1;"]
+    for row, also in ((0, ""), (1, ".or")):
+        lines += [f"max.f32 row{row}, ${top + 2 * row}, ${top + 2 * row + 1};", f"neg.f32 x, ${2 * row};"]
+        lines += [f"fma.rn.f32 x, row{row}, {scale}, x;", f"setp.gt{also}.f32 any, x, {_GROWTH}{', any' if also else ''};"]
+        lines += [f"mov.f32 ${alpha + 2 * row}, 1.0;"]
+    lines += ["vote.sync.any.pred any, any, 0xffffffff;", "@!any bra DONE;"]
+    for row in range(2):
+        for far in (2, 1):
+            lines += [f"shfl.sync.bfly.b32 x, row{row}, {far}, 0x1f, 0xffffffff;", f"max.f32 row{row}, row{row}, x;"]
+        lines += [
+            f"mul.f32 row{row}, row{row}, {scale};",
+            f"sub.f32 x, row{row}, ${2 * row};",
+            f"setp.gt.f32 grows, x, {_GROWTH};",
+        ]
+        lines += ["neg.f32 x, x;", f"@grows ex2.approx.ftz.f32 ${alpha + 2 * row}, x;", f"@grows mov.f32 ${2 * row}, row{row};"]
+    lines += ["DONE:", *(f"mov.f32 ${x + 1}, ${x};" for x in (0, 2, alpha, alpha + 2))]
+    return "\n".join([*lines, "}"])
+
+
+_VOTE_CONSTRAINTS = gl.constexpr(",".join(["=&f"] * 8 + ["f"] * 4 + ["0", "f", "2", "f"] + ["f"] * 4))
+
+
+@gluon.jit
+def vote_on_maxima(s, m, scale):
+    """`move_reference` for a reference as l is kept, (64, 8), LOWEST where a row has no key so far: a warp whose threads' own
+    maxima have outgrown nothing keeps its references, and does not ask what the rows' maxima are."""
+    asm: gl.constexpr = _vote_asm()
+    tops = gl.max(_in_groups(s), axis=1)
+    types: gl.constexpr = (gl.float32, gl.float32)
+    return gl.inline_asm_elementwise(asm, _VOTE_CONSTRAINTS, [tops, m, scale], dtype=types, is_pure=False, pack=4)
+
+
+@gluon.jit
+def no_reference(keys: gl.constexpr):
+    """The reference of rows without keys so far, as l is kept."""
+    s = gl.zeros([M, keys], gl.float32, accumulator_layout(keys))
+    return gl.full([M, 8], LOWEST, gl.float32, gl.SliceLayout(1, _in_groups(s).type.layout))
+
+
+@gluon.jit
+def exponentials_about(s, m, scale):
+    """P (64, keys) and its partial sums about such a reference."""
+    p = exp2(_in_groups(s) * scale - gl.expand_dims(m, 1))
+    return gl.convert_layout(gl.reshape(p, s.shape), s.type.layout, assert_trivial=True), gl.sum(p, axis=1)
