@@ -9,7 +9,7 @@ from gluon_in_python import in_python
 from tessera.backends.cpu import tiled, tiles_for
 from tessera.backends.hopper import BACKEND
 from tessera.backends.hopper.backward_launch import BackwardLaunch
-from tessera.backends.hopper.backward_plan import Adding, Division, backward_config
+from tessera.backends.hopper.backward_plan import Adding, Division, Remainder, backward_config
 from tessera.cases import CASES, Case
 from tessera.device import KNOWN_DEVICES
 from tessera.dispatch import InputGradients, Upstream
@@ -91,6 +91,19 @@ def test_sections_take_turns(heads_kv: int, monkeypatch: pytest.MonkeyPatch) -> 
     case = Case("sections", head_dim=128, batch=2, seqlen_q=700, seqlen_k=740, heads_q=6, heads_kv=heads_kv, causal=True)
     request = case.request("cpu", torch.bfloat16, requires_grad=True)._replace(deterministic=True)
     assert backward_config(bind(request)[0]).sections_take_turns
+    check(request)
+
+
+@pytest.mark.parametrize(("programs", "seqlen_q", "seqlen_k"), [(2, 700, 300), (4, 700, 600), (7, 650, 1100)])
+def test_last_tiles_are_divided(programs: int, seqlen_q: int, seqlen_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer tiles than programs at the end: in two shares, in shares that reach into a second tile, in many."""
+    monkeypatch.setitem(globals(), "FEW", programs)
+    request = Case("rest", head_dim=128, batch=1, seqlen_q=seqlen_q, seqlen_k=seqlen_k, heads_q=2, heads_kv=1).request(
+        "cpu", torch.bfloat16, requires_grad=True
+    )
+    problem = bind(request)[0]
+    rest = Remainder.of(problem, backward_config(problem), programs)
+    assert rest.whole < rest.numbers
     check(request)
 
 

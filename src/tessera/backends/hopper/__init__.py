@@ -59,7 +59,7 @@ class HopperBackend:
         if problem.gradients is Gradients.NONE:
             return Choices(Choice(FORWARD, config, why), None, 0)
         backward = Choice(BACKWARD, backward_config(problem), "P from lse again; dQ summed in float32 by TMA, then rounded")
-        return Choices(Choice(FORWARD, config, why), backward, workspace_bytes(problem))
+        return Choices(Choice(FORWARD, config, why), backward, workspace_bytes(problem, device.multiprocessors))
 
     def prepare(self, plan: Plan) -> Runner:
         if not isinstance(plan.forward.config, ForwardConfig):

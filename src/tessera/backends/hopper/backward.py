@@ -34,6 +34,7 @@ from tessera.backends.hopper.pieces.key_tiles import Call, Order, first_place, l
 from tessera.backends.hopper.pieces.kv_source import Lengths, Pitch, load_rows
 from tessera.backends.hopper.pieces.masking import Band
 from tessera.backends.hopper.pieces.modifiers import make_modifiers
+from tessera.backends.hopper.pieces.remainder import locate_work, number_after
 from tessera.backends.hopper.pieces.row_ranges import row_blocks
 from tessera.backends.hopper.pieces.sums import adds_in_order
 from tessera.backends.hopper.pieces.tiles import M, allocate_tiles
@@ -162,8 +163,7 @@ def producer_of_many(config: gl.constexpr, maps, stats_map, shared, draws, call)
         wait_for_previous()  # for the counter
         number = draws.draw()
     draws.post(0, number)
-    tile = locate_keys(config, call, gl.minimum(number, draws.tiles - 1))
-    begin, count = row_blocks(config, call.band, tile.seq, tile.first)
+    tile, begin, count = locate_work(config, call, draws, number)
     if (count > 0) & (number < draws.tiles):
         _load_k(config, maps, shared, call, tile, 0)
     wait_for_previous()
@@ -181,11 +181,10 @@ def producer_of_many(config: gl.constexpr, maps, stats_map, shared, draws, call)
             _load_do(config, maps, stats_map, shared, call, tile, done + n, member, row)
         done += uses
         seen += gl.where(count > 0, 1, 0)
-        number = draws.draw()
+        number = number_after(config, call, draws, number)
         turn += 1
         draws.post(turn, number)
-        tile = locate_keys(config, call, gl.minimum(number, draws.tiles - 1))
-        begin, count = row_blocks(config, call.band, tile.seq, tile.first)
+        tile, begin, count = locate_work(config, call, draws, number)
         if config.swaps_keys:
             _load_early_k(config, maps, shared, call, tile, seen, (count > 0) & (number < draws.tiles))
 
@@ -377,8 +376,8 @@ def _start_by_products(config: gl.constexpr, maps, others, out, marks, rings, sc
 def attention_backward(
     q_map, k_map, v_map, do_map, stats_map, dk_map, dv_map, dq_map, out_map,
     marks_ptr, cu_q, cu_k, used_q, used_k, key_start, key_end, query_end, document_begin, document_end,
-    batch, heads_kv, group, seqlen_q, seqlen_k, left, right, document_stride, blocks, section, line,
-    q_pitch, k_pitch, v_pitch, do_pitch, dq_pitch, tiles, scale, inner, factor,
+    shares_ptr, batch, heads_kv, group, seqlen_q, seqlen_k, left, right, document_stride, blocks, section, line,
+    q_pitch, k_pitch, v_pitch, do_pitch, dq_pitch, tiles, whole, share, scale, inner, factor,
     slopes, slopes_stride, bias, bias_batch, bias_head, bias_row, key_low, key_high, threshold, keep_scale,
     dbias, dbias_batch, dbias_head, dbias_row,
     CONFIG: gl.constexpr,
@@ -402,7 +401,7 @@ def attention_backward(
     shared = _allocate(config, maps, stats_map)
     draws = 0
     if config.takes_tile_after_tile:
-        draws = make_draws(config, marks_ptr, tiles)
+        draws = make_draws(config, marks_ptr, tiles, whole, share, shares_ptr)
     if divided_by(config, "keys"):
         halves = make_halves(config, dq_map, out_map, shared.k_full)
         fence_async_shared()

@@ -16,10 +16,11 @@ dK and dV leave through the buffers of dQ's parts, so that K, V and the rings ar
 
 from tessera.backends.hopper.pieces.channel import make_barriers
 from tessera.backends.hopper.pieces.gradients import Score, Shared, issue_transposed, probabilities, row_values
-from tessera.backends.hopper.pieces.key_tiles import Call, locate_keys, nth_place
+from tessera.backends.hopper.pieces.key_tiles import Call, nth_place
 from tessera.backends.hopper.pieces.kv_source import store_rows
 from tessera.backends.hopper.pieces.masking import has_lower_bound
-from tessera.backends.hopper.pieces.row_ranges import cut_and_full, first_row, key_bounds, row_blocks
+from tessera.backends.hopper.pieces.remainder import divides, joined, locate_work
+from tessera.backends.hopper.pieces.row_ranges import cut_and_full, first_row, key_bounds
 from tessera.backends.hopper.pieces.softmax import to_16_bit, to_32_bit
 from tessera.backends.hopper.pieces.sums import Sums, add_part, adds_in_order, row_block, sums_in
 from tessera.backends.hopper.pieces.tiles import (
@@ -315,8 +316,7 @@ def consumer_ahead(config: gl.constexpr, index: gl.constexpr, dq_map, dk_map, dv
     turn = 0
     uses = 0
     while number < draws.tiles:
-        tile = locate_keys(config, call, number)
-        begin, count = row_blocks(config, call.band, tile.seq, tile.first)
+        tile, begin, count = locate_work(config, call, draws, number)
         dk = empty_accumulator(shared.k)
         dv = empty_accumulator(shared.v)
         if count > 0:
@@ -324,8 +324,14 @@ def consumer_ahead(config: gl.constexpr, index: gl.constexpr, dq_map, dk_map, dv
             mbarrier.wait(shared.v_full, uses & 1)
             dk, dv, n = _main_loop(me, dq_map, tile, begin, count, n)
             uses += 1
-        _store(me, dv_map, dv, tile, n)
-        _store(me, dk_map, dk * score.factor, tile, n + 1)
+        if divides(config):
+            dk, dv, is_whole = joined(config, call, draws, index, number, dk, dv)
+            if is_whole:
+                _store(me, dv_map, dv, tile, n)
+                _store(me, dk_map, dk * score.factor, tile, n + 1)
+        else:
+            _store(me, dv_map, dv, tile, n)
+            _store(me, dk_map, dk * score.factor, tile, n + 1)
         turn += 1
         number = draws.read(turn)
     tma_store_wait(0)

@@ -22,8 +22,11 @@ from tessera.backends.hopper.backward_plan import (
     Adding,
     BackwardConfig,
     PartLayout,
+    Remainder,
     RowsConfig,
     bias_sums_shape,
+    key_blocks,
+    key_tiles,
     work_lines,
 )
 from tessera.backends.hopper.config import Feature
@@ -31,7 +34,7 @@ from tessera.backends.hopper.launch import ELEMENTS, L2_BYTES, WITHOUT_POINTERS,
 from tessera.dispatch import InputGradients, Upstream
 from tessera.dropout import keep_scale
 from tessera.operands import Operands
-from tessera.problem import Gradients, Layout, Problem
+from tessera.problem import Gradients, Problem
 
 _FAR = 1 << 29
 """As pieces/row_ranges.FAR: rows are found from keys by sums of these."""
@@ -63,9 +66,10 @@ def main_spec(config: BackwardConfig, dtype: torch.dtype) -> jit.KernelSpec:
     arguments["out_map"] = jit.Tiles(element, (1, 1, 1, _PIECE, config.part_columns))
     for name in ("marks_ptr", *_LENGTHS, "document_begin", "document_end"):
         arguments[name] = jit.Pointer("i32", align=4)
+    arguments["shares_ptr"] = jit.Pointer("fp32")
     for name in (
         "batch", "heads_kv", "group", "seqlen_q", "seqlen_k", "left", "right", "document_stride", "blocks", "section", "line",
-        "q_pitch", "k_pitch", "v_pitch", "do_pitch", "dq_pitch", "tiles",
+        "q_pitch", "k_pitch", "v_pitch", "do_pitch", "dq_pitch", "tiles", "whole", "share",
     ):  # fmt: skip
         arguments[name] = jit.Scalar("i32")
     for name in ("scale", "inner", "factor"):
@@ -151,22 +155,20 @@ class BackwardLaunch:
 
     @cached_property
     def blocks(self) -> int:
-        """Key tiles of one dense sequence, or an upper bound over all packed ones (and what lies after the last)."""
-        shape = self.problem.shape
-        if self.problem.layout is Layout.VARLEN:
-            return shape.seqlen_k // self.config.keys + shape.batch + 1
-        return -(-shape.seqlen_k // self.config.keys)
+        return key_blocks(self.problem, self.config)
 
     @cached_property
     def tiles(self) -> int:
-        shape = self.problem.shape
-        copies = 1 if self.problem.layout is Layout.VARLEN else shape.batch
-        return self.blocks * shape.heads_kv * copies
+        return key_tiles(self.problem, self.config)
 
     @cached_property
     def programs(self) -> int:
         """How many run: one a multiprocessor, where they take tile after tile, else one a tile."""
         return min(self.tiles, self.multiprocessors) if self.config.takes_tile_after_tile else self.tiles
+
+    @cached_property
+    def remainder(self) -> Remainder:
+        return Remainder.of(self.problem, self.config, self.multiprocessors)
 
     @cached_property
     def section(self) -> int:
@@ -231,11 +233,14 @@ class BackwardLaunch:
         sums = torch.empty(self.sums_shape, dtype=torch.float32, device=device)
         marks = torch.empty(1 + self.problem.shape.heads_q * self.line // _PIECE, dtype=torch.int32, device=device)
         work = Work(jit.current_stream(device.index), stats.data_ptr(), sums.data_ptr(), marks.data_ptr())
+        values = self.remainder.values
+        shared = torch.empty(values, dtype=torch.float32, device=device) if values else None
         dsinks = self._prepare(bound, work, addresses[3], (operands.sinks, upstream), kept)
         tensors = (*addresses, work.stats, dk.data_ptr(), dv.data_ptr(), work.sums, dq.data_ptr())
         maps = [place[address] for place, address in zip(bound.places, tensors, strict=True)]
         modified = self._modified(bound, operands, dbias, kept) if self.is_modified else ()
-        bound.main(work.stream, *maps, work.marks, *kept.lengths, *kept.documents, *modified)
+        shares = 0 if shared is None else shared.data_ptr()
+        bound.main(work.stream, *maps, work.marks, *kept.lengths, *kept.documents, shares, *modified)
         if bound.finish is not None:
             bound.finish(work.stream, work.sums, work.marks, tensors[-1], *kept.lengths)
         if operands.bias is not None and dbias is not None:
@@ -276,11 +281,11 @@ class BackwardLaunch:
         stats = (2 * shape.heads_q, self.line)
         maps = [(row.shape, row.strides) for row in (*rows, dk, dv, dq)]
         maps[4:4], maps[7:7] = [(stats, dense_strides(stats))], [(self.sums_shape, dense_strides(self.sums_shape))]
-        begin = operands.mask.document_begin
+        begin, rest = operands.mask.document_begin, self.remainder
         document_stride = shape.seqlen_q if begin is not None and begin.shape[0] > 1 else 0
         numbers = (
             *self.integers, document_stride, self.blocks, self.section, self.line, *(row.pitch for row in rows), dq.pitch,
-            self.tiles, *self.scales,
+            rest.numbers, rest.whole, rest.share, *self.scales,
         )  # fmt: skip
         sizes, dout = (shape.batch, shape.heads_q, shape.seqlen_q, shape.seqlen_k, self.line), rows[3]
         shares = (score_unit(self.problem.score), 1 / keep_scale(self.problem.score.dropout_p))

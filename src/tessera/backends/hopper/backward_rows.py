@@ -91,9 +91,8 @@ def prepare_rows(
     gl.store(stats_ptr + heads.to(gl.int64) * line + place, gl.where(seen, d * share, 0.0))
     if head + start == 0:
         gl.store(marks_ptr, 0)  # the counter of tiles, before all marks
-    if adds_in_order(config):
-        _clear_marks(marks_ptr, head, line, start)
-    else:
+    _clear_marks(marks_ptr, head, line, start)
+    if not adds_in_order(config):
         _clear_sums(config, sum_ptr, head.to(gl.int64) * line + start, dim)
 
 

@@ -8,6 +8,7 @@ however many programs the device runs at a time.
 
 from tessera.backends.hopper.pieces.channel import Ring, make_ring
 from tessera.backends.hopper.pieces.numbers import make_numbers, of_first_lane, read_number, write_number
+from tessera.backends.hopper.pieces.remainder import Remainder
 from tessera.backends.hopper.pieces.scheduler import take
 from tessera.backends.hopper.pieces.sums import adds_in_order
 from tessera.jit.compat import aggregate, gl, gluon
@@ -17,22 +18,15 @@ _SLOTS = gl.constexpr(2)
 
 @aggregate
 class Draws:
-    """`tiles` in all, of which `given` are begun without a draw; two numbers, so that one can be posted before everybody has read
-    the one before."""
+    """`tiles` numbers in all, of which `given` are begun without a draw, and the last of which may stand for less than a tile
+    (`rest`: pieces/remainder.py); two of them, so that one can be posted before everybody has read the one before."""
 
     counter: gl.tensor
     tiles: gl.tensor
     given: gl.tensor
     numbers: gl.shared_memory_descriptor
     ring: Ring
-
-    @gluon.constexpr_function
-    def __init__(self, counter, tiles, given, numbers, ring):
-        self.counter = counter
-        self.tiles = tiles
-        self.given = given
-        self.numbers = numbers
-        self.ring = ring
+    rest: Remainder
 
     @gluon.jit
     def draw(self):
@@ -66,7 +60,8 @@ class Draws:
 
 
 @gluon.jit
-def make_draws(config: gl.constexpr, counter, tiles):
-    """For programs that take tile after tile."""
+def make_draws(config: gl.constexpr, counter, tiles, whole, share, shares):
+    """For programs that take tile after tile. Behind the counter lie marks."""
     given = tiles * 0 if adds_in_order(config) else gl.num_programs(0) + tiles * 0
-    return Draws(counter, tiles, given, make_numbers(_SLOTS), make_ring(_SLOTS, config.consumers + config.writers))
+    ring = make_ring(_SLOTS, config.consumers + config.writers)
+    return Draws(counter, tiles, given, make_numbers(_SLOTS), ring, Remainder(whole, share, shares, counter + 1))
