@@ -364,6 +364,26 @@ def _kept(words: Tensor, halves: Tensor, threshold: Any) -> Tensor:
     return (draws >= (threshold >> 7 & 0xFF)) != bool(threshold >> 31)
 
 
+def _drawn_in_rows(even: Tensor, odd: Tensor, *factors: Tensor | Any) -> Tensor:
+    """What of (rows, keys) is kept: x of even and odd keys; y of them times the factors of a row, and of the one 8 further; the
+    factors of keys; the threshold."""
+    *by_rows, of_keys, threshold = factors
+    rows, keys = torch.arange(even.shape[0])[:, None], torch.arange(even.shape[1])
+    near, below = (torch.where(keys % 2 == 0, *by_rows[i : i + 2]) for i in (0, 2))
+    words = torch.where(rows // 8 % 2 == 0, near, below) * of_keys + torch.where(keys % 2 == 0, even, odd)
+    return _kept(words & 0xFFFFFFFF, keys // 8 % 2, threshold)
+
+
+def _drawn_in_keys(even: Tensor, odd: Tensor, *factors: Tensor | Any) -> Tensor:
+    """What of (keys, rows) is kept: x of even and odd rows; y of them times the keys' factors; the factors of rows and of those 8
+    further; the threshold."""
+    *by_keys, of_rows, of_further, threshold = factors
+    keys, rows = torch.arange(even.shape[0])[:, None], torch.arange(even.shape[1])
+    of_rows = torch.where(rows // 8 % 2 == 0, of_rows, of_further)
+    words = torch.where(rows % 2 == 0, *by_keys) * of_rows + torch.where(rows % 2 == 0, even, odd)
+    return _kept(words & 0xFFFFFFFF, keys // 8 % 2, threshold)
+
+
 def _assembly(text: str, constraints: str, arguments: list[Any], dtype: Any, is_pure: bool, pack: int) -> Any:
     """The few texts that kernels hold."""
     if text.startswith("bar."):
@@ -411,40 +431,29 @@ def _assembly(text: str, constraints: str, arguments: list[Any], dtype: Any, is_
         return arguments[0] * arguments[1]
     if "and.b32 $0, $1, mask;" in text:  # dropout.dropped, with left padding
         return torch.where(arguments[1] >> 7 & 1 == 1, arguments[0], 0.0).to(dtype)
-    if " $0, $1, m; }" in text:  # dropout.dropped
-        p, words, threshold = arguments[0] * (2.0**-7 if dtype == torch.bfloat16 else 1.0), *arguments[1:]
-        return torch.where(_kept(words, torch.arange(p.shape[1]) % 2, threshold), p, 0.0).to(dtype)
+    if text.startswith("{ .reg .b32 a, b, w<4>, m<4>,"):  # dropout.dropped
+        p, *mixed, threshold = arguments
+        return torch.where(_drawn_in_rows(*mixed, threshold), p * (2.0**-7 if dtype == torch.bfloat16 else 1.0), 0.0).to(dtype)
     if text == "prmt.b32 $0, $1, $2, 0xCC88;":  # dropout.masks, with left padding
         return torch.where(arguments[0] >> 7 & 1 == 1, math.nan, 0.0).to(dtype)
-    if text.startswith("{ .reg .b32 x, least;"):  # dropout.masks
-        *words, threshold = arguments
-        keys, rows = torch.arange(words[0].shape[0])[:, None], torch.arange(words[0].shape[1])
-        word = torch.where(
-            keys // 8 % 2 == 0, torch.where(rows // 8 % 2 == 0, *words[:2]), torch.where(rows // 8 % 2 == 0, *words[2:])
-        )
-        return torch.where(_kept(word, rows % 2, threshold), math.nan, 0.0).to(dtype)
+    if text.startswith("{ .reg .b32 x, least, w<4>, m<4>;"):  # dropout.masks
+        return torch.where(_drawn_in_keys(*arguments), math.nan, 0.0).to(dtype)
+    if text.startswith("{ .reg .b32 x, least, w<4>; .reg .f32 d, p<8>;"):  # dropout.drawn_derivatives
+        p, dp, d, *drawn = arguments
+        kept = _drawn_in_keys(*drawn)
+        return p * (torch.where(kept, dp, 0.0) - d), torch.where(kept, p, 0.0).to(dtype[1])
     if text == "and.b32 $0, $1, $2;":  # dropout.masked
         return torch.where(arguments[1] != 0, arguments[0], 0.0)
     if text.startswith("{ .reg .pred p, q; .reg .b32 zero;"):  # dropout.masked_derivatives
         p, masks, dp, d = arguments
         return p * (torch.where(masks != 0, dp, 0.0) - d)
-    if text.startswith("{ .reg .b64 near, far,"):  # modifiers._add_to_plane
-        values, places, row, left = arguments
-        columns = torch.arange(min(values.shape[1], int(left)))
-        return _atomic_add(places + columns * (int(row) // 4), values[:, : len(columns)], "relaxed")
+    if text.startswith("{ .reg .b64 near, far,"):  # modifiers._plane_of_bias
+        block, keys, row, left = arguments
+        rows = torch.arange(keys.shape[1])
+        places = block + keys + torch.clamp(rows, max=int(left) - 1) * (int(row) // block.memory.element_size())
+        return torch.where(rows < int(left), _load(places).float(), 0.0)
     if text.startswith("lop3.b32 $0, $1, $2, 0x80008000, 0xF2;"):  # dropout.marked
         return torch.where(arguments[1] != 0, arguments[0], -arguments[0])
-    if text.startswith("prmt.b32 $0, $1, $2, $3;"):  # dropout._permuted
-        a, b, selector = torch.broadcast_tensors(*arguments)
-        taken = [(a | b << 32) >> (selector >> 4 * i & 7) * 8 & 0xFF for i in range(4)]
-        return sum(byte << 8 * i for i, byte in enumerate(taken))
-    if text.startswith("{ .reg .b32 odd, x;"):  # dropout._selectors
-        odd = arguments[0] % 2 == 1
-        return tuple(torch.where(odd, a, b) for a, b in ((0x5410, 0x7632), (0x3254, 0x5410), (0x3276, 0x7610)))
-    if text.startswith("shfl.sync.bfly.b32 $0, $1, 4,"):  # dropout._of_other_parity
-        return arguments[0].unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
-    if text.startswith("xor.b32 $0, $2, $4;"):  # dropout._sum
-        return arguments[0] ^ arguments[2], arguments[1] ^ arguments[3]
     if text.startswith("shfl."):
         return Integer(arguments[0])
     if "atom.global.add" in text:  # scheduler.take

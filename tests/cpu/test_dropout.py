@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tessera import attention, dropout, dropout_mask
-from tessera.dropout import final, keep_scale, keep_tile, mixture, philox, threshold
+from tessera.dropout import keep_scale, keep_tile, mixture, philox, threshold
 
 ONES = 0xFFFFFFFF
 # pi's digits, Random123's third test vector: the counter, then the key
@@ -64,12 +64,6 @@ def test_published_answers_of_seven_rounds(counter: Words, key: tuple[int, int],
     assert run_philox(counter, key) == answer
 
 
-@pytest.mark.parametrize(("x", "answer"), [(0, 0), (1, 0x514E28B7), (0xFFFFFFFF, 0x81F16F39), (0x12345678, 0xE37CD1BC)])
-def test_published_answers_of_the_finalizer(x: int, answer: int) -> None:
-    """MurmurHash3's fmix32: that of 1 is the hash of the empty key under seed 1, that of ONES under seed ONES."""
-    assert int(final(torch.tensor(x))) == answer
-
-
 WORDS = st.integers(0, ONES)
 
 
@@ -88,26 +82,19 @@ def philox_by_numpy(c: list[np.ndarray], key: int) -> list[np.ndarray]:
     return c
 
 
-PI = [
-    [0x243F6A88, 0x85A308D3],
-    [0x13198A2E, 0x03707344],
-    [0xA4093822, 0x299F31D0],
-    [0x082EFA98, 0xEC4E6C89],
-    [0x452821E6, 0x38D01377],
-]
+PI_OF_COLUMNS, PI_OF_ROWS = 0x243F6A88, 0x85A308D3
 
 
-def final_by_numpy(x: np.ndarray) -> np.ndarray:
-    x = (x ^ x >> np.uint64(16)) * np.uint64(0x85EBCA6B) & np.uint64(ONES)
-    x = (x ^ x >> np.uint64(13)) * np.uint64(0xC2B2AE35) & np.uint64(ONES)
-    return x ^ x >> np.uint64(16)
+def key_by_numpy(number: np.ndarray, word: np.ndarray, is_odd: np.ndarray, odd: int) -> np.ndarray:
+    key = number * np.uint64(0x85EBCA6B) + word & np.uint64(ONES)
+    return ((key ^ key >> np.uint64(16)) * np.uint64(0xC2B2AE35) & np.uint64(ONES)) ^ is_odd * np.uint64(odd)
 
 
-def key_by_numpy(number: np.ndarray, patch: np.ndarray, words: list[np.ndarray], constants: list[list[int]]) -> list[np.ndarray]:
-    key = [final_by_numpy(number ^ word) for word in words]
-    for bit, constant in enumerate(constants):
-        key = [key[i] ^ (patch >> np.uint64(bit) & np.uint64(1)) * np.uint64(constant[i]) for i in range(2)]
-    return key
+def factor_by_numpy(number: np.ndarray, factors: tuple[int, int, int]) -> np.ndarray:
+    product = np.ones_like(number)
+    for bit, factor in enumerate(factors):
+        product = np.where(number >> np.uint64(bit) & np.uint64(1) == 1, product * np.uint64(factor) & np.uint64(ONES), product)
+    return product
 
 
 def mask_by_numpy(seed: int, batch: int, heads: int, seqlen_q: int, seqlen_k: int, dropout_p: float) -> np.ndarray:
@@ -115,12 +102,14 @@ def mask_by_numpy(seed: int, batch: int, heads: int, seqlen_q: int, seqlen_k: in
     b, h, i, j = np.meshgrid(*(np.arange(n, dtype=np.uint64) for n in (batch, heads, seqlen_q, seqlen_k)), indexing="ij")
     two, four, eight = (np.uint64(n) for n in (2, 4, 8))
     words = philox_by_numpy([h, b, 0 * h, 0 * h], seed)
-    row = key_by_numpy(i // np.uint64(64) * eight + i % eight, i // np.uint64(16) % four, words[:2], PI[3:])
-    column = key_by_numpy(j // np.uint64(128) * four + j % eight // two, j // np.uint64(16) % eight, words[2:], PI[:3])
-    x = (row[0] ^ column[0]) * np.uint64(0xD256D193) + (row[1] ^ column[1]) & np.uint64(ONES)
-    multipliers = np.array([0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35, 0x27D4EB2F], dtype=np.uint64)
-    word = (x ^ x >> np.uint64(16)) * multipliers[(j // eight % two * two + i // eight % two).astype(int)] + x
-    draws = word >> (np.uint64(16) * (j % two) + np.uint64(7)) & np.uint64(255)
+    row = key_by_numpy(i // np.uint64(64) * four + i % eight // two, words[0], i % two, PI_OF_ROWS)
+    column = key_by_numpy(j // np.uint64(128) * four + j % eight // two, words[1], j % two, PI_OF_COLUMNS)
+    x = (row ^ column) * np.uint64(0xD256D193) & np.uint64(ONES)
+    of_row = factor_by_numpy(i // eight, (0xDF72B7EB, 0x77E90B5F, 0x6D24A0E5))
+    of_column = factor_by_numpy(j // np.uint64(16), (0xB2BE0D71, 0x6025A7C3, 0x47BA8F27))
+    multiplier = of_row * of_column % np.uint64(1 << 32) * np.uint64(0x610FCADF)
+    word = (x ^ x >> np.uint64(16)) * multiplier + x & np.uint64(ONES)
+    draws = word >> (np.uint64(16) * (j // eight % two) + np.uint64(7)) & np.uint64(255)
     threshold = round(dropout_p * 256)
     return draws >= threshold if threshold <= 128 else draws < 256 - threshold
 
@@ -223,14 +212,42 @@ def test_mixing_without_its_shift_would_show(monkeypatch: pytest.MonkeyPatch) ->
     assert largest > 6
 
 
-def test_every_byte_takes_every_value_alike() -> None:
-    keys = torch.randint(0, 1 << 32, (4, 1 << 18))
-    for word in mixture((keys[0], keys[1]), (keys[2], keys[3])):
-        for byte in range(4):
-            counts = torch.bincount(word >> 8 * byte & 0xFF, minlength=256).double()
-            expected = keys.shape[1] / 256
-            chi_squared = ((counts - expected) ** 2 / expected).sum().item()
-            assert abs(chi_squared - 255) < 6 * (2 * 255) ** 0.5
+def worst_rectangle() -> float:
+    """The largest correlation of four draws of one mixture at a rectangle's corners, at p = 0.1, over 2^16 mixtures."""
+    numbers, n = torch.arange(8), 1 << 16
+    of_rows = dropout._factor(numbers, dropout.ROW_FACTORS)
+    of_columns = dropout._factor(numbers, dropout.COLUMN_FACTORS) * dropout.WORD_MULTIPLIER & ONES
+    generator = torch.Generator().manual_seed(1)
+    keys = torch.randint(0, 1 << 32, (n,), generator=generator)
+    words = mixture(keys, torch.tensor(0), (of_rows[:, None] * of_columns & ONES)[..., None])
+    draws = (words >> 7 & 0xFF) < 26
+    lines = ((draws.float() - 26 / 256) / (26 / 256 * 230 / 256) ** 0.5).flatten(0, 1)
+    pairs = torch.triu_indices(8, 8, 1)
+    of_two_rows = lines.view(8, 8, n)[pairs[0]] * lines.view(8, 8, n)[pairs[1]]
+    corners = of_two_rows @ of_two_rows.transpose(1, 2) / n
+    return corners[:, pairs[0], pairs[1]].abs().max().item()
+
+
+def test_corners_of_rectangles_in_one_mixture_draw_independently() -> None:
+    assert worst_rectangle() < 6 / 256
+
+
+def test_multipliers_that_were_not_chosen_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dropout, "ROW_FACTORS", (0x85EBCA6B, 0xC2B2AE35, 0x27D4EB2F))
+    monkeypatch.setattr(dropout, "COLUMN_FACTORS", (0x165667B1, 0xD3A2646D, 0xFD7046C5))
+    monkeypatch.setattr(dropout, "WORD_MULTIPLIER", 0x9E3779B1)
+    assert worst_rectangle() > 6 / 256
+
+
+@pytest.mark.parametrize("multiplier", [dropout.WORD_MULTIPLIER, dropout.ROW_FACTORS[0] * dropout.COLUMN_FACTORS[2] & ONES])
+def test_every_byte_takes_every_value_alike(multiplier: int) -> None:
+    keys = torch.randint(0, 1 << 32, (2, 1 << 18))
+    word = mixture(keys[0], keys[1], torch.tensor(multiplier))
+    for byte in range(4):
+        counts = torch.bincount(word >> 8 * byte & 0xFF, minlength=256).double()
+        expected = keys.shape[1] / 256
+        chi_squared = ((counts - expected) ** 2 / expected).sum().item()
+        assert abs(chi_squared - 255) < 6 * (2 * 255) ** 0.5
 
 
 def test_draws_are_independent_along_a_line_in_triples() -> None:

@@ -13,7 +13,9 @@ from tessera.backends.hopper.pieces.gradients import (
     BARRIER_K,
     derivatives_of_kept,
     drawn,
+    draws_by_words,
     issue_transposed,
+    kept_derivatives,
     kept_p,
     masks_of,
     meet,
@@ -98,17 +100,19 @@ def _block(
     s = warpgroup_mma_wait(1, deps=(s,))
     lse = row_values(shared.lse, q_slot, config.rows)
     p, weight = probabilities(config, score, s, lse, bounds, row, MASKED)
-    p = to_16_bit(p, dtype)
+    if not draws_by_words(config):
+        p = to_16_bit(p, dtype)
     dp = warpgroup_mma_wait(0, deps=(dp,))
     d = row_values(shared.d, do_slot, config.rows)  # only now: it would take registers from S
-    kept = masks_of(config, kept, dtype)
-    ds = derivatives_of_kept(config, weight, kept, dp, d)
     if needs_slope_apart(config):
+        kept = masks_of(config, kept, dtype)
+        ds = derivatives_of_kept(config, weight, kept, dp, d)
         add_to_dbias(config, score.modifiers, derivatives_of_kept(config, p, kept, dp, d), row)
+        p = kept_p(config, p, kept)
     else:
+        ds, p = kept_derivatives(config, p, weight, kept, dp, d, dtype)
         add_to_dbias(config, score.modifiers, ds, row)
     ds = to_16_bit(ds, dtype)
-    p = kept_p(config, p, kept)
     # dV covers the way of dS through shared memory and the meeting: 1.04 of issuing it before dS is computed (H200, 2026-11-21)
     dv = warpgroup_mma(gl.convert_layout(p, operand_layout(config.dim_v)), do, dv, is_async=True)
     place = (n & 1) * 2

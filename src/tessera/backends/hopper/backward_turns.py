@@ -15,9 +15,9 @@ from tessera.backends.hopper.pieces.gradients import (
     BARRIER_DS,
     BARRIER_K,
     drawn,
+    draws_by_words,
     issue_transposed,
     kept_derivatives,
-    masks_of,
     meet,
     place_of_k,
     place_of_v,
@@ -189,7 +189,8 @@ def _block(
         dp = _issue_dp(config, consumer, shared, v, n)
         s = warpgroup_mma_wait(1, deps=(s,))
     p, weight = probabilities(config, score, s, lse, bounds, row, MASKED)
-    p, weight = to_16_bit(p, dtype), to_16_bit(weight, dtype)  # in 32 bits it would spill beside dP
+    if not draws_by_words(config):  # in 32 bits it would spill beside dP
+        p, weight = to_16_bit(p, dtype), to_16_bit(weight, dtype)
     if _products_apart(config):
         dp = _issue_dp(config, consumer, shared, v, n)
     kept = drawn(config, score, row)
@@ -199,7 +200,7 @@ def _block(
     else:
         d = row_values(shared.d, do_slot, config.rows)
         dp = warpgroup_mma_wait(0, deps=(dp,))
-    ds, p = kept_derivatives(config, p, weight, masks_of(config, kept, dtype), dp, d)
+    ds, p = kept_derivatives(config, p, weight, kept, dp, d, dtype)
     ds = to_16_bit(ds, dtype)
     dv = warpgroup_mma(gl.convert_layout(p, operand_layout(config.dim_v)), do, dv, is_async=True)
     _hand_over(config, consumer, parts, ds, n)

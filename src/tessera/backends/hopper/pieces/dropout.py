@@ -1,11 +1,11 @@
 """Dropout's draws on one warpgroup's tile, bit for bit as tessera/dropout.py defines them.
 
-A row and a column have a key each of two words; a few 32-bit instructions mix eight draws out of both. In S all eight are one
-thread's, and a word's halves are two of P's neighbours. In S^T a thread has two keys of one parity, and the thread four lanes
-further the other parity of the same rows: each draws for half of the rows and hands on the other's halves.
+A row and a column have a key each; a few 32-bit instructions mix both, and one more each makes words of two draws. Words' halves
+are two keys 8 apart, of which a thread has both in S and in S^T. In S neighbours in a row are judged together, as P is packed:
+two words give two pairs. In S^T comparisons leave predicates, so it does not matter which scores are in a word.
 
 The keys of a tile's own rows (of S^T: of its keys) are made once. Of those that change from block to block a thread makes one:
-what it sees of a block's others differs from that by constants.
+those of odd rows and columns differ from it by a constant, and others of the thread have the same.
 
 A draw is 8 bits behind the sign of a float16. Two at once are compared with the threshold, which gives their masks: magnitudes
 of floats are ordered as their bits are, NaN counts as larger, and thresholds are 128 at most, which is no NaN.
@@ -17,7 +17,10 @@ from tessera.jit.compat import aggregate, gl, gluon
 WORD = gl.constexpr(0xFFFFFFFF)
 ROUNDS = gl.constexpr(7)
 MIXING_MULTIPLIER = gl.constexpr(0xD256D193)
-WORD_MULTIPLIERS = gl.constexpr((0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35, 0x27D4EB2F))
+KEY_MULTIPLIERS = gl.constexpr((0x85EBCA6B, 0xC2B2AE35))
+WORD_MULTIPLIER = gl.constexpr(0x610FCADF)
+ROW_FACTORS = gl.constexpr((0xDF72B7EB, 0x77E90B5F, 0x6D24A0E5))
+COLUMN_FACTORS = gl.constexpr((0xB2BE0D71, 0x6025A7C3, 0x47BA8F27))
 
 
 @aggregate
@@ -30,32 +33,17 @@ class Dropout:
     threshold: gl.tensor
     keep_scale: gl.tensor
 
-    @gluon.constexpr_function
-    def __init__(self, key_low, key_high, threshold, keep_scale):
-        self.key_low = key_low
-        self.key_high = key_high
-        self.threshold = threshold
-        self.keep_scale = keep_scale
-
 
 @aggregate
 class Plane:
-    """The scores of one head of one sequence, seen from the tile: the head's words for keys that change from block to block, the
-    keys of the tile's own rows (of S^T: of its own keys), the first of these, and where its first key stands."""
+    """The scores of one head of one sequence, seen from the tile: the head's word for keys that change from block to block, the
+    keys of the tile's own rows (of S^T: of its keys) and their factors, the first of these, and where its first key stands."""
 
     dropout: Dropout
-    words: gl.tuple
+    word: gl.tensor
     own: gl.tuple
     first: gl.tensor
     key: gl.tensor
-
-    @gluon.constexpr_function
-    def __init__(self, dropout, words, own, first, key):
-        self.dropout = dropout
-        self.words = words
-        self.own = own
-        self.first = first
-        self.key = key
 
 
 @gluon.jit
@@ -78,90 +66,86 @@ def philox(c0, c1, c2, c3, key_low, key_high):
 
 
 @gluon.jit
-def _final(x):
-    """MurmurHash3's finalizer."""
-    x = (x ^ x >> 16) * 0x85EBCA6B & WORD
-    x = (x ^ x >> 13) * 0xC2B2AE35 & WORD
-    return x ^ x >> 16
-
-
-@gluon.jit
 def _head_words(dropout, number, head):
-    """A head's words for its rows' keys, and for its columns'."""
+    """A head's word for its rows' keys, and for its columns'."""
     none = number ^ number
-    h0, h1, h2, h3 = philox(head, number, none, none, dropout.key_low, dropout.key_high)
-    return (h0, h1), (h2, h3)
+    of_rows, of_columns, _, _ = philox(head, number, none, none, dropout.key_low, dropout.key_high)
+    return of_rows, of_columns
 
 
 @gluon.constexpr_function
-def _constant(of_rows, bit, word):
-    of_columns = ((0x243F6A88, 0x85A308D3), (0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0))
-    return (((0x082EFA98, 0xEC4E6C89), (0x452821E6, 0x38D01377)) if of_rows else of_columns)[bit][word]
+def _odd_line(of_rows):
+    return 0x85A308D3 if of_rows else 0x243F6A88
 
 
 @gluon.jit
-def _moved(key, patch, bits: gl.constexpr, of_rows: gl.constexpr):
-    """From the key of a group's first patch that of its patch `patch`."""
-    a, b = key
-    for bit in gl.static_range(bits):
-        is_set = (patch >> bit & 1).to(gl.uint32)
-        a, b = a ^ is_set * _constant(of_rows, bit, 0), b ^ is_set * _constant(of_rows, bit, 1)
-    return a, b
+def _moved(key, number, of_rows: gl.constexpr):
+    """From the key of an even line that of the odd one behind it, for odd numbers."""
+    return gl.where(number % 2 == 0, key, key ^ _odd_line(of_rows))
 
 
 @gluon.jit
-def _key(words, number):
-    """The key of a group of rows, or of columns."""
-    number = number.to(gl.uint32)
-    return _final(number ^ words[0]), _final(number ^ words[1])
+def _key(word, number):
+    """The key of a pair of rows, or of columns."""
+    key = number.to(gl.uint32) * KEY_MULTIPLIERS[0] + word & WORD
+    return (key ^ key >> 16) * KEY_MULTIPLIERS[1] & WORD
 
 
 @gluon.jit
-def _row_keys(words, rows):
+def _row_keys(word, rows):
     """Of any rows."""
-    return _moved(_key(words, rows // 64 * 8 + rows % 8), rows // 16, 2, True)
+    return _moved(_key(word, rows // 64 * 4 + rows % 8 // 2), rows, True)
 
 
 @gluon.jit
-def _column_keys(words, columns):
+def _column_keys(word, columns):
     """Of any columns."""
-    return _moved(_key(words, columns // 128 * 4 + columns % 8 // 2), columns // 16, 3, False)
+    return _moved(_key(word, columns // 128 * 4 + columns % 8 // 2), columns, False)
 
 
 @gluon.jit
-def _sum(row, column):
-    """A row's key xor a column's, in asm: the compiler would keep one of them, moved to each of its patches, in registers."""
-    asm: gl.constexpr = "xor.b32 $0, $2, $4; xor.b32 $1, $3, $5;"
-    operands = [row[0], row[1], column[0], column[1]]
-    return gl.inline_asm_elementwise(asm, "=&r,=&r,r,r,r,r", operands, dtype=(gl.uint32, gl.uint32), is_pure=True, pack=1)
+def _factor(number, factors: gl.constexpr):
+    """The product of the factors of its lowest three bits that are set."""
+    product = number.to(gl.uint32) * 0 + 1
+    for bit in gl.static_range(3):
+        is_set = (number >> bit & 1).to(gl.uint32)
+        product = product * (is_set * (factors[bit] - 1) + 1) & WORD
+    return product
 
 
 @gluon.jit
-def _mixed(key):
-    """What a call's words are made of."""
-    x = key[0] * MIXING_MULTIPLIER + key[1] & WORD
+def _factor_of_rows(rows):
+    return _factor(rows // 8, ROW_FACTORS)
+
+
+@gluon.jit
+def _factor_of_columns(columns):
+    return _factor(columns // 16, COLUMN_FACTORS) * WORD_MULTIPLIER & WORD
+
+
+@gluon.jit
+def _mixed(key, of_odd: gl.constexpr):
+    """What the words of a row and a column are made of, from both keys' xor; or of the odd row, or column, behind it."""
+    if of_odd is not None:
+        key = key ^ _odd_line(of_odd)
+    x = key * MIXING_MULTIPLIER & WORD
     return x, x ^ x >> 16
 
 
 @gluon.jit
-def _draws(key):
-    """Four words of draws from the sum of a row's and a column's key."""
-    x, y = _mixed(key)
-    words = ()
-    for i in gl.static_range(4):
-        words = words + (y * WORD_MULTIPLIERS[i] + x & WORD,)
-    return words
+def _times(y, factor, dropout):
+    """The product, plus a 0 that the compiler does not know: else it makes the factor's products with all constants that y is
+    multiplied by next before the loop, and has no registers for them."""
+    return y * factor + (dropout.threshold & 1) & WORD
 
 
 @gluon.jit
 def _anywhere(plane, key, rows, columns):
     """Each score's own, from its own key: the sign of its lowest byte is set where it is kept. For tiles that do not begin where
     a patch does."""
-    x, y = _mixed(key)
-    above = gl.where(columns // 8 % 2 == 0, WORD_MULTIPLIERS[0], WORD_MULTIPLIERS[2])
-    below = gl.where(columns // 8 % 2 == 0, WORD_MULTIPLIERS[1], WORD_MULTIPLIERS[3])
-    word = y * gl.where(rows // 8 % 2 == 0, above, below).to(gl.uint32) + x & WORD
-    draws = word >> (columns % 2 * 16 + 7).to(gl.uint32) & 0xFF
+    x, y = _mixed(key, None)
+    word = y * (_factor_of_rows(rows) * _factor_of_columns(columns) & WORD) + x & WORD
+    draws = word >> (columns // 8 % 2 * 16 + 7).to(gl.uint32) & 0xFF
     threshold = plane.dropout.threshold
     return gl.where(draws >= (threshold >> 7 & 0xFF), 0x80, 0).to(gl.uint32) ^ (threshold >> 31 << 7)
 
@@ -192,6 +176,13 @@ def _calls(n: gl.constexpr):
     return line, patch, pair
 
 
+@gluon.jit
+def _spread(x, n: gl.constexpr):
+    """(32, n / 16 or 1, 4) to each of its scores, (64, n)."""
+    s = gl.zeros([M, n], gl.uint32, accumulator_layout(n))
+    return _whole(gl.expand_dims(x, 3) | _patches(s, n), n)
+
+
 # ------------------------------------------------------------------------------------------------------------------ S
 
 
@@ -201,39 +192,37 @@ def plane_of_rows(config: gl.constexpr, dropout, number, head, row, key):
     keys: gl.constexpr = config.keys
     of_rows, of_columns = _head_words(dropout, number, head)
     if has(config, "key_start"):
-        own = _row_keys(of_rows, row + gl.arange(0, M, gl.SliceLayout(1, accumulator_layout(keys))))
+        own = (_row_keys(of_rows, row + gl.arange(0, M, gl.SliceLayout(1, accumulator_layout(keys)))),)
     else:
         line, _, _ = _calls(keys)
-        own = _row_keys(of_rows, row + line // 8 * 16 + line % 8)
+        rows = row + line // 8 * 16 + line % 8
+        own = _row_keys(of_rows, rows), _factor_of_rows(rows)
     return Plane(dropout, of_columns, own, row, key)
 
 
 @gluon.jit
 def key_of_block(config: gl.constexpr, plane, first_key):
-    """What `draw` begins with: two registers."""
+    """What `draw` begins with: both keys' xor, and the factor of the thread's first patch."""
     _, _, pair = _calls(config.keys)
-    key = _sum(plane.own, _key(plane.words, first_key // 128 * 4 + pair))
+    own, factor = plane.own
     if config.keys < 128:
-        key = _moved(key, first_key // 16 % 8, 3, False)
-    return key
+        factor = factor * _factor(first_key // 16, COLUMN_FACTORS) & WORD
+    return own ^ _key(plane.word, first_key // 128 * 4 + pair), factor
 
 
 @gluon.jit
-def _words(words, keys: gl.constexpr):
-    """Each score's word, uint32 (64, keys)."""
-    s = gl.zeros([M, keys], gl.uint32, accumulator_layout(keys))
-    patches: gl.constexpr = _patches(s, keys).type.layout
-    number = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, patches))))[None, None, None, :] // 2
-    near = gl.where(number == 0, gl.expand_dims(words[0], 3), gl.expand_dims(words[1], 3))
-    far = gl.where(number == 2, gl.expand_dims(words[2], 3), gl.expand_dims(words[3], 3))
-    return _whole(gl.where(number < 2, near, far), keys)
-
-
-@gluon.jit
-def draw(config: gl.constexpr, key):
-    """The draws of a block, uint32 (64, keys): each score's word."""
+def draw(config: gl.constexpr, plane, key):
+    """What a block's words are made of, (64, keys): x of even columns and of odd ones, y of both times the factor of a row, then
+    of the row 8 further, and the patches' factors."""
     _, patch, _ = _calls(config.keys)
-    return _words(_draws(_moved(key, patch, 3, False)), config.keys)
+    key, factor = key
+    even, odd = _mixed(key, None), _mixed(key, False)
+    y_even, y_odd = _times(even[1], factor, plane.dropout), _times(odd[1], factor, plane.dropout)
+    below = y_even * ROW_FACTORS[0] & WORD, y_odd * ROW_FACTORS[0] & WORD
+    return (
+        _spread(even[0], config.keys), _spread(odd[0], config.keys), _spread(y_even, config.keys), _spread(y_odd, config.keys),
+        _spread(below[0], config.keys), _spread(below[1], config.keys), _spread(_factor_of_columns(patch * 16), config.keys),
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -242,9 +231,7 @@ def draw_anywhere(config: gl.constexpr, plane, first_key):
     layout: gl.constexpr = accumulator_layout(config.keys)
     rows = plane.first + gl.arange(0, M, gl.SliceLayout(1, layout))
     columns = plane.key + first_key + gl.arange(0, config.keys, gl.SliceLayout(0, layout))
-    r0, r1 = plane.own
-    c0, c1 = _column_keys(plane.words, columns)
-    key = _sum((r0[:, None], r1[:, None]), (c0[None, :], c1[None, :]))
+    key = plane.own[0][:, None] ^ _column_keys(plane.word, columns)[None, :]
     return _anywhere(plane, key, rows[:, None], columns[None, :])
 
 
@@ -259,11 +246,20 @@ def _compared_asm(results, kind, threshold):
 
 @gluon.constexpr_function
 def _dropped_asm(dtype):
-    """Two neighbours in a row, $1, of one word. A product, for the pipe of logic has the comparisons to do, and because ptxas
-    takes the halves of an `and` apart at a loop's end."""
+    """Of a patch's eight scores: P $0 to $3 from P $4 to $7 and, each of eight registers alike, what `draw` leaves and the
+    threshold. Two columns' words become pairs of neighbours in a row. A product, for the pipe of logic has the comparisons to
+    do, and because ptxas takes the halves of an `and` apart at a loop's end."""
     kind = "bf16x2" if dtype == gl.bfloat16 else "f16x2"
-    compared = _compared_asm((("m", "$2"),), "f16x2", "$4")
-    return f"{{ .reg .b32 x, m, least; .reg .pred inverse; {compared} mul.{kind} $0, $1, m; }}"
+    lines = []
+    for row, even, odd in ((0, "$24", "$32"), (1, "$40", "$48")):
+        lines.append(f"mad.lo.u32 a, {even}, $56, $8; mad.lo.u32 b, {odd}, $56, $16;")
+        lines += [f"prmt.b32 w{row + 2 * half}, a, b, {select};" for half, select in enumerate(("0x5410", "0x7632"))]
+    lines.append(_compared_asm(tuple((f"m{i}", f"w{i}") for i in range(4)), "f16x2", "$64"))
+    lines += [f"mul.{kind} ${i}, ${4 + i}, m{i};" for i in range(4)]
+    return f"{{ .reg .b32 a, b, w<4>, m<4>, x, least; .reg .pred inverse; {' '.join(lines)} }}"
+
+
+_DROPPED = gl.constexpr("=&r,=&r,=&r,=&r,r,r,r,r" + ",r" * 64)
 
 
 @gluon.jit
@@ -278,11 +274,11 @@ def dropped(config: gl.constexpr, plane, p, draws):
             return gl.inline_asm_elementwise(each, "=r,r,r,r", [p, draws], dtype=gl.float16, is_pure=True, pack=2)
     else:
         asm: gl.constexpr = _dropped_asm(p.dtype)
-        operands = [p, draws, plane.dropout.threshold]
+        operands = [p, draws[0], draws[1], draws[2], draws[3], draws[4], draws[5], draws[6], plane.dropout.threshold]
         if p.dtype == gl.bfloat16:
-            return gl.inline_asm_elementwise(asm, "=r,r,r,r,r,r", operands, dtype=gl.bfloat16, is_pure=True, pack=2)
+            return gl.inline_asm_elementwise(asm, _DROPPED, operands, dtype=gl.bfloat16, is_pure=True, pack=8)
         else:
-            return gl.inline_asm_elementwise(asm, "=r,r,r,r,r,r", operands, dtype=gl.float16, is_pure=True, pack=2)
+            return gl.inline_asm_elementwise(asm, _DROPPED, operands, dtype=gl.float16, is_pure=True, pack=8)
 
 
 @gluon.jit
@@ -303,85 +299,67 @@ def plane_of_keys(config: gl.constexpr, dropout, number, head, key):
     rows: gl.constexpr = config.rows
     of_rows, of_columns = _head_words(dropout, number, head)
     if has(config, "key_start"):
-        own = _column_keys(of_columns, key + gl.arange(0, M, gl.SliceLayout(1, accumulator_layout(rows))))
+        own = (_column_keys(of_columns, key + gl.arange(0, M, gl.SliceLayout(1, accumulator_layout(rows)))),)
     else:
         line, _, _ = _calls(rows)
-        own = _column_keys(of_columns, key + line // 8 * 16 + line % 8)
+        keys = key + line // 8 * 16 + line % 8
+        own = _column_keys(of_columns, keys), _factor_of_columns(keys)
     return Plane(dropout, of_rows, own, key, key)
 
 
 @gluon.jit
 def draw_transposed(config: gl.constexpr, plane, first_row):
-    """The draws of S^T (64 keys, rows): four words (32, rows / 16, 4) whose halves are two neighbouring rows', of a key, of it
-    and the rows 8 further, and of the key 8 further; the threshold. With left padding (64, rows) as `_anywhere` has it."""
+    """What the words of S^T (64 keys, rows) are made of: x of even rows and of odd ones, y times the keys' factor of both,
+    (32, 1, 4). With left padding the draws (64, rows) as `_anywhere` has them."""
     rows: gl.constexpr = config.rows
     layout: gl.constexpr = accumulator_layout(rows)
     if has(config, "key_start"):
         lines = first_row + gl.arange(0, rows, gl.SliceLayout(0, layout))
         columns = plane.key + gl.arange(0, M, gl.SliceLayout(1, layout))
-        c0, c1 = plane.own
-        r0, r1 = _row_keys(plane.words, lines)
-        key = _sum((r0[None, :], r1[None, :]), (c0[:, None], c1[:, None]))
+        key = _row_keys(plane.word, lines)[None, :] ^ plane.own[0][:, None]
         return (_anywhere(plane, key, lines[None, :], columns[:, None]),)
     else:
-        line, patch, pair = _calls(rows)
-        number = first_row // 8 + pair * 2 + line % 2  # of a row, as odd as the key
-        words = _draws(_moved(_sum(_key(plane.words, number), plane.own), patch, 2, True))
-        of_other, of_near, of_far = _selectors(number)
-        drawn = ()
-        for i in gl.static_range(2):
-            near, far = words[2 * i], words[2 * i + 1]
-            received = _of_other_parity(_permuted(near, far, of_other))
-            drawn = drawn + (_permuted(near, received, of_near), _permuted(far, received, of_far))
-        return drawn + (plane.dropout.threshold,)
-
-
-_SELECTORS = gl.constexpr(
-    "{ .reg .b32 odd, x; and.b32 odd, $3, 1; neg.s32 odd, odd; and.b32 x, odd, 0x2222; xor.b32 $0, x, 0x7632;"
-    " and.b32 x, odd, 0x6644; xor.b32 $1, x, 0x5410; and.b32 x, odd, 0x4466; xor.b32 $2, x, 0x7610; }"
-)
+        _, _, pair = _calls(rows)
+        own, factor = plane.own
+        key = _key(plane.word, first_row // 64 * 4 + pair) ^ own
+        even, odd, dropout = _mixed(key, None), _mixed(key, True), plane.dropout
+        return even[0], odd[0], _times(even[1], factor, dropout), _times(odd[1], factor, dropout), dropout.threshold
 
 
 @gluon.jit
-def _selectors(number):
-    """For `_permuted`, one for even and one for odd numbers each: of a key's word and of that 8 further the halves of the other
-    parity; its own half of the first and what it is given of the first, the even row's below; the same of the second. Made in
-    the loop: three registers less."""
-    asm: gl.constexpr = _SELECTORS
-    kinds: gl.constexpr = (gl.int32, gl.int32, gl.int32)
-    return gl.inline_asm_elementwise(asm, "=&r,=&r,=&r,r", [number], dtype=kinds, is_pure=True, pack=1)
+def _spread_draws(config: gl.constexpr, drawn):
+    """The same for each score; with the factors of a patch's rows, and of those 8 further, before the threshold."""
+    rows: gl.constexpr = config.rows
+    _, patch, _ = _calls(rows)
+    return [
+        _spread(drawn[0], rows), _spread(drawn[1], rows), _spread(drawn[2], rows), _spread(drawn[3], rows),
+        _spread(_factor_of_rows(patch * 16), rows), _spread(_factor_of_rows(patch * 16 + 8), rows), drawn[4],
+    ]  # fmt: skip
 
 
-@gluon.jit
-def _permuted(a, b, selector):
-    """Bytes of two words."""
-    asm: gl.constexpr = "prmt.b32 $0, $1, $2, $3;"
-    return gl.inline_asm_elementwise(asm, "=r,r,r,r", [a, b, selector], dtype=gl.uint32, is_pure=True, pack=1)
-
-
-@gluon.jit
-def _of_other_parity(x):
-    """Of each key that of its odd or even neighbour, four lanes away."""
-    asm: gl.constexpr = "shfl.sync.bfly.b32 $0, $1, 4, 31, 0xffffffff;"
-    return gl.inline_asm_elementwise(asm, "=r,r", [x], dtype=gl.uint32, is_pure=True, pack=1)
-
-
-@gluon.jit
-def _spread(x, rows: gl.constexpr):
-    """(32, rows / 16, 4) to each of its scores, (64 keys, rows)."""
-    s = gl.zeros([M, rows], gl.uint32, accumulator_layout(rows))
-    return _whole(gl.expand_dims(x, 3) | _patches(s, rows), rows)
+@gluon.constexpr_function
+def _words_of_keys_asm(first):
+    """w0 to w3, of a patch's even row, the odd one, and both 8 further, whose halves are two keys', from `_spread_draws` in eight
+    registers each, $`first` and so on."""
+    even, odd, y_even, y_odd, near, further = (f"${first + 8 * i}" for i in range(6))
+    return " ".join(
+        f"mad.lo.u32 w{2 * i + j}, {y}, {factor}, {x};"
+        for i, factor in enumerate((near, further))
+        for j, (x, y) in enumerate(((even, y_even), (odd, y_odd)))
+    )
 
 
 @gluon.constexpr_function
 def _masks_of_keys_asm():
-    """Eight scores of two keys, pairs of rows: two neighbours', then those 8 rows further; the words are $4 and $12 of the first
-    key, $20 and $28 of the second."""
-    masks = (("$0", "$4"), ("$1", "$20"), ("$2", "$12"), ("$3", "$28"))
-    return f"{{ .reg .b32 x, least; .reg .pred inverse; {_compared_asm(masks, 'u32', '$36')} }}"
+    """Eight scores of two keys, $0 to $3, pairs of rows: two neighbours', then those 8 rows further."""
+    pairs = [f"prmt.b32 m{2 * i + half}, w{2 * i}, w{2 * i + 1}, {select};" for i in range(2)
+             for half, select in enumerate(("0x5410", "0x7632"))]  # fmt: skip
+    compared = _compared_asm(tuple((f"${i}", f"m{i}") for i in range(4)), "u32", "$52")
+    names = "{ .reg .b32 x, least, w<4>, m<4>; .reg .pred inverse;"
+    return f"{names} {_words_of_keys_asm(4)} {' '.join(pairs)} {compared} }}"
 
 
-_MASKS = gl.constexpr("=&r,=&r,=&r,=&r" + ",r" * 40)
+_MASKS = gl.constexpr("=&r,=&r,=&r,=&r" + ",r" * 56)
 
 
 @gluon.jit
@@ -395,10 +373,7 @@ def masks(config: gl.constexpr, drawn, dtype: gl.constexpr):
             return gl.inline_asm_elementwise(each, "=r,r,r", [drawn[0]], dtype=gl.float16, is_pure=True, pack=2)
     else:
         asm: gl.constexpr = _masks_of_keys_asm()
-        operands = [
-            _spread(drawn[0], config.rows), _spread(drawn[1], config.rows),
-            _spread(drawn[2], config.rows), _spread(drawn[3], config.rows), drawn[4],
-        ]  # fmt: skip
+        operands = _spread_draws(config, drawn)
         if dtype == gl.bfloat16:
             return gl.inline_asm_elementwise(asm, _MASKS, operands, dtype=gl.bfloat16, is_pure=True, pack=8)
         else:
@@ -410,6 +385,39 @@ def masked(p, masks):
     """P^T in 16 bits, 0 where it is dropped."""
     asm: gl.constexpr = "and.b32 $0, $1, $2;"
     return gl.inline_asm_elementwise(asm, "=r,r,r", [p, masks], dtype=p.dtype, is_pure=True, pack=2)
+
+
+@gluon.constexpr_function
+def _kept_derivatives_asm(dtype):
+    """Of a patch's eight scores: dS $0 to $7 and P as dV's operand $8 to $11 from P $12, dP $20, D $28, and what `_spread_draws`
+    has $36 and so on. A word's halves are scores 2 apart; both predicates of a comparison are used at once."""
+    lines = [_words_of_keys_asm(36), "setp.lt.s32 inverse, $84, 0; abs.f16x2 least, $84;"]
+    for word, score in enumerate((0, 1, 4, 5)):
+        lines.append(f"abs.f16x2 x, w{word}; setp.geu.xor.f16x2 kept|further, x, least, inverse;")
+        for i, kept in ((score, "kept"), (score + 2, "further")):
+            ds, p, dp = f"${i}", f"${12 + i}", f"${20 + i}"
+            lines.append(f"neg.f32 d, ${28 + i}; mul.f32 {ds}, {p}, d; @{kept} fma.rn.f32 {ds}, {p}, {dp}, {ds};")
+            lines.append(f"selp.f32 p{i}, {p}, 0f00000000, {kept};")
+    kind = "bf16x2" if dtype == gl.bfloat16 else "f16x2"
+    lines += [f"cvt.rn.{kind}.f32 ${8 + i}, p{2 * i + 1}, p{2 * i};" for i in range(4)]
+    return f"{{ .reg .b32 x, least, w<4>; .reg .f32 d, p<8>; .reg .pred inverse, kept, further; {' '.join(lines)} }}"
+
+
+_KEPT_DERIVATIVES = gl.constexpr(",".join(["=&f"] * 8 + ["=&r"] * 4 + ["f"] * 24 + ["r"] * 56))
+
+
+@gluon.jit
+def drawn_derivatives(config: gl.constexpr, p, drawn, dp, d, dtype: gl.constexpr):
+    """P^T (dP^T - D), with dP^T 0 where P is dropped, and P^T in 16 bits, 0 where it is dropped, from what `draw_transposed`
+    leaves. Two predicates of a comparison serve both: no masks."""
+    asm: gl.constexpr = _kept_derivatives_asm(dtype)
+    operands = [p, dp, d] + _spread_draws(config, drawn)
+    if dtype == gl.bfloat16:
+        kinds: gl.constexpr = (gl.float32, gl.bfloat16)
+        return gl.inline_asm_elementwise(asm, _KEPT_DERIVATIVES, operands, dtype=kinds, is_pure=True, pack=8)
+    else:
+        kinds: gl.constexpr = (gl.float32, gl.float16)
+        return gl.inline_asm_elementwise(asm, _KEPT_DERIVATIVES, operands, dtype=kinds, is_pure=True, pack=8)
 
 
 _DERIVATIVES = gl.constexpr(

@@ -1,7 +1,7 @@
 """What the backward's kernels share: their tiles in shared memory, P from S, and the way out of dK and dV."""
 
 from tessera.backends.hopper.pieces.channel import Stream
-from tessera.backends.hopper.pieces.dropout import draw_transposed, masked, masked_derivatives, masks
+from tessera.backends.hopper.pieces.dropout import draw_transposed, drawn_derivatives, masked, masked_derivatives, masks
 from tessera.backends.hopper.pieces.epilogue import LOG2_E
 from tessera.backends.hopper.pieces.kv_source import store_rows
 from tessera.backends.hopper.pieces.modifiers import Modifiers, add_to_transposed, of_keys
@@ -183,15 +183,20 @@ def derivatives_of_kept(config: gl.constexpr, weight, masks, dp, d):
         return derivatives(weight, dp, d)
 
 
+@gluon.constexpr_function
+def draws_by_words(config):
+    """Whether dS and P are made of the draws themselves, without masks."""
+    return has(config, "dropout") and not has(config, "softcap") and not has(config, "key_start")
+
+
 @gluon.jit
-def kept_derivatives(config: gl.constexpr, p, weight, masks, dp, d):
-    """dS^T from P^T and the weight in 16 bits, and P^T as dV's operand. With dropout dS^T is this operand times dP^T, less P^T D:
-    fewer registers than `derivatives_of_kept` takes."""
-    kept = kept_p(config, p, masks)
-    if has(config, "dropout") and not has(config, "softcap"):
-        return to_32_bit(kept) * dp - to_32_bit(p) * d[None, :], kept
+def kept_derivatives(config: gl.constexpr, p, weight, drawn, dp, d, dtype: gl.constexpr):
+    """dS^T from P^T and the weight, and P^T in 16 bits as dV's operand, by what `drawn` has."""
+    if draws_by_words(config):
+        return drawn_derivatives(config, to_32_bit(p), drawn, dp, d[None, :], dtype)
     else:
-        return derivatives_of_kept(config, weight, masks, dp, d), kept
+        masks = masks_of(config, drawn, dtype)
+        return derivatives_of_kept(config, weight, masks, dp, d), kept_p(config, p, masks)
 
 
 @gluon.constexpr_function

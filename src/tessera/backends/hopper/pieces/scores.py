@@ -115,6 +115,6 @@ def less_dropped(config: gl.constexpr, score, p, kept):
         if has(config, "key_start"):
             kept = draw_anywhere(config, plane, kept)
         else:
-            kept = draw(config, kept)
+            kept = draw(config, plane, kept)
         p = dropped(config, plane, p, kept)
     return p
