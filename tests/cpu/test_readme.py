@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tessera.jit.gate import collect
+
 ROOT = Path(__file__).parents[2]
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
 
@@ -42,13 +44,21 @@ def test_the_kernels_pages_name_what_there_is(name: str) -> None:
     assert {name for name in names - elsewhere if not re.search(rf"\b{name}\b", sources)} == set()
 
 
+@pytest.mark.parametrize("name", ["kernel.md", "backward.md", "developing.md"])
+def test_the_gates_words_name_variants(name: str) -> None:
+    asked = re.findall(r"tessera\.jit\.gate((?: \w+)+)", (ROOT / "docs" / name).read_text())
+    assert asked
+    for words in asked:
+        assert collect(words=words.split()), words
+
+
 def test_there_is_code() -> None:
     assert len(BLOCKS) >= 3
 
 
 def test_links_lead_somewhere() -> None:
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
-        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
             if not target.startswith("http"):
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
 
