@@ -386,9 +386,8 @@ def _drawn_in_keys(even: Tensor, odd: Tensor, *factors: Tensor | Any) -> Tensor:
 
 def _assembly(text: str, constraints: str, arguments: list[Any], dtype: Any, is_pure: bool, pack: int) -> Any:
     """The few texts that kernels hold."""
-    if text.startswith("bar."):
-        kind, operands = text.removeprefix("bar.").split(";")[0].split(" ", 1)
-        number, total = operands.split(", ")
+    if barrier := re.search(r"bar\.(sync|arrive) (\$1|\d+), (\d+)", text):
+        kind, number, total = barrier.groups()
         _here.named[int(arguments[0]) if number == "$1" else int(number)].meet(int(total), kind == "sync")
         return Integer(0)
     if text == "mov.u32 $0, 0;":
@@ -424,6 +423,11 @@ def _assembly(text: str, constraints: str, arguments: list[Any], dtype: Any, is_
         s, hi, lo, first, masked = arguments
         key = first + 8 * torch.arange(s.shape[1])[None, :, None]
         return torch.where((key >= lo) & (key < hi), s, -torch.inf) if masked else s
+    if text.startswith("{ .reg .b32 e, x;"):  # batched.halved
+        power = torch.exp2((torch.frexp(arguments[0]).exponent - 1).clamp(min=-100).float())
+        return 2.0**14 / power, power / 2.0**14
+    if text.startswith("{ .reg .b16 low, high;"):  # batched._unpack
+        return unpack_e4m3(arguments[0], dtype[0])
     if text.startswith("{ .reg .pred seen;"):  # masking.mask_scores
         s, seen = arguments
         return torch.where((seen >> torch.arange(s.shape[1])[None, :, None]) & 1 != 0, s, -torch.inf)

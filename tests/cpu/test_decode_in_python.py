@@ -79,9 +79,10 @@ def test_shares(cached: tuple[int, ...], multiprocessors: int) -> None:
     check(case.request("cpu", torch.bfloat16), replace(FEW, multiprocessors=multiprocessors))
 
 
-@pytest.mark.parametrize(("multiprocessors", "turns"), [(33, (1, 2)), (24, (2, 0)), (20, (2, 2)), (19, (0, 0))])
+@pytest.mark.parametrize(("multiprocessors", "turns"), [(33, (1, 2)), (24, (1, 0)), (20, (2, 2)), (19, (0, 0))])
 def test_turns(multiprocessors: int, turns: tuple[int, int]) -> None:
-    """More items than programs: equally long ones are done in turns, unless the last turn would leave many programs idle."""
+    """More items than programs: equally long ones are done in turns, unless the last turn would leave many programs idle, or all
+    turns are of whole items: then each is a program, of which the hardware begins one where another has ended."""
     case = CacheCase("turns", cached=(200,) * 12, heads_q=16, heads_kv=8, schedule="stream_k")
     plan = check(case.request("cpu", torch.bfloat16), replace(FEW, multiprocessors=multiprocessors))
     assert (plan.rounds, plan.crew) == turns
@@ -104,13 +105,14 @@ def test_a_few_parts_less_for_one_step() -> None:
     assert check(case.request("cpu", torch.bfloat16), replace(FEW, multiprocessors=132)).crew == 32
 
 
-@pytest.mark.parametrize(("long", "turns"), [(1 << 16, (1, 0)), (1 << 11, (0, 0))])
-def test_long_ones_go_along_the_line(long: int, turns: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there are two blocks an SM."""
-    monkeypatch.setattr(decode_plan, "LONG", long)
-    case = CacheCase("long", cached=(2500,) * 4, heads_q=2, heads_kv=2, schedule="stream_k")
-    plan = check(case.request("cpu", torch.bfloat16), replace(FEW, multiprocessors=4))
-    assert (plan.rounds, plan.crew) == turns
+@pytest.mark.parametrize("multiprocessors", [3, 4, 9])
+@pytest.mark.parametrize("cached", [(700, 700, 700, 700), (700, 1, 250, 0)])
+def test_slots_are_free_early(cached: tuple[int, ...], multiprocessors: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of long sequences that programs have to themselves."""
+    monkeypatch.setattr(decode_plan, "LONG", 512)
+    case = CacheCase("early", cached=cached, heads_q=2, heads_kv=2, schedule="stream_k")
+    plan = check(case.request("cpu", torch.bfloat16), replace(FEW, multiprocessors=multiprocessors))
+    assert decode_plan.DecodeFeature.EARLY in plan.config.features
 
 
 @pytest.mark.parametrize("name", [name for name, case in CACHE_CASES.items() if case.new and is_served(case)])
@@ -135,15 +137,6 @@ def test_appended_rows_may_begin_anywhere(name: str, of: str) -> None:
     assert torch.equal(q, odd_q)
     for name in ("k_cache", "v_cache"):
         assert torch.equal(getattr(whole, name).view(torch.int16), getattr(odd, name).view(torch.int16))  # NaN where nothing is
-
-
-@pytest.mark.parametrize("lengths", [(700, 700, 700), (700, 1, 250)])
-def test_keys_make_room_before_their_values(lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """As of long sequences that a program has to itself."""
-    monkeypatch.setattr(decode_plan, "LONG", 512)
-    case = CacheCase("keys first", cached=lengths, heads_q=2, heads_kv=2, schedule="stream_k")
-    plan = check(case.request("cpu", torch.bfloat16), replace(FEW, multiprocessors=8))
-    assert decode_plan.DecodeFeature.KEYS_FIRST in plan.config.features
 
 
 READ_EARLY = ["one query", "pages of 16", "indexed", "packed", "left padding, window", "pages, packed, window", "long"]

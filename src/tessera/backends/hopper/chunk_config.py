@@ -144,6 +144,8 @@ class ChunkConfig(Together):
     features: Features = ()
     pairing: Pairing | None = None
 
+    policy = None
+
     @property
     def rows(self) -> int:
         """Query rows of a tile."""
@@ -181,7 +183,7 @@ class ChunkConfig(Together):
 @dataclass(frozen=True)
 class LatentConfig(Together):
     """One variant of latent.py. `parts`: the latent's two halves, which are the values too, then what positions turn.
-    `consumer_registers`: of `right`; `left` has what the others leave."""
+    `consumer_registers`: of `right`; `left` has what the others leave. `policy`: for L2, of the keys, as tma_load_as has it."""
 
     keys: int
     stages: int
@@ -196,6 +198,7 @@ class LatentConfig(Together):
     producer_registers: int
     features: Features = ()
     pairing: Pairing | None = None
+    policy: str | None = None
 
     rows = ROWS
     consumers = 1

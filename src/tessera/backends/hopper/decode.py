@@ -20,7 +20,9 @@ from tessera.backends.hopper.pieces.batched import (
     along_columns,
     along_rows,
     along_warps,
+    as_halves,
     empty_sum,
+    halved,
     left_layout,
     part_offset,
     planes_of,
@@ -67,7 +69,8 @@ def part_columns(dims, part):
 class Split:
     """How work is shared. split: parts of a sequence, and the fewest tiles of one. stream_k, where all items are equally long:
     `rounds` of items that programs have alone, and programs that share each of the others. `depth`: stages of the ring that are
-    used where programs go through memory side by side. `ahead`: tiles to bring into L2 while the kernel before ends."""
+    used where programs go through memory side by side. `ahead`: tiles to bring into L2 while the kernel before ends. `line`:
+    programs that share the line of all tiles."""
 
     splits: gl.tensor
     least: gl.tensor
@@ -75,15 +78,17 @@ class Split:
     rounds: gl.tensor
     depth: gl.tensor
     ahead: gl.tensor
+    line: gl.tensor
 
     @gluon.constexpr_function
-    def __init__(self, splits, least, crew, rounds, depth, ahead):
+    def __init__(self, splits, least, crew, rounds, depth, ahead, line):
         self.splits = splits
         self.least = least
         self.crew = crew
         self.rounds = rounds
         self.depth = depth
         self.ahead = ahead
+        self.line = line
 
 
 @aggregate
@@ -185,12 +190,14 @@ class Item:
 
 
 @gluon.jit
-def _item(config: gl.constexpr, call, queries, segment):
+def _item(config: gl.constexpr, call, queries, segment, q):
     index = segment.seq.index
     entry = index
     if has(config, "block_scales"):
         entry = cache_entry(config, call.places, index)
     factor = scale_of_item(config, call.scales.k, index, segment.head, "k_scales")
+    if len(q) > len(config.dims) * planes_of(config):
+        factor = factor * q[len(q) - 1]
     if has(config, "softcap"):
         return Item(call, index, entry, segment.head, queries.scale, queries.inner * factor)
     else:
@@ -204,7 +211,8 @@ def has_lower_bound(config):
 
 @gluon.jit
 def _load_queries(config: gl.constexpr, queries, call, segment):
-    """Q of a segment as operands, one a part and plane, each (warps, 16, columns): every warp has all of it."""
+    """Q of a segment as operands, one a part and plane, each (warps, 16, columns): every warp has all of it. Then, where they had
+    to be scaled (batched.halved), the rows' factors."""
     layout: gl.constexpr = left_layout(config.warps)
     planes: gl.constexpr = planes_of(config)
     rows = segment.block * M + along_rows(M, layout)
@@ -218,6 +226,9 @@ def _load_queries(config: gl.constexpr, queries, call, segment):
     for part in gl.static_range(len(config.dims)):
         for plane in gl.static_range(planes):
             operands = operands + (_load_operand(config, queries, at, live, part, plane),)
+    if as_halves(config) and queries.pointer.dtype.element_ty == gl.bfloat16:
+        rows, factors = halved(operands, config.warps)
+        operands = rows + (factors,)
     return operands
 
 
@@ -300,9 +311,7 @@ def _tile(config: gl.constexpr, tiles, item, q, bounds, spot, state, MASKED: gl.
     if has(config, "block_scales"):  # asked for before K is waited for
         k_scales, v_scales = _own_scales(config, item, bounds, first_key)
     k_stream.wait(n)
-    s = scores(config, q, k, k_stream.slot(n))
-    if has(config, "keys_first"):
-        k_stream.release(n)
+    s = scores(config, q, k, k_stream, n)
     if has(config, "block_scales"):
         s = s * k_scales
     if has(config, "softcap"):
@@ -327,8 +336,9 @@ def _tile(config: gl.constexpr, tiles, item, q, bounds, spot, state, MASKED: gl.
     if MASKED:
         keep = _valid_values(config, bounds, first_key)
     v_stream.wait(n)
-    o = add_values(config, operand, v, v_stream.slot(n), scaled, keep)
-    v_stream.release(n)
+    o = add_values(config, operand, v, v_stream, n, scaled, keep)
+    if not has(config, "early"):
+        v_stream.release(n)
     return o, top, l
 
 
@@ -409,7 +419,7 @@ def consumer(config: gl.constexpr, shared, call, queries, results):
     q = _load_queries(config, queries, call, segment)
     while share.position < share.stop:
         bounds = _bounds(config, call, segment)
-        item = _item(config, call, queries, segment)
+        item = _item(config, call, queries, segment, q)
         begin, end = _full_tiles(config, call, segment)
         state = _nothing(config)
         if has_lower_bound(config):
@@ -478,7 +488,7 @@ def decode(
     k_map, k_tail, v_map, v_tail, q_ptr, out_ptr, lse_ptr, partial_out, partial_lse, sinks, tickets,
     seqlens, cu_q, leftpad, batch_index, page_table,
     batch, heads_kv, group, seqlen_q, added, capacity, row_blocks, slot_rows, left, right, table_stride, page_shift,
-    tickets_per_item, entries, splits, least, crew, rounds, depth, ahead,
+    tickets_per_item, entries, splits, least, crew, rounds, depth, ahead, line,
     q_batch, q_row, q_head, head_dim, head_dim_v, scale, inner, k_scales, v_scales,
     k_scale_sequence, k_scale_entry, k_scale_block, k_scale_rows, v_scale_sequence, v_scale_entry, v_scale_block, v_scale_rows,
     CONFIG: gl.constexpr,
@@ -494,7 +504,7 @@ def decode(
             batch, heads_kv, group, seqlen_q, added, capacity, row_blocks, slot_rows, left, right, table_stride, page_shift,
             tickets_per_item, entries,
         ),
-        Split(splits, least, crew, rounds, depth, ahead),
+        Split(splits, least, crew, rounds, depth, ahead, line),
         CacheScales(
             Scales(k_scales, k_scale_sequence, k_scale_entry, k_scale_block, k_scale_rows),
             Scales(v_scales, v_scale_sequence, v_scale_entry, v_scale_block, v_scale_rows),

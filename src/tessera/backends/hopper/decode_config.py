@@ -18,8 +18,8 @@ class DecodeFeature(Enum):
     """What a kernel may be asked beyond a contiguous cache and a plain softmax; each is compiled in or absent."""
 
     STREAM_K = "stream_k"
-    KEYS_FIRST = "keys_first"
-    """A tile's keys make room for the next ones while its values are still read, not with them."""
+    EARLY = "early"
+    """A tile's slots are free as soon as it has been read, not when all of it has been multiplied with: more is on its way."""
     PAGED = "paged"
     PACKED = "packed"
     BATCH_INDEX = "batch_index"

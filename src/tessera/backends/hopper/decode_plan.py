@@ -16,7 +16,7 @@ from tessera.serving.problem import CacheProblem, Granularity, Schedule, Values
 SHORT = 1024
 """Keys of a sequence up to which its parts are cut by its own length alone: no sequence can be so much longer than others."""
 LONG = 64 * 1024
-"""Keys from which on two blocks an SM lose step in their turns: 64 x 128k 7533 microseconds, 7450 along the line of all tiles."""
+"""Keys from which on a program alone on its SM frees its slots early (_frees_early)."""
 ON_THEIR_WAY = 64 * 1024
 """Bytes that an SM should have asked for where programs go through memory side by side: with more they lose step."""
 SHARED_OF_SM = 228 * 1024
@@ -45,7 +45,8 @@ class DecodePlan:
     """One launch of the decode kernel: `programs` is its grid, `splits` and `least` are the split schedule's (parts of a
     sequence, fewest tiles of a part), `rounds` and `crew` stream-K's where all items are equally long (items that every
     program has alone, programs that share each of the others), `depth` the stages of the ring that are used then or by split
-    ones, `ahead` the tiles that a program brings into L2 while the kernel before ends, `row_blocks` blocks of query rows a
+    ones, `ahead` the tiles that a program brings into L2 while the kernel before ends, `line` the programs that share the tiles
+    where items differ, `row_blocks` blocks of query rows a
     key/value head (packed: at most), `slots` what the workspace has room for, each `slot_rows` rows; `items` how many items
     there can be."""
 
@@ -57,6 +58,7 @@ class DecodePlan:
     rounds: int
     depth: int
     ahead: int
+    line: int
     row_blocks: int
     slot_rows: int
     slots: int
@@ -114,20 +116,25 @@ def decode_plan(problem: CacheProblem, device: Device) -> DecodePlan:
     schedule = _schedule(problem)
     # batch_invariant: a tile that another batch would not get is other bits
     invariant = problem.reproducibility is Reproducibility.BATCH_INVARIANT
-    crowded = items > device.multiprocessors and not invariant
+    early = _frees_early(problem, schedule, items, device.multiprocessors)
+    crowded = items > device.multiprocessors and not invariant and (problem.cache.is_quantised or not early)
     whole = schedule is Schedule.SPLIT and _is_best_whole(problem, sum(dims) + sum(dims_v), items, device.multiprocessors)
     tile = _tile(problem, sum(dims) + sum(dims_v), crowded, whole)
     resident = items if whole else tile.blocks * device.multiprocessors
     splits, least = _splits(problem, tile, items, resident)
     if schedule is Schedule.STREAM_K:
-        programs = (max(1, min(resident, items * tile.needed(shape.seqlen_k))), 1, 1)  # one, where there is nothing to do
-        slots = 2 * programs[0]
-        in_line = packed or (tile.blocks > 1 and shape.seqlen_k >= LONG)
-        rounds, crew = (0, 0) if in_line else _turns(items, programs[0])
+        line = max(1, min(resident, items * tile.needed(shape.seqlen_k)))  # one, where there is nothing to do
+        rounds, crew = (0, 0) if packed else _turns(items, line)
+        if rounds > 0 and crew <= 1:  # the hardware hands out items better than turns do: whoever is free has the next one
+            programs, rounds, crew = (items, 1, 1), 1, 0
+        elif early and rounds == 0 < crew:  # idle programs would stand where they make others uneven: LOG, the seventh session
+            programs = (line := crew * items, 1, 1)
+        else:
+            programs = (line, 1, 1)
+        slots = 2 * line
     else:
-        programs = (splits, shape.heads_kv * row_blocks, shape.batch)
+        programs, line = (splits, shape.heads_kv * row_blocks, shape.batch), splits
         slots, rounds, crew = items * splits if splits > 1 else 0, 0, 0
-    parts = programs[0]  # at most, of one item
     pages = problem.cache.pages
     slot_rows = ROWS if packed and invariant else min(ROWS, max(1, rows))  # packed rows are the batch's
     # ptxas spills a little at 255, and nothing at 240: 4 x 8k 35.2, 34.6
@@ -137,14 +144,15 @@ def decode_plan(problem: CacheProblem, device: Device) -> DecodePlan:
         keys=tile.keys, warps=tile.warps, stages=tile.stages, dims=dims, dims_v=dims_v,
         box=tile.keys if pages is None else min(tile.keys, pages.size), registers=registers,
         storage=Storage.E4M3 if problem.cache.is_quantised else Storage.HALF,
-        features=_features(problem, schedule, _frees_keys_first(problem, schedule, items, device.multiprocessors)),
+        features=_features(problem, schedule, early),
     )  # fmt: skip
-    tickets = 1 + -(-parts // PARTS_TOGETHER)
+    tickets = 1 + -(-line // PARTS_TOGETHER)  # as many parts an item has at most
     depth = _depth(problem, sum(dims) + sum(dims_v), tile)
     ahead = AHEAD_OF_LINE if schedule is Schedule.STREAM_K else AHEAD
     if items * tile.needed(shape.seqlen_k) > SHORT_SHARE * math.prod(programs):
         ahead = 0
-    return DecodePlan(config, programs, splits, least, crew, rounds, depth, ahead, row_blocks, slot_rows, slots, items, tickets)
+    shares = (splits, least, crew, rounds, depth, ahead, line)
+    return DecodePlan(config, programs, *shares, row_blocks, slot_rows, slots, items, tickets)
 
 
 def _turns(items: int, programs: int) -> tuple[int, int]:
@@ -223,8 +231,8 @@ def _depth(problem: CacheProblem, words: int, tile: Tile) -> int:
         return tile.stages  # too few tiles to lose step
     pages = problem.cache.pages
     few = max(round(ON_THEIR_WAY / tile.blocks / (2 * tile.keys * words)), 2 // tile.blocks)
-    if (pages is not None and pages.size <= tile.keys) or problem.cache.is_quantised:
-        few += 1  # small copies, and long computations, need one more on their way
+    if pages is not None and pages.size <= tile.keys:
+        few += 1  # small copies need one more on their way
     return min(few, tile.stages)
 
 
@@ -248,20 +256,22 @@ def _splits(problem: CacheProblem, tile: Tile, items: int, programs: int) -> tup
     return max(1, min(tiles, _in_one_step(programs // max(1, items)), MOST_SPLITS)), 1
 
 
-def _frees_keys_first(problem: CacheProblem, schedule: Schedule, items: int, multiprocessors: int) -> bool:
-    """Whether K's slots are freed before V's: more is on its way then, of long sequences that a program has to itself. 16 x 128k
-    1903, 1894 microseconds, 64 x 32k 1912, 1897, but 16 x 32k 473.5, 475.2 (H200, 2026-11-21)."""
-    plain = problem.cache.pages is None and not problem.cache.is_quantised
-    long = LONG if items <= multiprocessors else LONG // 2
-    return schedule is Schedule.STREAM_K and plain and 2 * items > multiprocessors and problem.shape.seqlen_k >= long
+def _frees_early(problem: CacheProblem, schedule: Schedule, items: int, multiprocessors: int) -> bool:
+    """Whether a tile's slots are free as soon as it has been read. Of long sequences that programs have to themselves: 16 x 128k
+    1902 microseconds, 1880, 64 x 128k 7646, 7475. Shorter ones go out of step by it: 16 x 32k 473.5, 478.2, ragged 355, 361.
+    And of FP8 caches, which are computed on for longest: 16 x 32k 246.0, 243.7, 1 x 32k 19.26, 19.13 (H200, 2026-11-22)."""
+    if problem.cache.is_quantised:
+        return True
+    long = problem.shape.seqlen_k >= LONG and 2 * items > multiprocessors
+    return long and schedule is Schedule.STREAM_K and problem.cache.pages is None
 
 
-def _features(problem: CacheProblem, schedule: Schedule, keys_first: bool) -> tuple[DecodeFeature, ...]:
+def _features(problem: CacheProblem, schedule: Schedule, early: bool) -> tuple[DecodeFeature, ...]:
     """What must be compiled in, always in the same order."""
     mask, score = problem.mask, problem.score
     wanted = {
         DecodeFeature.STREAM_K: schedule is Schedule.STREAM_K,
-        DecodeFeature.KEYS_FIRST: keys_first,
+        DecodeFeature.EARLY: early,
         DecodeFeature.PAGED: problem.cache.pages is not None,
         DecodeFeature.PACKED: problem.layout is Layout.VARLEN,
         DecodeFeature.BATCH_INDEX: "cache_batch_idx" in problem.lengths,

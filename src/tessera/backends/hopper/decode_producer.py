@@ -45,7 +45,7 @@ def _load_tile(config: gl.constexpr, k_maps, v_maps, shared, call, segment, entr
     group: gl.constexpr = min(boxes, LOADS_TOGETHER)
     slot = shared.v_stream.slot(n)
     places = _locate_boxes(config, call, segment, entry, tile, 0)  # page numbers come while the slot is waited for
-    if has(config, "keys_first"):
+    if has(config, "early"):
         shared.k_stream.acquire(n)
     else:
         shared.v_stream.acquire(n)
@@ -57,7 +57,7 @@ def _load_tile(config: gl.constexpr, k_maps, v_maps, shared, call, segment, entr
         for box in gl.static_range(group):
             load_box(k_maps, shared.k, places[box], segment.head, k_bar, slot * boxes + first + box)
         if first == 0:
-            if has(config, "keys_first"):
+            if has(config, "early"):
                 shared.v_stream.acquire(n)
             shared.v_stream.expect(n, head_bytes(config.dims_v) * config.keys)
         for box in gl.static_range(group):

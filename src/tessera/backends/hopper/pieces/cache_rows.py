@@ -273,9 +273,10 @@ def load_keys(config: gl.constexpr, stream, tiles, source, boxes, turn, parts: g
         _copy_rows(config, source, boxes, (stream.slot(n), row, where), parts, WIDTH)
         stream.publish(n)
     else:
+        policy: gl.constexpr = config.policy
         bar = stream.expect(n, parts.row_bytes * config.keys)
         if len(stream.peer) == 0:
-            _load_boxes(config, tiles, source, boxes, (stream.slot(n), bar, row, where), parts, None)
+            _load_boxes(config, tiles, source, boxes, (stream.slot(n), bar, row, where), parts, policy)
         elif stream.peer[0].may_load(stream.slot(n), n // stream.slots):
             _load_boxes(config, tiles, source, boxes, (stream.slot(n), bar, row, where), parts, "multicast 3")
 

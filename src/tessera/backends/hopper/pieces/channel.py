@@ -166,6 +166,14 @@ class Stream:
     def release(self, n):
         named_barrier("arrive", self.first + self.slot(n), self.warps, self.consumers)
 
+    @gluon.jit
+    def release_here(self, n):
+        """As `release`, between what stands before it in the program and what stands behind it: ptxas moves a barrier down, past
+        products and exponentials that wait for nothing of it. Nothing moves past a loop, and this is one, of a single turn."""
+        asm: gl.constexpr = _release_asm(self.warps, self.consumers)
+        number = self.first + self.slot(n)
+        gl.inline_asm_elementwise(asm, "=r,r,r", [number, n], dtype=gl.int32, is_pure=False, pack=1)
+
 
 @gluon.constexpr_function
 def _arrivals(warps):
@@ -191,6 +199,12 @@ def make_paired_stream(slots: gl.constexpr, consumers: gl.constexpr, first: gl.c
 @gluon.constexpr_function
 def _slot_asm(kind, warps, consumers):
     return f"bar.{kind} $1, {32 * warps + 128 * consumers}; mov.u32 $0, 0;"
+
+
+@gluon.constexpr_function
+def _release_asm(warps, consumers):
+    arrive = f"bar.arrive $1, {32 * warps + 128 * consumers};"
+    return f"{{ .reg .pred p; setp.lt.s32 p, $2, 0; AGAIN: {arrive} @p bra.uni AGAIN; mov.u32 $0, 0; }}"  # no use is below 0
 
 
 @gluon.jit

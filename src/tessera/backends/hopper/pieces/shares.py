@@ -171,9 +171,11 @@ def _stretch(config: gl.constexpr, call, turn, warps: gl.constexpr):
     else:
         total = _all_tiles(config, call, lane)
         zero = total * 0
-        position, stop = _part_of(total, gl.num_programs(0), gl.program_id(0))
+        programs = call.split.line
+        position, stop = _part_of(total, programs, gl.minimum(gl.program_id(0), programs - 1))
+        stop = gl.where(gl.program_id(0) < programs, stop, position)
         index, block, head, first = _find_item(config, call, lane, position)
-        line = Line(total, zero, gl.num_programs(0))
+        line = Line(total, zero, programs)
         share = Share(position, stop, index, block, head, first, line, zero - 1, zero + config.stages)
     return share
 
