@@ -154,6 +154,23 @@ def _load_later_keys(config: gl.constexpr, maps, shared, call, tile, seen, turn)
 
 
 @gluon.jit
+def _ask_for_do(maps, shared, call, tile, member, row):
+    """A block of dO into L2."""
+    head = tile.head * call.group + member
+    load_rows((maps[3],), (shared.do,), 0, shared.v_full, tile.queries(call.pitch.o), head, row, "only L2")
+
+
+@gluon.jit
+def _ask_for_keys(config: gl.constexpr, maps, shared, call, tile, is_wanted):
+    """A tile's K and V into L2."""
+    if is_wanted:
+        for part in gl.static_range(config.keys // M):
+            first = tile.first + part * M
+            load_rows((maps[1],), (shared.k,), 0, shared.k_full, tile.seq.keys(call.pitch.k), tile.head, first, "only L2")
+            load_rows((maps[2],), (shared.v,), 0, shared.v_full, tile.seq.keys(call.pitch.v), tile.head, first, "only L2")
+
+
+@gluon.jit
 def producer_of_many(config: gl.constexpr, maps, stats_map, shared, draws, call):
     """Tile after tile: the next one's first rows come while the consumers still work on this one, its K and V when no product
     reads those of this one any more."""
@@ -176,6 +193,8 @@ def producer_of_many(config: gl.constexpr, maps, stats_map, shared, draws, call)
         for n in range(uses):
             member, row = _member_and_row(config, tile, begin, count, start, n)
             _load_q(config, maps, stats_map, shared, call, tile, done + n, member, row)
+            if config.asks_early:
+                _ask_for_do(maps, shared, call, tile, member, row)
             if (n == 0) & (count > 0):
                 _load_later_keys(config, maps, shared, call, tile, seen, turn)
             _load_do(config, maps, stats_map, shared, call, tile, done + n, member, row)
@@ -185,6 +204,8 @@ def producer_of_many(config: gl.constexpr, maps, stats_map, shared, draws, call)
         turn += 1
         draws.post(turn, number)
         tile, begin, count = locate_work(config, call, draws, number)
+        if config.asks_early:
+            _ask_for_keys(config, maps, shared, call, tile, (count > 0) & (number < draws.tiles))
         if config.swaps_keys:
             _load_early_k(config, maps, shared, call, tile, seen, (count > 0) & (number < draws.tiles))
 

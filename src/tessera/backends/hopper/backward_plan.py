@@ -122,6 +122,21 @@ class BackwardConfig:
         return is_full and self.division is Division.AHEAD and self.adding is Adding.ANY_ORDER and self.k_places == 1
 
     @property
+    def asks_early(self) -> bool:
+        """Whether a block's dO, and a tile's K and V, are asked into L2 before their places are free: at short lengths they come
+        from memory. Ours / FA3 at head dim 64, without and with: full 512 1.076 and 1.096, 1k 1.028 and 1.036, 4k 1.025 and
+        1.026, causal 512 1.178 and 1.197, 1k 1.126 and 1.132, 4k 1.045 and 1.043. At 256, where L2 is nearly the limit, 0.97 of
+        it (H200, 2026-11-22)."""
+        return self.division is Division.TURNS and self.takes_tile_after_tile and self.adding is Adding.ANY_ORDER
+
+    @property
+    def mirrors_keys(self) -> bool:
+        """Whether the first consumer has a tile's last 64 keys: it has the most of dQ to do, and a window's first rows see none
+        of those. Ours / FA3 at head dim 64, without and with: 256 keys at 16k 1.071 and 1.096, 4k 1.073 and 1.081, 1024 1.038 and
+        1.050, 1.032 and 1.043, 4096 1.011 and 1.015; below a diagonal alone 0.996 of it (H200, 2026-11-22)."""
+        return self.asks_early and Feature.LEFT in self.features
+
+    @property
     def k_readers(self) -> int:
         """Consumers that read a tile's K. (Divided by products one has dK, and reads V.)"""
         return 2 if self.division is Division.PRODUCTS else self.consumers

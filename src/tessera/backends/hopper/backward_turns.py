@@ -60,6 +60,12 @@ class Parts:
         self.sums = sums
 
 
+@gluon.constexpr_function
+def _piece(config, consumer):
+    """Which 64 of the tile's keys a consumer has."""
+    return config.consumers - 1 - consumer if config.mirrors_keys else consumer
+
+
 @gluon.jit
 def make_parts(config: gl.constexpr, dq_map, out_map):
     dtype: gl.constexpr = out_map.dtype
@@ -81,7 +87,7 @@ def _hand_over(config: gl.constexpr, consumer: gl.constexpr, parts, ds, n):
     to 1.022 (causal 16k), 1.023 to 1.040 (causal 4k) and 1.021 to 1.033 (full 4k; H200, 2026-11-21)."""
     slot = parts.ring.slot(n)
     parts.ring.acquire(n)
-    parts.ds.index(slot * config.consumers + consumer).store(ds)
+    parts.ds.index(slot * config.consumers + _piece(config, consumer)).store(ds)
     fence_async_shared()
     if adds_in_order(config):
         parts.ring.publish(n)
@@ -142,7 +148,7 @@ def _own_v(config: gl.constexpr, consumer: gl.constexpr, shared, seen):
     """This consumer's V as dP's operand from registers; 0 where it is read from shared memory."""
     mbarrier.wait(shared.v_full, seen & 1)
     if config.keeps_v:
-        v = matrix(shared.v.index(place_of_v(config, seen) + consumer)).load(operand_layout(config.rows))
+        v = matrix(shared.v.index(place_of_v(config, seen) + _piece(config, consumer))).load(operand_layout(config.rows))
         if config.takes_tile_after_tile:
             mbarrier.arrive(shared.v_free)
         return v
@@ -158,7 +164,7 @@ def _issue_dp(config: gl.constexpr, consumer: gl.constexpr, shared, v, n):
     if config.keeps_v:
         return issue_transposed(v, do)
     else:
-        return issue_transposed(matrix(shared.v.index(consumer + fresh_zero())), do)
+        return issue_transposed(matrix(shared.v.index(_piece(config, consumer) + fresh_zero())), do)
 
 
 @gluon.constexpr_function
@@ -181,7 +187,7 @@ def _block(
     q = matrix(shared.q.index(q_slot))
     do = matrix(shared.do.index(do_slot))
     shared.q_stream.wait(n)
-    s = issue_transposed(matrix(shared.k.index(k_place + consumer + fresh_zero())), q)
+    s = issue_transposed(matrix(shared.k.index(k_place + _piece(config, consumer) + fresh_zero())), q)
     lse = row_values(shared.lse, q_slot, config.rows)
     if _products_apart(config):
         s = warpgroup_mma_wait(0, deps=(s,))
@@ -243,7 +249,7 @@ def _seen_end(config: gl.constexpr, call, tile, first, begin, count):
 def _main_loop(config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, parts, score, call, tile, done, seen):
     """dK and dV of 64 keys: the sums over all blocks of rows of all query heads that share them. `done` blocks came before, and
     `seen` tiles that any row sees; both are returned with this tile's."""
-    first = tile.first + consumer * M
+    first = tile.first + _piece(config, consumer) * M
     begin, count = row_blocks(config, call.band, tile.seq, tile.first)
     own_begin = first_row(config, call.band, tile.seq, first) // config.rows
     unseen = gl.minimum(gl.maximum(own_begin - begin, 0), count)
@@ -312,7 +318,7 @@ def _tile_after_tile(config: gl.constexpr, consumer: gl.constexpr, dq_map, dk_ma
         tile = locate_keys(config, call, number)
         state, done, seen = _main_loop(config, consumer, dq_map, shared, parts, score, call, tile, done, seen)
         dk, dv = state
-        row = tile.first + consumer * M
+        row = tile.first + _piece(config, consumer) * M
         if adds_in_order(config):
             parts.sums.ring.acquire(_next_turn(config, consumer, done))
         tma_store_wait(0)
