@@ -45,12 +45,10 @@ MANY_TILES = (
 )  # fmt: skip
 """Problems of many more tiles than programs, so that every ring goes from lap to lap."""
 SHALLOW = {"queries": 1, "stages": 2, "held": 0, "staging": Staging.OWN}
-DEEP = {"queries": 2, "stages": 4, "staging": Staging.QUERY}
 DIVISIONS = {
     "two": {"consumers": 2, "overlap": Overlap.WHOLE},
     "three in turn": {"consumers": 3, "overlap": Overlap.MAXIMA},
     "three": {"consumers": 3, "overlap": Overlap.NONE},
-    "three adrift": {"consumers": 3, "overlap": Overlap.DRIFTING, "keys": 64, **DEEP},
 }
 
 
@@ -119,7 +117,7 @@ def test_many_tiles(case: Case, division: str, monkeypatch: pytest.MonkeyPatch) 
 def test_many_tiles_adrift(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """P at once, without turns, as short windows have it at head_dim 64."""
     request = case.request("cpu", torch.bfloat16)
-    adrift = {"consumers": 3, "overlap": Overlap.SCORES_DRIFTING, "keys": 64, "stages": 5}
+    adrift = {"consumers": 3, "overlap": Overlap.DRIFTING, "keys": 64, "stages": 5}
     check(request, monkeypatch, replace(forward_config(bind(request)[0]), **SHALLOW | adrift))
 
 

@@ -49,10 +49,8 @@ class Overlap(Enum):
     """None of it, but S = Q K^T: P dies before P is taken at once, which fits 160 registers."""
     MAXIMA = "maxima"
     """The row maxima alone: P dies before the exponentials are taken, which fits 160 registers (three consumers)."""
-    DRIFTING = "maxima, without turns"
-    """The same, and consumers take no turns: each goes through its own blocks of a window at its own pace."""
-    SCORES_DRIFTING = "scores, P at once, without turns"
-    """SCORES, as DRIFTING has it: at head_dim 64."""
+    DRIFTING = "scores, P at once, without turns"
+    """As SCORES, and consumers take no turns: each goes through its own blocks of a window at its own pace (head_dim 64)."""
     NONE = "no softmax of its own"
     """None: a block's S, softmax and P V follow one another, and the other consumers' work fills the tensor cores. S and P
     never live together, so three consumers fit at head_dim 128."""
@@ -63,8 +61,6 @@ class Staging(Enum):
 
     OWN = "own buffer"
     """The store of a tile runs under the first products of the next."""
-    QUERY = "Q's buffer"
-    """It leaves from where its Q came in, while the next Q is in another buffer already."""
     HALVES = "buffer of half its width"
     """The right half waits until the left one has been read: where shared memory is short (head_dim 256)."""
 
@@ -141,7 +137,7 @@ class ForwardConfig:
     def shared_bytes(self) -> int:
         """Shared memory of the tiles, in bytes (16-bit elements; barriers not counted)."""
         q, k, v = sum(self.dims) * self.rows * self.queries, sum(self.dims) * self.keys, sum(self.dims_v) * self.keys
-        o = 0 if self.staging is Staging.QUERY else sum(self.staged) * self.rows
+        o = sum(self.staged) * self.rows
         return 2 * (q + o + self.stages * (k + v))
 
     def __str__(self) -> str:

@@ -70,7 +70,6 @@ from tessera.backends.hopper.pieces.tiles import (
     query_tiles,
     row_layout,
     stages_halves,
-    stages_in_query,
     takes_turns,
 )
 from tessera.jit.compat import (
@@ -253,14 +252,6 @@ def _q_slot(me, use):
 
 
 @gluon.jit
-def _release_output(me, turn):
-    """Q's buffer of the last tile, where O has left from there."""
-    if stages_in_query(me.config) and turn > 0:
-        tma_store_wait(0)
-        me.shared.q_ring.release((turn - 1) * me.config.consumers + me.index)
-
-
-@gluon.jit
 def _main_loop(me, tile, n, turn):
     """All blocks of this consumer's rows, but for the last P V where that overlaps; the state, the streams' position, how many
     blocks of the tile are left, and whether the last block's right half is all that there was of it."""
@@ -277,7 +268,6 @@ def _main_loop(me, tile, n, turn):
     if has_left_half(me.config, me.index):
         left_alone = share.left_alone
     state, started = start_blocks(me, n, q, bounds, (share.end - 1) * me.config.keys, left_alone)
-    _release_output(me, turn)
     n += started
     end = share.end - started
     full_end = share.full_end
@@ -343,27 +333,24 @@ def _outputs(me, tile, row, o, factor):
 
 
 @gluon.jit
-def _send(me, tile, row, parts, o_maps, slot, HALF: gl.constexpr = None):
+def _send(me, tile, row, parts, o_maps, HALF: gl.constexpr = None):
     """Parts of out, or their left or right halves (0, 1), through shared memory, and TMA on its way with them."""
     tma_store_wait(0)  # the last store has left the buffer
     for part in gl.static_range(len(parts)):
-        matrix(me.shared.o[part].index(slot)).store(parts[part])
+        matrix(me.shared.o[part].index(me.index)).store(parts[part])
     fence_async_shared()
-    store_rows(o_maps, me.shared.o, slot, tile.seq.queries(me.call.pitch.o), tile.head, row, HALF)
+    store_rows(o_maps, me.shared.o, me.index, tile.seq.queries(me.call.pitch.o), tile.head, row, HALF)
 
 
 @gluon.jit
-def _write_output(me, tile, row, o, factor, o_maps, q_use):
+def _write_output(me, tile, row, o, factor, o_maps):
     parts = _outputs(me, tile, row, o, factor)
-    slot = me.index
-    if stages_in_query(me.config):
-        slot = me.shared.q_ring.slot(q_use)
     if stages_halves(me.config):
         left, right = halves_of_all(parts)
-        _send(me, tile, row, left, o_maps, slot, 0)
-        _send(me, tile, row, right, o_maps, slot, 1)
+        _send(me, tile, row, left, o_maps, 0)
+        _send(me, tile, row, right, o_maps, 1)
     else:
-        _send(me, tile, row, parts, o_maps, slot)
+        _send(me, tile, row, parts, o_maps)
 
 
 @gluon.jit
@@ -375,7 +362,7 @@ def _attend(me, tile, n, turn, o_maps, lse_ptr):
     shared.q_ring.wait(q_use)
     mine = _at_rows(me, tile, row)
     state, n, spare, right_alone = _main_loop(mine, tile, n, turn)
-    if not holds_query(me.config) and not stages_in_query(me.config):
+    if not holds_query(me.config):
         shared.q_ring.release(q_use)  # every product with this Q is done
     if overlaps(me.config):
         o, p, m, l = state
@@ -392,7 +379,7 @@ def _attend(me, tile, n, turn, o_maps, lse_ptr):
     if overlaps(me.config):
         o = wait_for_values(o)
         shared.v_stream.release(n - 1)
-    _write_output(me, tile, row, o, factor, o_maps, q_use)
+    _write_output(me, tile, row, o, factor, o_maps)
     if has_spare(me.config, me.index):
         n = _pass_over(me, n, spare)
         number, following = read(me.config, shared.board, me.call, turn + 1)
@@ -405,10 +392,7 @@ def _stand_by(me, tile, n, turn):
     q_use = turn * me.config.consumers + me.index
     begin, end = tile_blocks(me.config, me.call.band, tile)
     me.shared.q_ring.wait(q_use)
-    if stages_in_query(me.config):
-        _release_output(me, turn)
-    else:
-        me.shared.q_ring.release(q_use)
+    me.shared.q_ring.release(q_use)
     n = _pass_over(me, n, end - begin)
     number, following = read(me.config, me.shared.board, me.call, turn + 1)
     return n, number, following
@@ -447,9 +431,7 @@ def _allocate_all(config: gl.constexpr, q_maps, k_maps, v_maps, o_maps):
     q = _allocate(q_maps, config.consumers * config.queries)
     k = _allocate(k_maps, config.stages)
     v = _allocate(v_maps, config.stages)
-    o = q
-    if not stages_in_query(config):
-        o = _allocate(o_maps, config.consumers)
+    o = _allocate(o_maps, config.consumers)
     q_ring = make_ring(config.consumers * config.queries, 1)
     k_peer, v_peer = make_peers(config)
     first: gl.constexpr = barriers_of_slots(config.stages)

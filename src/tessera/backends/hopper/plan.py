@@ -147,7 +147,7 @@ def _config_alone(problem: Problem, keys: float) -> ForwardConfig:
         if window and keys <= (640 if exact else 2048):
             # 64 keys over 128: 17 blocks for a window of 1024 where those take 9 of twice. 1.23 at 256, 1.11 at 512, 1.05 at
             # 1024 (P after the maxima: 1.26, 1.05, 0.96). Consumers stand a block apart: three stages would not load ahead
-            overlap = Overlap.NONE if exact else Overlap.SCORES_DRIFTING
+            overlap = Overlap.NONE if exact else Overlap.DRIFTING
             return replace(triples, keys=64, overlap=overlap, queries=pairs.queries, held=len(dims), stages=5)
         if Feature.RIGHT in features and keys <= 640:
             # 128 rows over 192: causal 1.08 at 1k, 0.97 at 2k, 0.92 at 4k. Q held: 1.015 at 512, 1.02 at 1k
@@ -160,9 +160,6 @@ def _config_alone(problem: Problem, keys: float) -> ForwardConfig:
     if widest <= 96 and keys > (2048 if ragged else 1536):
         # three over two: 1.06 at 2k, 1.07 at 4k and 16k full, 1.08 at 16k causal; 0.98 at 1k full, 0.97 at 2k causal
         return replace(triples, overlap=Overlap.NONE, stages=2)
-    if dims == dims_v == (128,) and window and keys <= 384 and problem.layout is Layout.DENSE:
-        # three of 64 keys over two of 128: a window of 256 1.08, 512 0.98, 1024 0.95
-        return replace(triples, keys=64, overlap=Overlap.DRIFTING, queries=2, stages=4, staging=Staging.QUERY)
     if sum(dims_v) > 128 and len(dims) == 2:
         # d192, over a part of Q held (full) or none (causal): 1.01 at 4k, 8k and full 16k, 1.015 at causal 16k
         return deepest(replace(pairs, held=len(dims)))

@@ -23,7 +23,7 @@ def keeps_p_during_softmax(config):
 
 @gluon.constexpr_function
 def takes_p_at_once(config):
-    return config.overlap in (Overlap.AT_ONCE, Overlap.SCORES, Overlap.SCORES_DRIFTING)
+    return config.overlap in (Overlap.AT_ONCE, Overlap.SCORES, Overlap.DRIFTING)
 
 
 @gluon.constexpr_function
@@ -35,7 +35,7 @@ def overlaps(config):
 @gluon.constexpr_function
 def takes_turns(config):
     """Whether the consumers take turns with their products."""
-    return config.overlap not in (Overlap.NONE, Overlap.DRIFTING, Overlap.SCORES_DRIFTING)
+    return config.overlap not in (Overlap.NONE, Overlap.DRIFTING)
 
 
 @gluon.constexpr_function
@@ -53,11 +53,6 @@ def may_stand_by(config, consumer):
 @gluon.constexpr_function
 def stages_halves(config):
     return config.staging is Staging.HALVES
-
-
-@gluon.constexpr_function
-def stages_in_query(config):
-    return config.staging is Staging.QUERY
 
 
 @gluon.constexpr_function
