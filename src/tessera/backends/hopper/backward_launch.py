@@ -18,6 +18,7 @@ from tessera import jit
 from tessera.backends.hopper import modifiers
 from tessera.backends.hopper.arguments import reach, score_scales, score_unit
 from tessera.backends.hopper.backward_plan import (
+    APART,
     PART_LINE,
     Adding,
     BackwardConfig,
@@ -27,6 +28,7 @@ from tessera.backends.hopper.backward_plan import (
     bias_sums_shape,
     key_blocks,
     key_tiles,
+    sees_few_keys,
     work_lines,
 )
 from tessera.backends.hopper.config import Feature
@@ -175,8 +177,11 @@ class BackwardLaunch:
         """Query rows whose Q, dO and float32 dQ, for all heads of a group, fit in L2's share, or without groups in a part of it;
         but so many that there is a tile for every multiprocessor, else the last section's longest begin late (GQA 32/8, causal
         8k: 1.06, H200, 2026-11-21; half as many where the last two sections are one). Whole heads, where sections take turns:
-        nearly as many tiles will do, far fewer would mix two of them. Or a head at a time."""
+        nearly as many tiles will do, far fewer would mix two of them. Or a head at a time. Or APART heads, in an order under a
+        narrow window: a tile waits for the one before it, which then began that many tiles ago."""
         shape = self.problem.shape
+        if self.config.writers == 2 and self.config.dim < 256 and sees_few_keys(self.problem):
+            return min(APART * shape.seqlen_q, _FAR)
         narrow = 1 if shape.group > 1 else self.config.sections_in_share
         fitting = L2_BYTES // (shape.group * (6 * shape.head_dim + 2 * shape.head_dim_v) * narrow)
         rows = self.multiprocessors * self.config.keys // min(narrow, 2)
