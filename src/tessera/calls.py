@@ -9,10 +9,11 @@ the host (benchmarks/LOG.md).
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
 from tessera import dispatch
@@ -42,8 +43,19 @@ class Prepared:
     runner: dispatch.Runner
 
 
+class Recalled(NamedTuple):
+    """A short way, and whether tensors are such that it is theirs: of the same types, shapes, strides, dtypes and devices, with
+    gradients wanted of the same, and watched by no more."""
+
+    fits: Callable[[Tensor, Tensor, Tensor], bool]
+    shortcut: dispatch.Shortcut
+
+
+TensorGuards: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)
 _known: dict[tuple[object, ...], Prepared] = {}
-_plain: dict[tuple[Hashable, ...], dispatch.Shortcut] = {}
+_plain: dict[tuple[Hashable, ...], Recalled] = {}
+_latest: dict[tuple[Hashable, ...], Recalled] = {}
+"""By the caller's words alone: what the layers of one model find, without a key made of three tensors."""
 
 
 def prepare(request: Request) -> tuple[Prepared, Operands]:
@@ -85,22 +97,52 @@ def _seen(tensor: object) -> tuple[object, ...] | None:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
 
 
-def recall(q: Tensor, k: Tensor, v: Tensor, words: tuple[Hashable, ...]) -> dispatch.Shortcut | None:
-    """What `remember` was told of such tensors and words."""
+def recall_latest(q: Tensor, k: Tensor, v: Tensor, words: tuple[Hashable, ...]) -> dispatch.Shortcut | None:
+    """What `recall` found last for these words, if it fits these tensors too."""
     try:
-        return _plain.get(_plain_key(q, k, v, words))
-    except (TypeError, AttributeError, RuntimeError):  # no hash, no tensor, no strides: `prepare` says so in words
+        latest = _latest.get(words)
+        return latest.shortcut if latest is not None and latest.fits(q, k, v) else None
+    except TypeError:  # no hash, no tensor
         return None
 
 
+def recall(q: Tensor, k: Tensor, v: Tensor, words: tuple[Hashable, ...]) -> dispatch.Shortcut | None:
+    """What `remember` was told of such tensors and words."""
+    try:
+        found = _plain.get(_plain_key(q, k, v, words))
+    except (TypeError, AttributeError, RuntimeError):  # no hash, no tensor, no strides: `prepare` says so in words
+        return None
+    if found is None:
+        return None
+    keep(_latest, words, found)
+    return found.shortcut
+
+
 def remember(request: Request, words: tuple[Hashable, ...], shortcut: dispatch.Shortcut) -> None:
-    """For `recall`: a dense request of q, k and v alone, and the caller's own words, which fix all else of it."""
-    keep(_plain, _plain_key(request.q, request.k, request.v, words), shortcut)
+    """For `recall`: a dense request of q, k and v alone, and the caller's own words, which fix all else of it; their last tells
+    whether gradients are recorded."""
+    q, k, v = request[:3]
+    keep(_plain, _plain_key(q, k, v, words), Recalled(_like(q, k, v), shortcut))
+
+
+def _like(*tensors: Tensor) -> Callable[..., bool]:
+    """Whether tensors are like these, asked in one call: by torch.compile's guards, which look at the thread's modes too
+    (transforms, inference). They are no public name; where they are gone nothing is like these, and the key decides."""
+    try:
+        check: Callable[..., bool] = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+        return check if check(*tensors) else _nothing_fits
+    except (TypeError, ValueError, RuntimeError):
+        return _nothing_fits
+
+
+def _nothing_fits(*_: Tensor) -> bool:
+    return False
 
 
 def _plain_key(q: Tensor, k: Tensor, v: Tensor, words: tuple[Hashable, ...]) -> tuple[Hashable, ...]:
     """Strides as True where they follow from the shape, which is quicker to see; those of dimensions of size 1 mean nothing."""
     return (
         q.shape, q.is_contiguous() or q.stride(), k.shape, k.is_contiguous() or k.stride(),
-        v.shape, v.is_contiguous() or v.stride(), q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, words,
+        v.shape, v.is_contiguous() or v.stride(), q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,
+        words, words[-1] and (q.requires_grad or k.requires_grad or v.requires_grad),
     )  # fmt: skip

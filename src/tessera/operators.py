@@ -63,14 +63,17 @@ def forward(request: Request, options: tuple[Hashable, ...] | None = None) -> tu
 
 _modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
 _transforms, _autocasts = torch._C._are_functorch_transforms_active, torch._C._is_any_autocast_enabled
+_keeps_gradients = torch.is_grad_enabled
 
 
 def recall(q: Tensor, k: Tensor, v: Tensor, options: tuple[Hashable, ...]) -> Tensor | None:
     """out, where such a call has been made before and nothing but out is wanted of it now."""
-    if torch.compiler.is_compiling() or not is_unwatched(q, k, v) or _autocasts():
+    if torch.compiler.is_compiling() or _modes() or _function_modes() or _autocasts() or forward_ad._current_level >= 0:
         return None
-    requires_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    shortcut = calls.recall(q, k, v, (*options, requires_grad))
+    words = (*options, _keeps_gradients())
+    shortcut = calls.recall_latest(q, k, v, words)
+    if shortcut is None and is_unwatched(q, k, v):
+        shortcut = calls.recall(q, k, v, words)
     return None if shortcut is None else shortcut(q, k, v)
 
 
@@ -82,7 +85,7 @@ def _remember(request: Request, options: tuple[Hashable, ...]) -> None:
         made = _Made(prepared.runner, operands[3:], request[3:])
         shortcut = partial(_PlainAttention.apply, made)
     if shortcut is not None:
-        calls.remember(request, (*options, request.requires_grad), shortcut)
+        calls.remember(request, (*options, _keeps_gradients()), shortcut)
 
 
 def is_unwatched(q: Tensor, k: Tensor, v: Tensor) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import tessera
-from tessera import attention, operators, plan
+from tessera import attention, calls, operators, plan
 from tessera.cases import CASES, Case
 from tessera.operands import Request, bind
 
@@ -325,6 +325,31 @@ def test_a_repeated_call_is_recalled_and_does_the_same(monkeypatch: pytest.Monke
     assert all(not torch.equal(a, b) for a, b in itertools.combinations(first, 2))
 
 
+def test_the_latest_of_some_words_fits_like_tensors_alone() -> None:
+    """Tensors of other shapes, strides, dtypes or wishes for gradients find what is theirs, in any order."""
+    q, k, v = (torch.randn(2, 11, 4, 8) for _ in range(3))
+    wide = torch.randn(2, 11, 4, 16)[..., ::2].transpose(0, 1).contiguous().transpose(0, 1)
+    kinds = [(q, k, v), (q[:, :5], k, v), (q[:1], k[:1], v[:1]), (wide, k, v), (q.double(), k.double(), v.double()), (q, q, q)]
+    kinds.append((q.clone().requires_grad_(), k, v))
+    expected = [attention(*inputs) for inputs in kinds]
+    for first, second in itertools.product(range(len(kinds)), repeat=2):
+        for which in (first, first, second):
+            out = attention(*kinds[which])
+            assert torch.equal(out, expected[which])
+            assert out.requires_grad == expected[which].requires_grad
+
+
+def test_without_its_guards_a_call_is_recalled_by_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guards are no public name of PyTorch's."""
+    q, k, v = (torch.randn(2, 13, 4, 8) for _ in range(3))
+    with monkeypatch.context() as patched:
+        patched.setattr(calls, "TensorGuards", None)
+        expected = attention(q, k, v)
+        patched.setattr(tessera.api, "Request", None)
+        assert torch.equal(attention(q, k, v), expected)
+        assert torch.equal(attention(q, k, v), expected)
+
+
 def test_a_repeated_call_with_gradients_is_recalled_and_does_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     wide = leaf(2, 4, 11, 8)
     inputs = [leaf(2, 11, 4, 8) for _ in range(3)]
@@ -375,10 +400,20 @@ def test_what_is_recalled_never_hides_who_watches() -> None:
     assert torch.equal(out, expected)
     assert lse.shape == (1, 2, 9)
     leaf_q = q.clone().requires_grad_()
-    attention(leaf_q, k, v).sum().backward()
-    assert leaf_q.grad is not None
-    with torch.autocast("cpu", torch.bfloat16):
-        assert attention(q, k, v).dtype == torch.bfloat16
+    for _ in range(2):
+        leaf_q.grad = None
+        attention(leaf_q, k, v).sum().backward()
+        assert leaf_q.grad is not None
+    assert not attention(q, k, v).requires_grad
+    with torch.no_grad():
+        assert not attention(leaf_q, k, v).requires_grad
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert attention(q, k, v).dtype == torch.bfloat16
+        with torch.inference_mode():
+            assert attention(q, k, v).is_inference()
+        assert not attention(q, k, v).is_inference()
+        assert torch.equal(torch.func.grad(lambda x: attention(x, k, v).sum())(q), leaf_q.grad)
     assert torch.compile(attention, backend="eager", fullgraph=True)(q, k, v).equal(expected)
     with pytest.raises(ValueError, match="k"):
         attention(q, k[:, :, :, :4], v)

@@ -163,10 +163,11 @@ class ForwardLaunch:
     def shortcut(self, others: tuple[Any, ...]) -> Shortcut | None:
         """For what needs no more than q, k and v, and has been launched: nothing is worked out in a call but what depends on
         addresses and on the stream."""
-        if self.takes_more or _AS_THEY_ARE not in self.bound:
+        bound = self.bound.get(_AS_THEY_ARE)
+        if self.takes_more or bound is None or is_captured(jit.current_stream(bound.device)):
             return None
-        device, allocate, (q_maps, k_maps, v_maps, out_maps), _, launch = self.bound[_AS_THEY_ARE]
-        current_stream, counter = jit.current_stream, counters.address
+        device, allocate, (q_maps, k_maps, v_maps, out_maps), _, launch = bound
+        current_stream, counter, of_default_stream = jit.current_stream, counters.address, counters.address(device, 0)
 
         def output(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             q_place, k_place, v_place = q.data_ptr(), k.data_ptr(), v.data_ptr()
@@ -175,7 +176,7 @@ class ForwardLaunch:
             out = allocate(q)
             stream = current_stream(device)
             maps = (*q_maps[q_place], *k_maps[k_place], *v_maps[v_place], *out_maps[out.data_ptr()])
-            launch(stream, *maps, 0, counter(device, stream))
+            launch(stream, *maps, 0, counter(device, stream) if stream else of_default_stream)
             return out
 
         return output
