@@ -87,6 +87,18 @@ def test_what_a_binary_tells(binary):
     assert "wgmma.mma_async" in binary.ptx
 
 
+def test_places_in_the_source_are_kept_where_asked_for_and_change_no_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    without = compiler.compile(SPEC).ptx
+    monkeypatch.setenv("TRITON_DISABLE_LINE_INFO", "0")
+    places = compiler.compile(SPEC).ptx
+
+    def code(text: str) -> list[str]:
+        return [line for line in text[: text.index("\n}\n")].splitlines() if not line.lstrip().startswith((".loc", ".file"))]
+
+    assert places.count("\t.loc") > without.count("\t.loc")
+    assert code(places) == code(without)
+
+
 def test_a_block_in_rows_is_not_swizzled():
     arguments = (*ARGUMENTS[:2], ("c", jit.Tiles("bf16", (64, 64), jit.Arrangement.ROWS)), *ARGUMENTS[3:])
     in_rows = jit.compile(jit.KernelSpec("jit_kernels.matmul:matmul", arguments, CONSTANTS))

@@ -194,7 +194,8 @@ class TestWithTriton:
         monkeypatch.setenv("TESSERA_CACHE_DIR", str(tmp_path))
         return tmp_path
 
-    def test_each_variant_is_judged_for_its_own_faults(self):
+    def test_each_variant_is_judged_for_its_own_faults(self, monkeypatch):
+        monkeypatch.setenv("TRITON_DISABLE_LINE_INFO", "0")
         found = {one.name: one for one in gate.examine_all(gate.collect([self.PROVIDER]))}
         assert {name for name, one in found.items() if one.passed} == {"matmul good", "cluster plain"}
         assert found["matmul good"].loop_tensor_core == 4

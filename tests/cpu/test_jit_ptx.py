@@ -26,6 +26,14 @@ def test_text_without_marks_stays():
     assert ptx.rewritten(PLAIN, 128) == PLAIN
 
 
+def test_what_is_for_debuggers_goes_and_places_stay():
+    """The labels would cut basic blocks in two; from Triton 3.8 on places name strings, which stay too."""
+    strings = "\t.section\t.debug_str\n\t{\n$L__info_string0:\n.b8 97\n\t}\n"
+    debugging = "\t.section\t.debug_info\n\t{\n.b64 $L__tmp7\n.b32 .debug_abbrev\n\t}\n"
+    begin, end = f"{PLAIN}\t.loc 1 7 0\n", f"$L__BB0_1:\n{PLAIN}{strings}"
+    assert ptx.rewritten(f"{begin}$L__tmp7:\n{end}{debugging}", 128) == begin + end
+
+
 @pytest.mark.parametrize(("words", "policy"), [("evict_first", "0x12f0000000000000"), ("evict_last", "0x14f0000000000000")])
 def test_a_policy_reaches_each_load_between_the_marks_and_no_other(words, policy):
     changed = LOAD.format(space="cta", more=".L2::cache_hint", last=f", {policy}")

@@ -13,6 +13,9 @@ Where a kernel's default warps meet those of the cluster's other blocks (`compat
 kernel begins: the hardware's barrier of a cluster waits for every thread, and Triton's worker warps, some of which never get
 any work, can't be told to.
 
+What Triton writes for debuggers goes, but for the places in the source (`.loc`), which profilers show: its labels cut basic
+blocks in two, so that ptxas would make other code of a kernel with places than of one without (compat.hasten).
+
 Sources: PTX ISA 8.7, cp.async.bulk.tensor, cp.async.bulk.prefetch.tensor, mbarrier, barrier.cluster, createpolicy.
 """
 
@@ -29,6 +32,8 @@ MEETING = "// tessera meets its cluster"
 POLICIES = {"evict_first": 0x12F0000000000000, "evict_last": 0x14F0000000000000}
 """What createpolicy.fractional gives for all of the bytes: ptxas folds it to these."""
 
+_FOR_DEBUGGERS = re.compile(r"^\$L__tmp\d+:[^\n]*\n|^\s*\.section\s+\.debug_(?!str).*?\}\n", re.MULTILINE | re.DOTALL)
+"""Not the strings, which places name from Triton 3.8 on."""
 _NUMBER = r"(?P<number>\s*(?:\.loc[^\n]*\s*)?mov\.u32 (?P<result>%r\d+), 0;)"  # 3.8 on: each line of an asm has its .loc
 _STRETCH = re.compile(rf"{BEGIN} (?P<words>[^\n]*)\n(?P<code>.*?)(?:{END}{_NUMBER}|(?={BEGIN})|\Z)", re.DOTALL)
 _LABEL = re.compile(r"^\$L__BB\w+:", re.MULTILINE)
@@ -49,11 +54,11 @@ class MarkError(RuntimeError):
 
 
 def rewritten(ptx: str, threads: int) -> str:
-    """The PTX with every mark's wish granted; text without marks comes back as it is. `threads`: of the default warps, the
-    first ones. Raises MarkError."""
+    """The PTX with every mark's wish granted, and without debuggers' labels; other text comes back as it is. `threads`: of the
+    default warps, the first ones. Raises MarkError."""
     if ptx.count(BEGIN) != ptx.count(END):
         raise MarkError(f"{ptx.count(BEGIN)} marks begin and {ptx.count(END)} end; each needs both (compat.tma_load_as)")
-    return _with_meeting(_STRETCH.sub(_granted, ptx), threads)
+    return _with_meeting(_STRETCH.sub(_granted, _FOR_DEBUGGERS.sub("", ptx)), threads)
 
 
 def _with_meeting(ptx: str, threads: int) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
@@ -55,9 +56,14 @@ def check(spec: KernelSpec, kernel: Any) -> tuple[Any, ...]:
 
 def _file_of(value: Any) -> Path:
     try:
-        return Path(inspect.getsourcefile(value) or "").resolve()
+        return _resolved(inspect.getsourcefile(value) or "")
     except TypeError:  # built in
         return Path("/")
+
+
+@cache
+def _resolved(name: str) -> Path:
+    return Path(name).resolve()
 
 
 def _used_by(code: CodeType, scope: dict[str, Any]) -> Iterator[Any]:
