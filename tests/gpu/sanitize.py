@@ -294,6 +294,7 @@ def main() -> int:
     parser.add_argument("--compile", action="store_true", help="compile what is needed and end; needs no GPU")
     parser.add_argument("--child", choices=list(FAMILIES), help=argparse.SUPPRESS)
     asked = parser.parse_args()
+    os.environ["TRITON_DISABLE_LINE_INFO"] = "0"  # reasons go by lines, which a compile does not note unasked
     if asked.child:
         FAMILIES[asked.child].run(asked.tools[0])
         return 0

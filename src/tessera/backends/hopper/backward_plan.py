@@ -27,12 +27,12 @@ FEW_ROWS = 1280
 start at head dim 128. The second place for K takes a buffer for parts of dQ, which long tiles miss: ours over FA3's time without
 and with, window 256 1.041 and 0.950, 1024 1.009 and 0.966, full 512 0.964 and 0.886, 1k 0.997 and 0.977, causal 1k 0.973 and
 0.946, 2k 0.971 and 0.962; but full 4k 0.985 and 0.996, 16k 0.98 and 1.03, GQA 32/8 1k 0.785 and 0.794 (H200, 2026-11-21)."""
-NARROW_WINDOW = 1024
+NARROW_WINDOW = 256
 APART = 32
 """In an order, under windows of up to NARROW_WINDOW keys, tiles of APART heads come in turn, of whose rows L2 holds what is at
 work. With as many heads as its share holds, with 32 and with all of 128, over FlashAttention-3's time: head dim 64, 256 keys at
-16k 1.06 to 1.11, 0.98 to 1.00 (all), 4k 1.08 to 1.11, 1.06, 1.11; 128 at 16k 1.06 and 0.98 (all of 16); 1024 keys level, 4096
-1.07 and 1.20 (H200, 2026-11-22)."""
+16k 1.06 to 1.11, 0.98 to 1.00 (all), 4k 1.08 to 1.11, 1.06, 1.11; 128 at 16k 1.06 and 0.98 (all of 16); 1024 keys level at
+16k, but head dim 128 at 4k 1.26 of any order for 1.04; 4096 keys 1.07 and 1.20 (H200, 2026-11-22)."""
 MANY_TILES = 512
 """With fewer than about four for each multiprocessor those of a head begin together, and wait for one another."""
 
