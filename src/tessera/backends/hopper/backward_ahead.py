@@ -58,13 +58,6 @@ class Pair:
     sums: Sums
     tiles: gl.shared_memory_descriptor
 
-    @gluon.constexpr_function
-    def __init__(self, ds, full, sums, tiles):
-        self.ds = ds
-        self.full = full
-        self.sums = sums
-        self.tiles = tiles
-
 
 @gluon.jit
 def make_pair(config: gl.constexpr, dq_map, dk_map):
@@ -88,15 +81,6 @@ class Consumer:
     pair: Pair
     score: Score
     call: Call
-
-    @gluon.constexpr_function
-    def __init__(self, config, index, shared, pair, score, call):
-        self.config = gl.constexpr(config)
-        self.index = gl.constexpr(index)
-        self.shared = shared
-        self.pair = pair
-        self.score = score
-        self.call = call
 
 
 @gluon.jit

@@ -53,11 +53,6 @@ class Halves:
     ds: gl.shared_memory_descriptor
     sums: Sums
 
-    @gluon.constexpr_function
-    def __init__(self, ds, sums):
-        self.ds = ds
-        self.sums = sums
-
 
 @gluon.jit
 def make_halves(config: gl.constexpr, dq_map, out_map, bar):

@@ -73,14 +73,6 @@ class Pair:
     tiles: gl.shared_memory_descriptor
     keys: gl.shared_memory_descriptor
 
-    @gluon.constexpr_function
-    def __init__(self, ds, full, sums, tiles, keys):
-        self.ds = ds
-        self.full = full
-        self.sums = sums
-        self.tiles = tiles
-        self.keys = keys
-
 
 @gluon.jit
 def make_onward_pair(config: gl.constexpr, dq_map, dk_map):
@@ -100,16 +92,6 @@ class Consumer:
     score: Score
     call: Call
 
-    @gluon.constexpr_function
-    def __init__(self, config, index, shared, pair, draws, score, call):
-        self.config = gl.constexpr(config)
-        self.index = gl.constexpr(index)
-        self.shared = shared
-        self.pair = pair
-        self.draws = draws
-        self.score = score
-        self.call = call
-
 
 @aggregate
 class At:
@@ -120,13 +102,6 @@ class At:
     seen: gl.tensor
     before: gl.tensor
     held: gl.tensor
-
-    @gluon.constexpr_function
-    def __init__(self, n, seen, before, held):
-        self.n = n
-        self.seen = seen
-        self.before = before
-        self.held = held
 
 
 @aggregate
@@ -139,14 +114,6 @@ class View:
     count: gl.tensor
     unseen: gl.tensor
     spare: gl.tensor
-
-    @gluon.constexpr_function
-    def __init__(self, tile, begin, count, unseen, spare):
-        self.tile = tile
-        self.begin = begin
-        self.count = count
-        self.unseen = unseen
-        self.spare = spare
 
 
 @gluon.jit

@@ -62,14 +62,6 @@ class Exchange:
     ds_ring: Ring
     sums: Sums
 
-    @gluon.constexpr_function
-    def __init__(self, p, ds, p_ring, ds_ring, sums):
-        self.p = p
-        self.ds = ds
-        self.p_ring = p_ring
-        self.ds_ring = ds_ring
-        self.sums = sums
-
 
 @gluon.jit
 def make_exchange(config: gl.constexpr, dq_map, out_map):

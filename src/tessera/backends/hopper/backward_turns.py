@@ -53,12 +53,6 @@ class Parts:
     ring: Ring
     sums: Sums
 
-    @gluon.constexpr_function
-    def __init__(self, ds, ring, sums):
-        self.ds = ds
-        self.ring = ring
-        self.sums = sums
-
 
 @gluon.constexpr_function
 def _piece(config, consumer):

@@ -50,15 +50,6 @@ class Task:
     marks: gl.tensor
     done: gl.tensor
 
-    @gluon.constexpr_function
-    def __init__(self, tile, begin, count, chain, marks, done):
-        self.tile = tile
-        self.begin = begin
-        self.count = count
-        self.chain = chain
-        self.marks = marks
-        self.done = done
-
     @gluon.jit
     def row(self, config: gl.constexpr, n):
         """The first row of the n-th block, in the sequence."""

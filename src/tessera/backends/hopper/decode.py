@@ -80,16 +80,6 @@ class Split:
     ahead: gl.tensor
     line: gl.tensor
 
-    @gluon.constexpr_function
-    def __init__(self, splits, least, crew, rounds, depth, ahead, line):
-        self.splits = splits
-        self.least = least
-        self.crew = crew
-        self.rounds = rounds
-        self.depth = depth
-        self.ahead = ahead
-        self.line = line
-
 
 @aggregate
 class Call:
@@ -99,13 +89,6 @@ class Call:
     sizes: Sizes
     split: Split
     scales: CacheScales
-
-    @gluon.constexpr_function
-    def __init__(self, places, sizes, split, scales):
-        self.places = places
-        self.sizes = sizes
-        self.split = split
-        self.scales = scales
 
 
 @aggregate
@@ -120,16 +103,6 @@ class Queries:
     scale: gl.tensor
     inner: gl.tensor
 
-    @gluon.constexpr_function
-    def __init__(self, pointer, batch_stride, row_stride, head_stride, head_dim, scale, inner):
-        self.pointer = pointer
-        self.batch_stride = batch_stride
-        self.row_stride = row_stride
-        self.head_stride = head_stride
-        self.head_dim = head_dim
-        self.scale = scale
-        self.inner = inner
-
 
 @aggregate
 class Shared:
@@ -139,13 +112,6 @@ class Shared:
     v: gl.tuple
     k_stream: Stream
     v_stream: Stream
-
-    @gluon.constexpr_function
-    def __init__(self, k, v, k_stream, v_stream):
-        self.k = k
-        self.v = v
-        self.k_stream = k_stream
-        self.v_stream = v_stream
 
 
 # ----------------------------------------------------------------------------------------------------------- consumer
@@ -160,13 +126,6 @@ class Bounds:
     first: gl.tensor
     last: gl.tensor
 
-    @gluon.constexpr_function
-    def __init__(self, lo, hi, first, last):
-        self.lo = lo
-        self.hi = hi
-        self.first = first
-        self.last = last
-
 
 @aggregate
 class Item:
@@ -178,15 +137,6 @@ class Item:
     head: gl.tensor
     scale: gl.tensor
     inner: gl.tensor
-
-    @gluon.constexpr_function
-    def __init__(self, call, index, entry, head, scale, inner):
-        self.call = call
-        self.index = index
-        self.entry = entry
-        self.head = head
-        self.scale = scale
-        self.inner = inner
 
 
 @gluon.jit

@@ -96,18 +96,6 @@ class Call:
     pitch: Pitch
     schedule: Schedule
 
-    @gluon.constexpr_function
-    def __init__(self, batch, heads, group, seqlen_q, seqlen_k, band, lengths, pitch, schedule):
-        self.batch = batch
-        self.heads = heads
-        self.group = group
-        self.seqlen_q = seqlen_q
-        self.seqlen_k = seqlen_k
-        self.band = band
-        self.lengths = lengths
-        self.pitch = pitch
-        self.schedule = schedule
-
 
 @aggregate
 class Shared:
@@ -122,18 +110,6 @@ class Shared:
     v_stream: Stream
     board: Board
     box: gl.tuple
-
-    @gluon.constexpr_function
-    def __init__(self, q, k, v, o, q_ring, k_stream, v_stream, board, box):
-        self.q = q
-        self.k = k
-        self.v = v
-        self.o = o
-        self.q_ring = q_ring
-        self.k_stream = k_stream
-        self.v_stream = v_stream
-        self.board = board
-        self.box = box
 
 
 # ----------------------------------------------------------------------------------------------------------- producer
@@ -213,14 +189,6 @@ class Consumer:
     shared: Shared
     score: Score
     call: Call
-
-    @gluon.constexpr_function
-    def __init__(self, config, index, shared, score, call):
-        self.config = gl.constexpr(config)
-        self.index = gl.constexpr(index)
-        self.shared = shared
-        self.score = score
-        self.call = call
 
 
 @gluon.jit

@@ -30,13 +30,6 @@ class Score:
     factor: gl.tensor
     modifiers: Modifiers
 
-    @gluon.constexpr_function
-    def __init__(self, scale, inner, factor, modifiers):
-        self.scale = scale
-        self.inner = inner
-        self.factor = factor
-        self.modifiers = modifiers
-
 
 @aggregate
 class Shared:
@@ -55,21 +48,6 @@ class Shared:
     v_free: gl.shared_memory_descriptor
     q_stream: Stream
     do_stream: Stream
-
-    @gluon.constexpr_function
-    def __init__(self, k, v, q, do, lse, d, k_full, v_full, k_free, v_free, q_stream, do_stream):
-        self.k = k
-        self.v = v
-        self.q = q
-        self.do = do
-        self.lse = lse
-        self.d = d
-        self.k_full = k_full
-        self.v_full = v_full
-        self.k_free = k_free
-        self.v_free = v_free
-        self.q_stream = q_stream
-        self.do_stream = do_stream
 
 
 @gluon.jit

@@ -20,14 +20,6 @@ class Band:
     document_end: gl.tensor
     document_stride: gl.tensor
 
-    @gluon.constexpr_function
-    def __init__(self, left, right, document_begin, document_end, document_stride):
-        self.left = left
-        self.right = right
-        self.document_begin = document_begin
-        self.document_end = document_end
-        self.document_stride = document_stride
-
 
 @gluon.constexpr_function
 def has_lower_bound(config):
@@ -125,17 +117,6 @@ class Share:
     spare: gl.tensor
     left_alone: gl.tensor
     right_alone: gl.tensor
-
-    @gluon.constexpr_function
-    def __init__(self, begin, end, full_begin, full_end, unseen, spare, left_alone, right_alone):
-        self.begin = begin
-        self.end = end
-        self.full_begin = full_begin
-        self.full_end = full_end
-        self.unseen = unseen
-        self.spare = spare
-        self.left_alone = left_alone
-        self.right_alone = right_alone
 
 
 @gluon.constexpr_function

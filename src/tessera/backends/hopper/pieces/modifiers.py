@@ -30,11 +30,6 @@ class Slopes:
     pointer: gl.tensor
     stride: gl.tensor
 
-    @gluon.constexpr_function
-    def __init__(self, pointer, stride):
-        self.pointer = pointer
-        self.stride = stride
-
 
 @aggregate
 class Bias:
@@ -44,13 +39,6 @@ class Bias:
     batch: gl.tensor
     head: gl.tensor
     row: gl.tensor
-
-    @gluon.constexpr_function
-    def __init__(self, pointer, batch, head, row):
-        self.pointer = pointer
-        self.batch = batch
-        self.head = head
-        self.row = row
 
     @gluon.jit
     def of_head(self, seq, head):
@@ -65,11 +53,6 @@ class RowSlopes:
     slope: gl.tensor
     diagonal: gl.tensor
 
-    @gluon.constexpr_function
-    def __init__(self, slope, diagonal):
-        self.slope = slope
-        self.diagonal = diagonal
-
 
 @aggregate
 class RowBias:
@@ -79,11 +62,6 @@ class RowBias:
     rows: gl.tensor
     keys: gl.tensor
 
-    @gluon.constexpr_function
-    def __init__(self, rows, keys):
-        self.rows = rows
-        self.keys = keys
-
 
 @aggregate
 class KeySlopes:
@@ -91,11 +69,6 @@ class KeySlopes:
 
     slope: gl.tensor
     place: gl.tensor
-
-    @gluon.constexpr_function
-    def __init__(self, slope, place):
-        self.slope = slope
-        self.place = place
 
 
 @aggregate
@@ -106,13 +79,6 @@ class KeyBias:
     keys: gl.tensor
     row: gl.tensor
     rows: gl.tensor
-
-    @gluon.constexpr_function
-    def __init__(self, plane, keys, row, rows):
-        self.plane = plane
-        self.keys = keys
-        self.row = row
-        self.rows = rows
 
 
 @aggregate
@@ -125,13 +91,6 @@ class Modifiers:
     bias: gl.tuple
     dropout: gl.tuple
     dbias: gl.tuple
-
-    @gluon.constexpr_function
-    def __init__(self, alibi, bias, dropout, dbias):
-        self.alibi = alibi
-        self.bias = bias
-        self.dropout = dropout
-        self.dbias = dbias
 
 
 @gluon.jit

@@ -60,13 +60,6 @@ class Sums:
     ring: Ring
     found: gl.shared_memory_descriptor
 
-    @gluon.constexpr_function
-    def __init__(self, parts, rounded, ring, found):
-        self.parts = parts
-        self.rounded = rounded
-        self.ring = ring
-        self.found = found
-
 
 @gluon.constexpr_function
 def shares_slots(config):
