@@ -9,6 +9,7 @@ words. docs/replacing.md has the same calls in this package's own terms, which c
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,7 +32,8 @@ def flash_attn_func(
 
     Returns: out, with return_attn_probs (out, lse), lse float32 (batch, heads, seqlen_q).
     """
-    _refuse(qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, attention_chunk=attention_chunk or None)
+    scales = {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
+    refuse(_NOT_SERVED, qv=qv, **scales, attention_chunk=attention_chunk or None)
     options: dict[str, Any] = {
         "causal": causal, "window": limits(window_size), "softmax_scale": softmax_scale, "softcap": softcap,
         "deterministic": deterministic, "return_lse": return_attn_probs,
@@ -70,7 +72,8 @@ def flash_attn_varlen_func(
 
     Returns: out, with return_attn_probs (out, lse), lse float32 (heads, total_q).
     """
-    _refuse(qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, attention_chunk=attention_chunk or None)
+    scales = {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
+    refuse(_NOT_SERVED, qv=qv, **scales, attention_chunk=attention_chunk or None)
     options: dict[str, Any] = {
         "seqused_q": seqused_q, "seqused_k": seqused_k, "causal": causal, "window": limits(window_size),
         "softmax_scale": softmax_scale, "softcap": softcap, "deterministic": deterministic, "return_lse": return_attn_probs,
@@ -93,7 +96,7 @@ def flash_attn_with_kvcache(
     cache_seqlens: a tensor, one number for all sequences, or None for whole caches (without new keys).
     Returns: out, with return_softmax_lse (out, lse).
     """
-    _refuse(qv=qv, q_descale=q_descale, rotary_seqlens=rotary_seqlens, attention_chunk=attention_chunk or None)
+    refuse(_NOT_SERVED, qv=qv, q_descale=q_descale, rotary_seqlens=rotary_seqlens, attention_chunk=attention_chunk or None)
     if cu_seqlens_k_new is not None and cu_seqlens_k_new is not cu_seqlens_q:
         why = "new keys are packed as the queries are"
         raise bad_value("cu_seqlens_k_new", "another tensor than cu_seqlens_q", why, "give cu_seqlens_q itself, or None")
@@ -139,8 +142,11 @@ def _lengths(
     return torch.full((batch,), given, dtype=torch.int32, device=q.device)
 
 
+QUERIES_APART = (
+    "MLA's queries are one tensor here, of 576 columns", "use tessera.attention_with_kvcache, as docs/serving.md shows",
+)  # fmt: skip
 _NOT_SERVED = {
-    "qv": ("MLA's queries are one tensor here, of 576 columns", "use tessera.attention_with_kvcache, as docs/serving.md shows"),
+    "qv": QUERIES_APART,
     "q_descale": ("queries are not in FP8 here", "give q in bfloat16; k_descale and v_descale of an FP8 cache are served"),
     "k_descale": ("FP8 keys lie in caches alone", "use bfloat16, or flash_attn_with_kvcache"),
     "v_descale": ("FP8 values lie in caches alone", "use bfloat16, or flash_attn_with_kvcache"),
@@ -150,8 +156,9 @@ _NOT_SERVED = {
 """What is not served, why, and what works."""
 
 
-def _refuse(**given: object) -> None:
+def refuse(not_served: Mapping[str, tuple[str, str]], /, **given: object) -> None:
+    """An error for the first option that is given; `not_served` says of each why, and what works."""
     for name, value in given.items():
         if value is not None:
             shown = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else value
-            raise bad_value(name, shown, *_NOT_SERVED[name])
+            raise bad_value(name, shown, *not_served[name])

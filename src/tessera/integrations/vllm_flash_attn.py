@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tessera import attention_varlen, attention_with_kvcache
 from tessera.errors import bad_value
-from tessera.integrations.flash_attn_interface import Result, get_scheduler_metadata, limits
+from tessera.integrations.flash_attn_interface import QUERIES_APART, Result, get_scheduler_metadata, limits, refuse
 
 __all__ = ["flash_attn_varlen_func", "get_scheduler_metadata"]
 
@@ -46,17 +46,16 @@ def flash_attn_varlen_func(
 
     Returns: out, with return_softmax_lse (out, lse), lse float32 (heads_q, total_q).
     """
-    given = {
-        "q_v": q_v, "output_scale": output_scale, "cp_tot_seqused_k": cp_tot_seqused_k, "dropout_p": dropout_p or None,
-        "cp_world_size": None if cp_world_size == 1 else cp_world_size, **others,
-    }  # fmt: skip
-    _refuse(given)
+    refuse(
+        dict.fromkeys(others, _UNKNOWN) | _NOT_SERVED, q_v=q_v, output_scale=output_scale, cp_tot_seqused_k=cp_tot_seqused_k,
+        dropout_p=dropout_p or None, cp_world_size=None if cp_world_size == 1 else cp_world_size, **others,
+    )  # fmt: skip
     options: dict[str, Any] = {
         "causal": causal, "window": None if window_size is None else limits((window_size[0], window_size[1])),
         "softmax_scale": softmax_scale, "softcap": softcap, "sinks": s_aux, "return_lse": True,
     }  # fmt: skip
     if block_table is not None:
-        _refuse({"alibi_slopes": alibi_slopes, "cu_seqlens_k": cu_seqlens_k})
+        refuse(_NOT_SERVED, alibi_slopes=alibi_slopes, cu_seqlens_k=cu_seqlens_k)
         if seqused_k is None:
             raise bad_value("seqused_k", None, "pages say nothing of lengths", "say how many rows each sequence has in its pages")
         scales = {"k_descale": k_descale, "v_descale": v_descale} if k.element_size() == 1 else {}
@@ -72,8 +71,9 @@ def flash_attn_varlen_func(
     return (found, lse) if return_softmax_lse else found
 
 
+_UNKNOWN = ("there is no such option here", "use tessera.attention_with_kvcache or tessera.attention_varlen")
 _NOT_SERVED = {
-    "q_v": ("MLA's queries are one tensor here, of 576 columns", "use tessera.attention_with_kvcache, as docs/serving.md shows"),
+    "q_v": QUERIES_APART,
     "dropout_p": ("serving drops nothing", "use tessera.attention_varlen, which takes a seed"),
     "alibi_slopes": ("a step over pages has no ALiBi", "gather the keys and give cu_seqlens_k"),
     "cu_seqlens_k": ("pages have their lengths from seqused_k", "leave it out, or leave block_table out"),
@@ -82,11 +82,3 @@ _NOT_SERVED = {
     "cp_tot_seqused_k": ("a call has all keys of its sequences", "give each rank's keys, and join with tessera.merge"),
 }
 """What is not served, why, and what works."""
-
-
-def _refuse(given: dict[str, object]) -> None:
-    for name, value in given.items():
-        if value is not None:
-            shown = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else value
-            unknown = ("there is no such option here", "use tessera.attention_with_kvcache or tessera.attention_varlen")
-            raise bad_value(name, shown, *_NOT_SERVED.get(name, unknown))
