@@ -148,6 +148,25 @@ def _outgrown_asm(n, word):
 
 
 @gluon.constexpr_function
+def _row_maximum_asm(row):
+    """The row's greatest score, from its four threads' own."""
+    lines = [(f"shfl.sync.bfly.b32 x, {row}, {far}, 0x1f, 0xffffffff;", f"max.f32 {row}, {row}, x;") for far in (2, 1)]
+    return [line for pair in lines for line in pair]
+
+
+@gluon.constexpr_function
+def _new_reference_asm(top, reference, alpha):
+    """The row's reference, and alpha (1 so far), where `top`, the greatest score in the reference's units, has outgrown it."""
+    return [
+        f"sub.f32 x, {top}, {reference};",
+        f"setp.gt.f32 grows, x, {_GROWTH};",
+        "neg.f32 x, x;",
+        f"@grows ex2.approx.ftz.f32 {alpha}, x;",
+        f"@grows mov.f32 {reference}, {top};",
+    ]
+
+
+@gluon.constexpr_function
 def _at_once_asm(n, word, headroom):
     """Unless all P of the warp are kept: its rows' references, their alphas, P and the sums anew.
 
@@ -168,17 +187,8 @@ def _at_once_asm(n, word, headroom):
         top, old, factor = f"row{row}", f"${m + 2 * row}", f"${alpha + 2 * row}"
         own = [f"${s + i}" for i in range(n) if i // 2 % 2 == row]
         lines += [f"max.f32 {top}, {own[0]}, {own[1]};", *(f"max.f32 {top}, {top}, {score};" for score in own[2:])]
-        for far in (2, 1):
-            lines += [f"shfl.sync.bfly.b32 x, {top}, {far}, 0x1f, 0xffffffff;", f"max.f32 {top}, {top}, x;"]
-        lines += [
-            f"fma.rn.f32 {top}, {top}, ${scale}, {headroom};",
-            f"sub.f32 x, {top}, {old};",
-            f"setp.gt.f32 grows, x, {_GROWTH};",
-            "neg.f32 x, x;",
-            f"@grows ex2.approx.ftz.f32 {factor}, x;",
-            f"@grows mov.f32 {old}, {top};",
-            f"neg.f32 {top}, {old};",
-        ]
+        lines += [*_row_maximum_asm(top), f"fma.rn.f32 {top}, {top}, ${scale}, {headroom};"]
+        lines += [*_new_reference_asm(top, old, factor), f"neg.f32 {top}, {old};"]
     for i in range(pairs):
         for j, x in enumerate("ab"):
             total = f"${sums + 2 * (i % 2) + j}"
@@ -300,14 +310,8 @@ def _vote_asm():
         lines += [f"mov.f32 ${alpha + 2 * row}, 1.0;"]
     lines += ["vote.sync.any.pred any, any, 0xffffffff;", "@!any bra DONE;"]
     for row in range(2):
-        for far in (2, 1):
-            lines += [f"shfl.sync.bfly.b32 x, row{row}, {far}, 0x1f, 0xffffffff;", f"max.f32 row{row}, row{row}, x;"]
-        lines += [
-            f"mul.f32 row{row}, row{row}, {scale};",
-            f"sub.f32 x, row{row}, ${2 * row};",
-            f"setp.gt.f32 grows, x, {_GROWTH};",
-        ]
-        lines += ["neg.f32 x, x;", f"@grows ex2.approx.ftz.f32 ${alpha + 2 * row}, x;", f"@grows mov.f32 ${2 * row}, row{row};"]
+        lines += [*_row_maximum_asm(f"row{row}"), f"mul.f32 row{row}, row{row}, {scale};"]
+        lines += _new_reference_asm(f"row{row}", f"${2 * row}", f"${alpha + 2 * row}")
     lines += ["DONE:", *(f"mov.f32 ${x + 1}, ${x};" for x in (0, 2, alpha, alpha + 2))]
     return "\n".join([*lines, "}"])
 
