@@ -23,7 +23,7 @@ and backward_products.py (256); the writer is backward_writer.py. lse and D come
 
 from tessera.backends.hopper.backward_ahead import consumer_ahead, make_pair
 from tessera.backends.hopper.backward_keys import consumer_of_keys, make_halves
-from tessera.backends.hopper.backward_onward import consumer_onward, make_onward_pair
+from tessera.backends.hopper.backward_onward import consumer_onward
 from tessera.backends.hopper.backward_products import consumer_of_dk, consumer_of_dq, consumer_of_dv, make_exchange, places
 from tessera.backends.hopper.backward_turns import consumer_in_turn, make_parts
 from tessera.backends.hopper.backward_writer import writer_of_dq, writer_of_many
@@ -211,29 +211,29 @@ def producer_of_many(config: gl.constexpr, maps, stats_map, shared, draws, call)
 
 
 @gluon.jit
-def _load_k_onward(config: gl.constexpr, maps, shared, pair, call, tile, seen):
+def _load_k_onward(config: gl.constexpr, maps, shared, keys, call, tile, seen):
     """The K of tile `seen`, of those that any row sees, to its place, when what lay there has been read."""
     place = seen & 1
     if seen > 1:
         mbarrier.wait(shared.k_free, seen & 1)
-    full = pair.keys.index(4 + place)
+    full = keys.index(4 + place)
     mbarrier.expect(full, config.keys * 2 * shared.k.shape[-1])
-    keys = tile.seq.keys(call.pitch.k)
+    rows = tile.seq.keys(call.pitch.k)
     for half in gl.static_range(2):
-        load_rows((maps[1],), (shared.k,), place * 2 + half, full, keys, tile.head, tile.first + half * M)
+        load_rows((maps[1],), (shared.k,), place * 2 + half, full, rows, tile.head, tile.first + half * M)
 
 
 @gluon.jit
-def _load_half_of_v(config: gl.constexpr, maps, shared, pair, call, tile, seen, half: gl.constexpr):
+def _load_half_of_v(config: gl.constexpr, maps, shared, keys, call, tile, seen, half: gl.constexpr):
     """A consumer's half of V, when it has read the last tile's."""
-    mbarrier.wait(pair.keys.index(2 + half), (seen & 1) ^ 1)
-    full = pair.keys.index(half)
+    mbarrier.wait(keys.index(2 + half), (seen & 1) ^ 1)
+    full = keys.index(half)
     mbarrier.expect(full, M * 2 * shared.v.shape[-1])
     load_rows((maps[2],), (shared.v,), half, full, tile.seq.keys(call.pitch.v), tile.head, tile.first + half * M)
 
 
 @gluon.jit
-def producer_onward(config: gl.constexpr, maps, stats_map, shared, pair, draws, call):
+def producer_onward(config: gl.constexpr, maps, stats_map, shared, keys, draws, call):
     """The same for backward_onward.py: K before a tile's first rows, each consumer's half of V when that consumer has read the
     last one."""
     number = call.order.number
@@ -242,7 +242,7 @@ def producer_onward(config: gl.constexpr, maps, stats_map, shared, pair, draws, 
     tile = locate_keys(config, call, gl.minimum(number, draws.tiles - 1))
     begin, count = row_blocks(config, call.band, tile.seq, tile.first)
     if (count > 0) & (number < draws.tiles):
-        _load_k_onward(config, maps, shared, pair, call, tile, 0)
+        _load_k_onward(config, maps, shared, keys, call, tile, 0)
     wait_for_previous()
     done = 0  # blocks of rows
     seen = 0  # tiles that any row sees
@@ -252,11 +252,11 @@ def producer_onward(config: gl.constexpr, maps, stats_map, shared, pair, draws, 
         if count > 0:
             row = begin * config.rows
             if turn > 0:
-                _load_k_onward(config, maps, shared, pair, call, tile, seen)
+                _load_k_onward(config, maps, shared, keys, call, tile, seen)
             _load_q(config, maps, stats_map, shared, call, tile, done, 0, row)
-            _load_half_of_v(config, maps, shared, pair, call, tile, seen, 0)
+            _load_half_of_v(config, maps, shared, keys, call, tile, seen, 0)
             _load_do(config, maps, stats_map, shared, call, tile, done, 0, row)
-            _load_half_of_v(config, maps, shared, pair, call, tile, seen, 1)
+            _load_half_of_v(config, maps, shared, keys, call, tile, seen, 1)
             seen += 1
         for n in range(1, uses):
             member, row = _member_and_row(config, tile, begin, count, 0, n)
@@ -309,13 +309,15 @@ def _start_ahead(config: gl.constexpr, maps, others, out, marks, rings, score, c
     1.10 under a diagonal (H200, 2026-11-21)."""
     stats_map, dq_map, dk_map, dv_map = others
     shared, draws = rings
-    pair = make_onward_pair(config, dq_map, dk_map) if config.k_places == 2 else make_pair(config, dq_map, dk_map)
+    pair = make_pair(config, dq_map, dk_map)
+    if config.k_places == 2:
+        keys = make_barriers(6, 1)
     fence_async_shared()
     if config.k_places == 2:
         gl.warp_specialize([
-            (consumer_onward, (config, 0, dq_map, dk_map, dv_map, shared, pair, draws, score, call)),
-            (consumer_onward, (config, 1, dq_map, dk_map, dv_map, shared, pair, draws, score, call)),
-            (producer_onward, (config, maps, stats_map, shared, pair, draws, call)),
+            (consumer_onward, (config, 0, dq_map, dk_map, dv_map, shared, pair, keys, draws, score, call)),
+            (consumer_onward, (config, 1, dq_map, dk_map, dv_map, shared, pair, keys, draws, score, call)),
+            (producer_onward, (config, maps, stats_map, shared, keys, draws, call)),
         ], [4, 1], [240, 24])  # fmt: skip
     elif adds_in_order(config):
         gl.warp_specialize([

@@ -11,8 +11,7 @@ meanwhile. P of the block after that is made when it comes: Q's ring holds two.
 dK and dV leave through the buffer of dQ's parts, so that K, V and the rings are free for the next tile before they have.
 """
 
-from tessera.backends.hopper.backward_ahead import hand_over, make_pair, p_of
-from tessera.backends.hopper.pieces.channel import make_barriers
+from tessera.backends.hopper.backward_ahead import Pair, hand_over, p_of
 from tessera.backends.hopper.pieces.draws import Draws
 from tessera.backends.hopper.pieces.gradients import Score, Shared, issue_transposed, row_values
 from tessera.backends.hopper.pieces.key_tiles import Call, KeyTile, locate_keys
@@ -21,7 +20,7 @@ from tessera.backends.hopper.pieces.masking import has_lower_bound
 from tessera.backends.hopper.pieces.numbers import of_first_lane
 from tessera.backends.hopper.pieces.row_ranges import cut_and_full, end_row, first_row, key_bounds, row_blocks
 from tessera.backends.hopper.pieces.softmax import to_16_bit, to_32_bit
-from tessera.backends.hopper.pieces.sums import Sums, add_part, row_block
+from tessera.backends.hopper.pieces.sums import add_part, row_block
 from tessera.backends.hopper.pieces.tiles import (
     M,
     accumulator_layout,
@@ -63,31 +62,15 @@ def _leads_over(config, index):
 
 
 @aggregate
-class Pair:
-    """That of backward_ahead.py, and mbarriers (`keys`) that each consumer's half of V is there (0, 1), that it may be written
-    again (2, 3), and that K is there, one a place (4, 5)."""
-
-    ds: gl.shared_memory_descriptor
-    full: gl.shared_memory_descriptor
-    sums: Sums
-    tiles: gl.shared_memory_descriptor
-    keys: gl.shared_memory_descriptor
-
-
-@gluon.jit
-def make_onward_pair(config: gl.constexpr, dq_map, dk_map):
-    pair = make_pair(config, dq_map, dk_map)
-    return Pair(pair.ds, pair.full, pair.sums, pair.tiles, make_barriers(6, 1))
-
-
-@aggregate
 class Consumer:
-    """One of the two warpgroups: 64 keys of every tile."""
+    """One of the two warpgroups: 64 keys of every tile. `keys` are mbarriers that each one's half of V is there (0, 1), that it
+    may be written again (2, 3), and that K is there, one a place (4, 5)."""
 
     config: gl.constexpr
     index: gl.constexpr
     shared: Shared
     pair: Pair
+    keys: gl.shared_memory_descriptor
     draws: Draws
     score: Score
     call: Call
@@ -148,7 +131,7 @@ def _k_place(seen):
 
 @gluon.jit
 def _await_k(me, seen):
-    mbarrier.wait(me.pair.keys.index(4 + (seen & 1)), (seen >> 1) & 1)
+    mbarrier.wait(me.keys.index(4 + (seen & 1)), (seen >> 1) & 1)
 
 
 @gluon.jit
@@ -204,7 +187,7 @@ def _from_p_to_ds(me, dq_map, at, closes, dv, p):
     dq = _issue_dq(me, at)
     dp = warpgroup_mma_wait(1, deps=(dp,))
     if closes:
-        mbarrier.arrive(me.pair.keys.index(2 + me.index))
+        mbarrier.arrive(me.keys.index(2 + me.index))
     dv = warpgroup_mma(gl.convert_layout(p, operand_layout(me.config.dim_v)), do, dv, is_async=True)
     dq = warpgroup_mma_wait(1, deps=(dq,))
     _put_dq(me, dq_map, at, dq)
@@ -355,7 +338,7 @@ def _main_loop(me, dq_map, view, numbers, seen, carried):
                     p = _first_p(me, n, seen, bounds, row)
             else:
                 p = _first_p(me, n, seen, bounds, row + unseen * rows)
-            mbarrier.wait(me.pair.keys.index(me.index), seen & 1)
+            mbarrier.wait(me.keys.index(me.index), seen & 1)
             at = At(n, seen, before, held)
             at, state = _turns(me, dq_map, at, (unseen, cut, full, stop), (bounds, row, block), (dk, dv, p))
             if _leads_over(config, me.index):
@@ -370,8 +353,8 @@ def _main_loop(me, dq_map, view, numbers, seen, carried):
             held = seen
             n = at.n + 1
         elif closes:
-            mbarrier.wait(me.pair.keys.index(me.index), seen & 1)
-            mbarrier.arrive(me.pair.keys.index(2 + me.index))
+            mbarrier.wait(me.keys.index(me.index), seen & 1)
+            mbarrier.arrive(me.keys.index(2 + me.index))
         if _passes_last(config, me.index) and view.spare > 0:
             _pass_over(me, dq_map, At(n, seen, before, held))
             before = block + stop
@@ -390,8 +373,8 @@ def _store(me, map_, gradient, tile):
 
 
 @gluon.jit
-def consumer_onward(config: gl.constexpr, index: gl.constexpr, dq_map, dk_map, dv_map, shared, pair, draws, score, call):
-    me = Consumer(config, index, shared, pair, draws, score, call)
+def consumer_onward(config: gl.constexpr, index: gl.constexpr, dq_map, dk_map, dv_map, shared, pair, keys, draws, score, call):
+    me = Consumer(config, index, shared, pair, keys, draws, score, call)
     rows: gl.constexpr = config.rows
     number = draws.read(0)
     turn = 0
