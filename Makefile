@@ -6,7 +6,9 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# What is never imported need not be compiled (40 s of torch, transformers and their like); what is, the first process keeps.
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+unexport PYTHONDONTWRITEBYTECODE
 
 # One thread a test process: two processes with two threads each wait for each other more than they compute.
 # glibc is to keep memory that is freed, or every large tensor comes page by page from the kernel: a tenth of the time.
@@ -30,7 +32,7 @@ test-gpu: $(VENV)/.dev
 sanitize: $(VENV)/.dev
 	$(BIN)/python tests/gpu/sanitize.py
 
-check: test lint types rules gate-half
+check: lint rules types gate-half gate-others test
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check src tests scripts
@@ -53,7 +55,6 @@ gate: $(VENV)/.dev
 # CI's share of it, so that it ends in 15 minutes on two cores: every second variant of every kernel, commit by commit the others
 gate-half: $(VENV)/.dev
 	EVERY=2 SHARE=$$(git rev-list --count HEAD 2>/dev/null || echo 0) scripts/gate.sh $(BIN)/python 3.6.0
-	$(MAKE) gate-others
 
 gate-others: $(VENV)/.dev
 	WORDS='forward fp16 d128 128x128' scripts/gate.sh $(BIN)/python 3.7.1 3.8.0 3.9.0

@@ -10,12 +10,13 @@ shift
 out=out/gate
 tritons=${TRITONS:-$out}
 mkdir -p "$out" "$tritons"
+installed=$("$python" -c 'from importlib.metadata import version; print(version("triton"))' 2>/dev/null || true)
 failed=0
 for version in "$@"; do
     folder=$tritons/triton-$version
-    if [ ! -d "$folder" ]; then
+    if [ ! -d "$folder" ] && [ "$version" != "$installed" ]; then
         rm -rf "$folder.new"
-        "$python" -m pip install --quiet --disable-pip-version-check --no-deps --target "$folder.new" "triton==$version"
+        "$python" -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --target "$folder.new" "triton==$version"
         mv "$folder.new" "$folder"
     fi
     # What Triton writes to stderr when it ends (leak reports of its bindings from 3.9 on) is shown only for a failure.

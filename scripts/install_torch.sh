@@ -4,7 +4,7 @@
 set -u
 python=$1
 version=2.13.0
-pip="$python -m pip install --quiet --disable-pip-version-check"
+pip="$python -m pip install --quiet --disable-pip-version-check --no-compile"
 
 if "$python" -c 'import torch' 2>/dev/null; then
     exit 0
