@@ -76,6 +76,8 @@ def prepare(request: Request) -> tuple[Prepared, Operands]:
     if prepared is None:
         problem = describe(request)
         plan = dispatch.select(problem, Device.of(request.q.device), request.backend)
+        if request.backend is None:
+            dispatch.warn_if_slow(plan.backend, plan.device, plan.refusals)
         prepared = Prepared(plan, dispatch.load(plan.backend).prepare(plan))
         keep(_known, key, prepared)
     elif request.seed is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -96,6 +97,8 @@ BACKENDS = {
     "cpu": "tessera.backends.cpu",
     "torch": "tessera.backends.cpu.portable",
 }
+SLOW = "torch"
+"""The one that serves any device."""
 
 
 @cache
@@ -130,6 +133,14 @@ def first_able(candidates: Iterable[B], problem: object, device: Device) -> tupl
         refusals[candidate.name] = reasons
     asked = f"backend={next(iter(refusals))!r} cannot" if len(refusals) == 1 else "no backend can"
     raise Unsupported(f"{asked} run this problem on {device}\n  problem: {problem}", refusals)
+
+
+def warn_if_slow(backend: str, device: Device, refusals: tuple[tuple[str, tuple[Reason, ...]], ...]) -> None:
+    """Nothing falls back in silence: a warning where a plan leaves a GPU to torch operations, though nobody asked for them."""
+    if backend == SLOW and device.kind != "cpu":
+        better, reasons = refusals[0]
+        words = f"tessera: torch operations do this on {device}, exactly but slowly; not {better}: {reasons[0]}"
+        warnings.warn(f"{words} (backend={SLOW!r} asks for them, without a warning)", RuntimeWarning, stacklevel=2)
 
 
 @lru_cache(maxsize=4096)

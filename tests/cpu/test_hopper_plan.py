@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import heapq
+import warnings
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import tessera
-from tessera import dispatch, jit, reference, verify
+from tessera import calls, dispatch, jit, reference, verify
 from tessera.backends.hopper import HopperBackend, HopperRunner, without_scores
 from tessera.backends.hopper.backward_plan import Adding, backward_config, backward_family
 from tessera.backends.hopper.config import ForwardConfig, Pairing, Staging
@@ -22,6 +25,7 @@ from tessera.device import KNOWN_DEVICES
 from tessera.dispatch import Upstream
 from tessera.operands import bind, describe
 from tessera.problem import Problem
+from tessera.serving import calls as serving_calls
 
 H200 = KNOWN_DEVICES["h200"]
 SEQLENS = (1, 100, 500, 639, 640, 641, 1500, 1537, 2049, 4096, 50_000, 1 << 20)
@@ -218,3 +222,21 @@ def test_a_servers_next_step_compiles_nothing(name: str) -> None:
     for batch in (1, 2, 3, 5, 7, 8, 13, 33, 64, 100, 256, 700):
         for longer in (0.5, 1.0, 3.0) if "prompts" in name else (1.0,):
             assert step_kernels(name, batch, longer)[1] <= warm, (batch, longer)
+
+
+def test_a_gpu_that_is_left_to_torch_operations_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32, which no kernel takes, on tensors that pass for a GPU's: a warning with the reason, or none if asked for."""
+    for module in (calls, serving_calls):
+        monkeypatch.setattr(module, "_known", {})
+        monkeypatch.setattr(module, "Device", SimpleNamespace(of=lambda _: H200))
+    q, lengths = torch.randn(2, 4, 2, 16), torch.tensor([3, 4], dtype=torch.int32)
+    for call in (
+        partial(tessera.attention, q, q, q, softcap=1.0),
+        partial(tessera.attention_with_kvcache, q, q, q, cache_seqlens=lengths),
+    ):
+        with pytest.warns(RuntimeWarning, match=r"exactly but slowly; not hopper: q.dtype=torch.float32: .* use bfloat16"):
+            call()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            call()  # the same again
+            call(backend="torch")

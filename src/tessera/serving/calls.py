@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from tessera.calls import keep
 from tessera.device import Device
+from tessera.dispatch import warn_if_slow
 from tessera.operands import check_scale
 from tessera.serving import dispatch
 from tessera.serving.contents import check_contents
@@ -56,6 +57,8 @@ def prepare(request: CacheRequest) -> tuple[Prepared, CacheOperands]:
     if prepared is None:
         problem = describe(request)
         plan = dispatch.select(problem, Device.of(request.q.device), request.backend)
+        if request.backend is None:
+            warn_if_slow(plan.backend, plan.device, plan.refusals)
         prepared = Prepared(plan, dispatch.load(plan.backend).prepare(plan))
         keep(_known, key, prepared)
     check_contents(request)
