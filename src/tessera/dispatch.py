@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -30,8 +30,7 @@ class Choices:
     workspace_bytes: int
 
 
-@dataclass(frozen=True, eq=False)
-class Upstream:
+class Upstream(NamedTuple):
     """What the backward starts from: the forward's results and the gradients that arrive for them."""
 
     out: Tensor
@@ -40,8 +39,7 @@ class Upstream:
     dlse: Tensor | None
 
 
-@dataclass(frozen=True, eq=False)
-class InputGradients:
+class InputGradients(NamedTuple):
     """dq, dk, dv in the inputs' shapes and dtypes; dbias and dsinks where their gradients are wanted."""
 
     dq: Tensor

@@ -63,7 +63,7 @@ def forward(request: Request, options: tuple[Hashable, ...] | None = None) -> tu
 
 _modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
 _transforms, _autocasts = torch._C._are_functorch_transforms_active, torch._C._is_any_autocast_enabled
-_keeps_gradients = torch.is_grad_enabled
+_keeps_gradients, _is_wrapped = torch.is_grad_enabled, torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def recall(q: Tensor, k: Tensor, v: Tensor, options: tuple[Hashable, ...]) -> Tensor | None:
@@ -72,7 +72,7 @@ def recall(q: Tensor, k: Tensor, v: Tensor, options: tuple[Hashable, ...]) -> Te
         return None
     words = (*options, _keeps_gradients())
     shortcut = calls.recall_latest(q, k, v, words)
-    if shortcut is None and is_unwatched(q, k, v):
+    if shortcut is None and is_unwatched(q, k, v) and not (_is_wrapped(q) or _is_wrapped(k) or _is_wrapped(v)):
         shortcut = calls.recall(q, k, v, words)
     return None if shortcut is None else shortcut(q, k, v)
 
@@ -82,8 +82,8 @@ def _remember(request: Request, options: tuple[Hashable, ...]) -> None:
     prepared, operands = calls.prepare(request)
     shortcut = prepared.runner.shortcut(operands[3:])
     if request.requires_grad:
-        made = _Made(prepared.runner, operands[3:], request[3:])
-        shortcut = partial(_PlainAttention.apply, made)
+        strides = (request.q.stride(), request.k.stride(), request.v.stride())
+        shortcut = partial(_apply_plainly, _Made(prepared.runner, operands[3:], request[3:], strides))
     if shortcut is not None:
         calls.remember(request, (*options, _keeps_gradients()), shortcut)
 
@@ -223,11 +223,12 @@ class _Attention(torch.autograd.Function):
 
 
 class _Made(NamedTuple):
-    """A call that has been made: what ran it, and its operands' and its request's entries behind q, k and v."""
+    """A call that has been made: what ran it, its operands' and its request's entries behind q, k and v, and their strides."""
 
     runner: Runner
     operands: tuple[Any, ...]
     request: tuple[Any, ...]
+    strides: tuple[tuple[int, ...], ...]
 
 
 class _PlainAttention(torch.autograd.Function):
@@ -240,7 +241,7 @@ class _PlainAttention(torch.autograd.Function):
     def forward(ctx: Any, made: _Made, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out, lse = made.runner.forward(Operands(q, k, v, *made.operands))
         ctx.save_for_backward(out, lse, q, k, v)
-        ctx.made, ctx.strides = made, (q.stride(), k.stride(), v.stride())
+        ctx.made = made
         return out
 
     @staticmethod
@@ -249,11 +250,16 @@ class _PlainAttention(torch.autograd.Function):
         if _is_watched(dout, out, inputs[0]):
             return (None, *torch.ops.tessera.backward(dout, None, out, lse, *inputs, *made.request)[:3])
         upstream = Upstream(out, lse, dout.contiguous(), None)
-        if tuple(x.stride() for x in inputs) == ctx.strides:
-            found = made.runner.backward(Operands(*inputs, *made.operands), upstream)
+        q, k, v = inputs
+        if (q.stride(), k.stride(), v.stride()) == made.strides:
+            found = made.runner.backward(Operands(q, k, v, *made.operands), upstream)
         else:  # who packs saved tensors away need not bring them back with their strides
             found = _gradients(Request(*inputs, *made.request), upstream)
         return None, found.dq, found.dk, found.dv
+
+
+_apply_plainly = super(torch.autograd.Function, _PlainAttention).apply
+"""Without a look for torch.func's transforms and for tensors that outlived one: `recall` has seen that there are none."""
 
 
 def _refuse_double_backward(ctx: Any, *gradients: Any) -> Any:

@@ -310,6 +310,23 @@ def test_bias_of_huge_negative_numbers(lowest: float) -> None:
     assert all(grad.isfinite().all() for grad in torch.autograd.grad(out.sum(), (q, k, v)))
 
 
+def test_a_tensor_that_outlived_its_transform_is_no_recalled_one() -> None:
+    """What torch.func wrapped stays a wrapper without storage when the transform is over: such calls take the whole way."""
+    kept: list[Tensor] = []
+    x = torch.randn(2, 11, 4, 8)
+
+    def square(y: Tensor) -> Tensor:
+        kept.append(y.clone())
+        return (y * y).sum()
+
+    torch.func.grad(square)(x)
+    k, v = (torch.randn(2, 11, 4, 8, requires_grad=True) for _ in range(2))
+    outs = [attention(q, k, v, causal=True) for q in (x, x, kept[0], kept[0])]
+    for out in outs[1:]:
+        torch.testing.assert_close(out, outs[0])
+        assert all(grad.isfinite().all() for grad in torch.autograd.grad(out.sum(), (k, v)))
+
+
 def test_a_repeated_call_is_recalled_and_does_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """q, k and v alone, without gradients: what a call needs is looked up by shapes and options, and the Request is not built."""
     q, k, v = (torch.randn(2, 11, 4, 8) for _ in range(3))
