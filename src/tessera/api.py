@@ -131,7 +131,7 @@ def attention(
     if options is not None and (recalled := operators.recall(q, k, v, options)) is not None:
         return recalled
     request = Request(
-        q, k, v, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks, right=0 if causal else None, softmax_scale=softmax_scale,
+        q, k, v, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks, right=right_of(causal), softmax_scale=softmax_scale,
         softcap=softcap, dropout_p=dropout_p, deterministic=deterministic, backend=backend, seed=seed,
     )  # fmt: skip
     out, lse = operators.forward(_complete(request, window, mask), options)
@@ -218,7 +218,7 @@ def attention_varlen(
             raise bad_type(name, type(value).__name__, "packed sequences are cut by offsets", "give an int32 tensor")
     request = Request(
         q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, alibi_slopes=alibi_slopes, sinks=sinks,
-        right=0 if causal else None, softmax_scale=softmax_scale, softcap=softcap, dropout_p=dropout_p,
+        right=right_of(causal), softmax_scale=softmax_scale, softcap=softcap, dropout_p=dropout_p,
         deterministic=deterministic, backend=backend, seed=seed,
     )  # fmt: skip
     out, lse = operators.forward(_complete(request, window, None))
@@ -260,7 +260,7 @@ def plan(
     trainable = [x for x in (*tensors, *options.values()) if isinstance(x, Tensor) and x.requires_grad]
     causal, window, mask = (options.pop(name, None) for name in ("causal", "window", "mask"))
     q, k, v = (x.detach().to("meta") for x in tensors)
-    request = _complete(Request(q, k, v, right=0 if causal else None, **options), window, mask, described.kind)
+    request = _complete(Request(q, k, v, right=right_of(causal), **options), window, mask, described.kind)
     wants_gradients = requires_grad or (bool(trainable) and torch.is_grad_enabled())
     problem, _ = bind(request._replace(requires_grad=wants_gradients), described.kind)
     return dispatch.select(problem, described, request.backend)
@@ -379,6 +379,14 @@ def check_tensor(name: str, value: object) -> None:
         kind = "nested" if value.is_nested else value.layout
         why = "attention runs on strided tensors"
         raise bad_type(name, kind, why, "make it dense, or give a nested tensor's values() to attention_varlen")
+
+
+def right_of(causal: bool | None) -> int | None:
+    """The right bound that `causal` means."""
+    if isinstance(causal, (Tensor, str)):  # a mask, a name of one
+        why = "it is one choice for the whole call"
+        raise bad_type("causal", type(causal).__name__, why, "give True or False; masks are a tessera.Mask, or a `bias`")
+    return 0 if causal else None
 
 
 def mask_of(causal: bool, window: Window | None, mask: Mask | None) -> Mask:

@@ -108,6 +108,9 @@ TENSORS = (
 MASKS = (
     Bad("mask is a tensor", lambda: dense(mask=torch.ones(6, 6, dtype=torch.bool)), TypeError, "mask=Tensor",
         ("tessera.Mask", "bias")),
+    Bad("causal is a tensor", lambda: dense(causal=torch.ones(6, 6, dtype=torch.bool)), TypeError, "causal=Tensor",
+        ("tessera.Mask", "True or False")),
+    Bad("causal is a word", lambda: packed(causal="no"), TypeError, "causal=str", ("True or False",)),
     Bad("mask for another batch", lambda: dense(mask=Mask.padding(int32(1, 2, 3))), ValueError, "mask.key_end=shape (3,)",
         ("(batch=2,)",)),
     Bad("documents of another length", lambda: dense(mask=Mask.documents(int32(0, 0, 1))),

@@ -113,6 +113,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str, tuple[str, ...]]] 
     "softcap": (lambda: call(softcap=-1.0), ValueError, "softcap=", ("positive",)),
     "scale": (lambda: call(softmax_scale=float("nan")), ValueError, "softmax_scale=", ("finite",)),
     "scale a list": (lambda: call(softmax_scale=[1.0]), TypeError, "softmax_scale=", ("list",)),
+    "causal": (lambda: call(causal=torch.ones(2, 4).bool()), TypeError, "causal=Tensor", ("True or False",)),
     "window": (lambda: call(window=(-2, 0)), ValueError, "window[0]=", (">= 0",)),
     "sinks": (lambda: call(sinks=torch.zeros(2)), ValueError, "sinks=", ("(4,)",)),
     "backend": (lambda: call(backend="magic"), ValueError, "backend=", ("cpu",)),

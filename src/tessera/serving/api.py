@@ -13,7 +13,7 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 import torch
 from torch import Tensor
 
-from tessera.api import Window, check_options, check_tensor, mask_of, shape_as_tensor
+from tessera.api import Window, check_options, check_tensor, mask_of, right_of, shape_as_tensor
 from tessera.device import Device
 from tessera.errors import bad_value
 from tessera.serving import dispatch, operators
@@ -141,9 +141,10 @@ def attention_with_kvcache(
 
 
 def _band(causal: bool, window: Window | None) -> tuple[int | None, int | None]:
+    right = right_of(causal)
     if window is None:
-        return None, 0 if causal else None
-    mask = mask_of(causal, window, None)
+        return None, right
+    mask = mask_of(right == 0, window, None)
     return mask.left, mask.right
 
 
