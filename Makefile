@@ -15,7 +15,7 @@ unexport PYTHONDONTWRITEBYTECODE
 TEST_WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=268435456 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
-.PHONY: demo test test-gpu sanitize check lint types rules gate gate-half gate-others gate-all fuzz matrix bench-cpu clean
+.PHONY: demo test test-gpu sanitize check lint types rules gate gate-half gate-others gate-all fuzz fuzz-gpu matrix bench-cpu clean
 
 # passive: on shared cores, threads that spin while they wait take the time of those they wait for
 demo: $(VENV)/.demo
@@ -64,6 +64,10 @@ gate-all: $(VENV)/.dev
 
 fuzz: $(VENV)/.dev
 	TESSERA_EXAMPLES=50000 $(PYTEST) -n $(TEST_WORKERS) -s tests/cpu/test_properties.py
+
+# On a machine with a Hopper GPU: as many random problems of each of 40 kinds
+fuzz-gpu: $(VENV)/.dev
+	TESSERA_EXAMPLES=500 $(PYTEST) -n 8 tests/gpu/test_random.py
 
 matrix: $(VENV)/.dev
 	$(BIN)/python -m tessera.support > docs/support_matrix.md
