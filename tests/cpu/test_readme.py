@@ -33,7 +33,7 @@ def test_the_pages_code_runs(page: str, least: int) -> None:
         exec(compile(block, f"docs/{page}", "exec"), names)
 
 
-@pytest.mark.parametrize("name", ["kernel.md", "backward.md"])
+@pytest.mark.parametrize("name", ["kernel.md", "backward.md", "decoding.md"])
 def test_the_kernels_pages_name_what_there_is(name: str) -> None:
     page = (ROOT / "docs" / name).read_text()
     sources = "".join(path.read_text() for path in (ROOT / "src" / "tessera" / "backends" / "hopper").rglob("*.py"))
@@ -44,7 +44,7 @@ def test_the_kernels_pages_name_what_there_is(name: str) -> None:
     assert {name for name in names - elsewhere if not re.search(rf"\b{name}\b", sources)} == set()
 
 
-@pytest.mark.parametrize("name", ["kernel.md", "backward.md", "developing.md"])
+@pytest.mark.parametrize("name", ["kernel.md", "backward.md", "decoding.md", "developing.md"])
 def test_the_gates_words_name_variants(name: str) -> None:
     asked = re.findall(r"tessera\.jit\.gate((?: \w+)+)", (ROOT / "docs" / name).read_text())
     assert asked
