@@ -156,6 +156,12 @@ class BackwardLaunch:
         return (shape.heads_q * self.line // _PIECE, shape.head_dim // 4, PART_LINE)
 
     @cached_property
+    def work_words(self) -> tuple[int, int, int, int]:
+        """The parts of the workspace in words of four bytes: sums, lse and D of each row, shares of a divided tile, marks."""
+        rows = self.problem.shape.heads_q * self.line
+        return math.prod(self.sums_shape), 2 * rows, self.remainder.values, 1 + rows // _PIECE
+
+    @cached_property
     def blocks(self) -> int:
         return key_blocks(self.problem, self.config)
 
@@ -234,18 +240,16 @@ class BackwardLaunch:
             kept.tensors += [row.tensor for row in rows]
         (make_dq, make_dk, make_dv), device = bound.make, bound.device
         dq, dk, dv, dbias = make_dq(q), make_dk(k), make_dv(v), self._bias_sums(operands)
-        stats = torch.empty((2 * self.problem.shape.heads_q, self.line), dtype=torch.float32, device=device)
-        sums = torch.empty(self.sums_shape, dtype=torch.float32, device=device)
-        marks = torch.empty(1 + self.problem.shape.heads_q * self.line // _PIECE, dtype=torch.int32, device=device)
-        work = Work(jit.current_stream(device.index), stats.data_ptr(), sums.data_ptr(), marks.data_ptr())
-        values = self.remainder.values
-        shared = torch.empty(values, dtype=torch.float32, device=device) if values else None
+        sums, stats, shares, marks = self.work_words
+        workspace = torch.empty(sums + stats + shares + marks, dtype=torch.int32, device=device)
+        begin = workspace.data_ptr()
+        behind = begin + 4 * (sums + stats)
+        work = Work(jit.current_stream(device.index), begin + 4 * sums, begin, behind + 4 * shares)
         dsinks = self._prepare(bound, work, addresses[3], (operands.sinks, upstream), kept)
         tensors = (*addresses, work.stats, dk.data_ptr(), dv.data_ptr(), work.sums, dq.data_ptr())
         maps = [place[address] for place, address in zip(bound.places, tensors, strict=True)]
         modified = self._modified(bound, operands, dbias, kept) if self.is_modified else ()
-        shares = 0 if shared is None else shared.data_ptr()
-        bound.main(work.stream, *maps, work.marks, *kept.lengths, *kept.documents, shares, *modified)
+        bound.main(work.stream, *maps, work.marks, *kept.lengths, *kept.documents, behind if shares else 0, *modified)
         if bound.finish is not None:
             bound.finish(work.stream, work.sums, work.marks, tensors[-1], *kept.lengths)
         if operands.bias is not None and dbias is not None:
