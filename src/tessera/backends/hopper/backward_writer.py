@@ -3,6 +3,7 @@
 One warp where a program has one tile; two, which take blocks of rows in turn, where it takes tile after tile: to wait until
 additions are complete, to tell the next tile and to hear from the one before take longer than a block has. An order's cost at
 head dim 256, by one warp and by two: full 4k 1.26 and 1.09, 16k 1.29 and 1.10, causal 16k 1.31 and 1.21 (H200, 2026-11-21).
+What it took most of was fences: two MEMBARs less a block, 4k causal 1.16 and 1.09, 8k 1.16 and 1.11 (2026-11-22; pieces/sums.py).
 
 A tile only waits for tiles with lower numbers. Blocks are dispatched in the order of their numbers (CUB's single-pass scan counts
 on that too), so those are running, and every wait ends. (Programs that take tile after tile: pieces/draws.py.)
@@ -114,8 +115,11 @@ def _write_in_turn(config: gl.constexpr, writer: gl.constexpr, dq_map, out, sums
             if j == parts - 1 and shares_slots(config):
                 mbarrier.arrive(sums.found.index(writer))
             _send(config, dq_map, out, sums, call, task, n, j)
-            tma_store_wait(0)
-            sums.ring.release(m)
+            if j > 0:
+                tma_store_wait(1)
+                sums.ring.release(m - 1)
+        tma_store_wait(0)
+        sums.ring.release(use * parts + parts - 1)
         set_mark(mark, number, 0)
 
 
