@@ -451,6 +451,11 @@ def _assembly(text: str, constraints: str, arguments: list[Any], dtype: Any, is_
     if text.startswith("{ .reg .pred p, q; .reg .b32 zero;"):  # dropout.masked_derivatives
         p, masks, dp, d = arguments
         return p * (torch.where(masks != 0, dp, 0.0) - d)
+    if text.startswith("{ .reg .b64 near, far,"):  # modifiers._plane_of_bias
+        block, keys, row, left = arguments
+        rows = torch.arange(keys.shape[1])
+        places = block + keys + torch.clamp(rows, max=int(left) - 1) * (int(row) // block.memory.element_size())
+        return torch.where(rows < int(left), _load(places).float(), 0.0)
     if text.startswith("lop3.b32 $0, $1, $2, 0x80008000, 0xF2;"):  # dropout.marked
         return torch.where(arguments[1] != 0, arguments[0], -arguments[0])
     if text.startswith("shfl."):

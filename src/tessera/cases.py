@@ -21,7 +21,8 @@ class Case:
 
     `lengths_q` and `lengths_k` make it varlen (seqlens and batch are then ignored); `used_k` are the seqused_k. `key_end`,
     `key_start` and `query_end` are the padding of each batch entry, `documents` the lengths of packed documents. `bias` is the
-    bias's shape; `alibi` and `sinks` make slopes and logits. `strides` is how q, k and v lie in memory.
+    bias's shape, and a `constant_bias` wants no gradient; `alibi` and `sinks` make slopes and logits. `strides` is how q, k and
+    v lie in memory.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Case:
     softcap: float = 0.0
     alibi: str | None = None
     bias: tuple[int, ...] | None = None
+    constant_bias: bool = False
     sinks: bool = False
     dropout_p: float = 0.0
     lengths_q: tuple[int, ...] | None = None
@@ -78,7 +80,8 @@ class Case:
         if self.alibi is not None:
             shape = (self.heads_q,) if self.alibi == "head" else (self.batch, self.heads_q)
             slopes = torch.rand(*shape, generator=generator, device=draw_on).to(device) * 0.3
-        trainable = [x for x in (q, k, v, bias, sinks) if x is not None]
+        learnt_bias = None if self.constant_bias else bias
+        trainable = [x for x in (q, k, v, learnt_bias, sinks) if x is not None]
         if requires_grad:
             for x in trainable:
                 x.requires_grad_()
@@ -86,7 +89,7 @@ class Case:
         return request._replace(
             bias=bias, sinks=sinks, alibi_slopes=slopes, softmax_scale=self.softmax_scale, softcap=self.softcap,
             dropout_p=self.dropout_p, seed=seed + 1 if self.dropout_p else None, requires_grad=requires_grad,
-            bias_requires_grad=requires_grad and bias is not None, sinks_requires_grad=requires_grad and sinks is not None,
+            bias_requires_grad=requires_grad and learnt_bias is not None, sinks_requires_grad=requires_grad and sinks is not None,
         )  # fmt: skip
 
     def _qkv(self, draw: Callable[[tuple[int, ...]], Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -87,8 +87,8 @@ class Oracle:
 
     def gradients(self, out: Tensor, found: dict[str, Tensor], dout: Tensor, dlse: Tensor) -> list[Comparison]:
         """By the rule, the gradients of <out, dout> + <lse, dlse> that were `found`, by their inputs' names; `out` as stored."""
-        names, inputs = trainable(self.request)
-        exact_inputs = trainable(self.exact)[1]
+        names, inputs = differentiated(self.request)
+        exact_inputs = differentiated(self.exact)[1]
         refs, eagers = _gradients(*self.refs, dout, dlse, exact_inputs), _gradients(*self.eagers, dout, dlse, inputs)
         stored = gradients_of_stored_out(out, *self.refs, dout, exact_inputs)
         rows, comparisons = self.refs[1].numel(), []
@@ -115,7 +115,7 @@ def run(request: Request, check_gradients: bool = True) -> list[Comparison]:
         return comparisons
     generator = torch.Generator().manual_seed(1234)
     dout, dlse = (torch.randn(x.shape, generator=generator).to(x.dtype).to(x.device) for x in results)
-    names, inputs = trainable(request)
+    names, inputs = differentiated(request)
     found = dict(zip(names, _gradients(*results, dout, dlse, inputs), strict=True))
     return comparisons + oracle.gradients(results[0], found, dout, dlse)
 
@@ -124,6 +124,12 @@ def trainable(request: Request) -> tuple[list[str], list[Tensor]]:
     """The inputs that a request may differentiate by, and their names."""
     names = [name for name in ("q", "k", "v", "bias", "sinks") if getattr(request, name) is not None]
     return names, [getattr(request, name) for name in names]
+
+
+def differentiated(request: Request) -> tuple[list[str], list[Tensor]]:
+    """Those of them by which it is: a bias may be constant."""
+    pairs = [(name, x) for name, x in zip(*trainable(request), strict=True) if x.requires_grad]
+    return [name for name, _ in pairs], [x for _, x in pairs]
 
 
 def in_float64(request: Request) -> Request:

@@ -38,6 +38,8 @@ MORE = (
     *(Case(f"bias {shape}", bias=shape, causal=True, **WIDE)
       for shape in ((2, 4, 200, 330), (2, 1, 200, 330), (1, 1, 1, 330), (2, 1, 200, 1), (1, 4, 1, 1))),
     *(Case(f"d{d} bias, softcap", head_dim=d, bias=(2, 1, 200, 330), softcap=15.0, **WIDE) for d in DIMS),
+    *(Case(f"d128 constant bias, {name}", head_dim=128, bias=(1, 4, 200, 330), constant_bias=True, **WIDE, **more)
+      for name, more in (("full", {}), ("window", {"window": (90, 20)}), ("padding", {"key_start": (37, 130)}))),
     Case("bias of rows, softcap", bias=(1, 4, 200, 1), softcap=15.0, causal=True, **WIDE),
     Case("d256 bias of keys", head_dim=256, bias=(2, 1, 1, 330), dropout_p=0.3, **WIDE),
     Case("padding left, everything", alibi="head", bias=(2, 4, 200, 330), dropout_p=0.3, key_start=(37, 130), **WIDE),

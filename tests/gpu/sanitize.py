@@ -35,7 +35,7 @@ from tessera.operands import Request, describe
 from tessera.serving import operators as serving
 from tessera.serving.cases import CACHE_CASES, CacheCase
 from tessera.serving.operands import CacheRequest
-from tessera.verify import trainable
+from tessera.verify import differentiated
 
 TOOLS = ("memcheck", "racecheck")
 NO_CLUSTERS = ("racecheck",)
@@ -103,9 +103,10 @@ BACKWARD = (
 MODIFIERS = (
     *(CASES[name] for name in ("alibi", "dropout, causal, gqa", "bias", "varlen, softcap, alibi, dropout")),
     *(Case(f"d{d}, dropout", head_dim=d, dropout_p=0.2, **PLANE) for d in (64, 128, 256)),
-    Case("d128, bias", head_dim=128, bias=(1, 4, 200, 200), causal=True, **PLANE),
+    *(Case("d128, bias", head_dim=128, bias=(1, 4, 200, 200), constant_bias=is_constant, causal=True, **PLANE)
+      for is_constant in (False, True)),
     Case("padding left, dropout", key_start=(30, 17), dropout_p=0.2, causal=True, **PLANE),
-)
+)  # fmt: skip
 DECODE = (
     *(CACHE_CASES[name] for name in ("one query", "group of 5", "four queries", "long", "left padding, window", "packed",
                                      "sinks, window, softcap", "d96", "d256", "d192 v128", "pages of 16", "pages of 128",
@@ -175,7 +176,7 @@ class Family:
             if isinstance(request, CacheRequest):
                 serving.forward(request)
             elif self.with_gradients:
-                (out, lse), (_, inputs) = operators.forward(request), trainable(request)
+                (out, lse), (_, inputs) = operators.forward(request), differentiated(request)
                 torch.autograd.grad((out, lse), inputs, (torch.randn_like(out), torch.randn_like(lse)))
             else:
                 operators.forward(request)

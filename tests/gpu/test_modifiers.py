@@ -10,6 +10,7 @@ import torch
 
 from tessera import attention, dropout_mask, verify
 from tessera.cases import CASES, Case
+from tessera.operands import Request
 
 if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
     pytest.skip("needs a Hopper GPU", allow_module_level=True)
@@ -34,6 +35,18 @@ MORE = (
 """Few, and broad: every kernel takes seconds to compile."""
 
 
+CONSTANT = (
+    *(Case(f"d128 {name}", head_dim=128, bias=PLANE, constant_bias=True, **WIDE, **more)
+      for name, more in (("plain", {}), ("window", {"window": (200, 30)}), ("padding", {"key_start": (130, 37), "causal": True}),
+                         ("softcap", {"softcap": 20.0}), ("sinks", {"sinks": True, "causal": True}))),
+    Case("d96/64", head_dim=96, head_dim_v=64, bias=(1, 4, 700, 900), constant_bias=True, causal=True, **WIDE),
+    Case("d128 documents", head_dim=128, bias=(1, 1, 700, 700), constant_bias=True, seqlen_q=700, seqlen_k=700,
+         documents=(100, 350, 250)),
+    Case("d64", bias=(2, 1, 700, 900), constant_bias=True, **WIDE),
+)  # fmt: skip
+"""Without the bias's gradient, which is another kernel at head dim 128."""
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("case", MODIFIED, ids=lambda case: case.name)
 def test_cases(case: Case, dtype: torch.dtype) -> None:
@@ -45,8 +58,23 @@ def test_more(case: Case) -> None:
     check(case, torch.bfloat16)
 
 
+@pytest.mark.parametrize("case", CONSTANT, ids=lambda case: case.name)
+def test_a_constant_bias(case: Case) -> None:
+    check(case, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_a_constant_bias_in_float32(dtype: torch.dtype) -> None:
+    request = CONSTANT[0].request("cuda", dtype, requires_grad=True)
+    check_request(request._replace(bias=request.bias.float()))
+
+
 def check(case: Case, dtype: torch.dtype) -> None:
-    request = case.request("cuda", dtype, requires_grad=True)._replace(backend="hopper")
+    check_request(case.request("cuda", dtype, requires_grad=True))
+
+
+def check_request(request: Request) -> None:
+    request = request._replace(backend="hopper")
     failed = [str(compared) for compared in verify.run(request) if not compared.ok]
     assert not failed, "; ".join(failed)
 

@@ -325,7 +325,7 @@ def _divided(problem: Problem, adding: Adding) -> BackwardConfig:
         # One stage of dO leaves room to double the buffers of P, dS and dQ: 3 to 6% over two (H200, 4k and 16k, 2026-11-21).
         return replace(config, division=Division.PRODUCTS, keys=64, do_stages=1)
     kinds = (MODIFIERS - {Feature.SCALE_FIRST}) & set(features)
-    if max(dim, dim_v) == 128 and (Feature.BIAS in kinds or len(kinds) > 1):
+    if max(dim, dim_v) == 128 and (len(kinds) > 1 or (Feature.BIAS in kinds and not _walks(features, adding))):
         # The places of a bias, or two modifiers, do not fit beside dK and dV in one consumer (the compile gate).
         return replace(config, division=Division.PRODUCTS, keys=64)
     # of the modifiers, three consumers have registers for dropout alone, in bfloat16, where key tiles begin at a patch of draws
@@ -346,6 +346,13 @@ def _divided(problem: Problem, adding: Adding) -> BackwardConfig:
         # 2026-11-21). In any order in step is better: 0.99 to 1.04.
         return replace(config, division=Division.TURNS)
     return config
+
+
+def _walks(features: tuple[Feature, ...], adding: Adding) -> bool:
+    """Whether a bias of every score's own is read at head dim 128 by one pointer a key that walks along the rows: places of all
+    rows do not fit, nor do those of its gradient or a softcap's slope beside them. Over division by products the backward's time,
+    2.07 of none's, is 1.55 (H200, 4k, 2026-11-22; an order not tried)."""
+    return adding is Adding.ANY_ORDER and not {Feature.BIAS_GRADIENT, Feature.SOFTCAP} & set(features)
 
 
 def _padded(dim: int) -> int:

@@ -45,7 +45,7 @@ def _named_problems() -> dict[str, Problem]:
             f"d{dim} varlen": _problem(dim, dim, _CAUSAL, Layout.VARLEN),
             f"d{dim} dropout": _problem(dim, dim, _CAUSAL, dropout_p=0.1),
             f"d{dim} alibi": _problem(dim, dim, _CAUSAL, alibi=Alibi.PER_HEAD),
-            f"d{dim} bias": _problem(dim, dim, bias=_PLANE),
+            f"d{dim} bias": _problem(dim, dim, bias=replace(_PLANE, gradients=Gradients.NONE) if dim == 128 else _PLANE),
             f"d{dim} bias of keys, dropout": _problem(dim, dim, bias=_OF_KEYS, dropout_p=0.1),
             f"d{dim} all modifiers": _problem(dim, dim, _CAUSAL, bias=_PLANE, alibi=Alibi.PER_HEAD, dropout_p=0.1),
         }
