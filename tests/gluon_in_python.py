@@ -365,13 +365,13 @@ def _kept(words: Tensor, halves: Tensor, threshold: Any) -> Tensor:
 
 
 def _drawn_in_rows(even: Tensor, odd: Tensor, *factors: Tensor | Any) -> Tensor:
-    """What of (rows, keys) is kept: x of even and odd keys; y of them times the factors of a row, and of the one 8 further; the
-    factors of keys; the threshold."""
+    """What of (rows, keys) is kept: x of keys of even and of odd eights; y of them times the factors of a row, and of the one 8
+    further; the factors of keys; the threshold."""
     *by_rows, of_keys, threshold = factors
     rows, keys = torch.arange(even.shape[0])[:, None], torch.arange(even.shape[1])
-    near, below = (torch.where(keys % 2 == 0, *by_rows[i : i + 2]) for i in (0, 2))
-    words = torch.where(rows // 8 % 2 == 0, near, below) * of_keys + torch.where(keys % 2 == 0, even, odd)
-    return _kept(words & 0xFFFFFFFF, keys // 8 % 2, threshold)
+    near, below = (torch.where(keys // 8 % 2 == 0, *by_rows[i : i + 2]) for i in (0, 2))
+    words = torch.where(rows // 8 % 2 == 0, near, below) * of_keys + torch.where(keys // 8 % 2 == 0, even, odd)
+    return _kept(words & 0xFFFFFFFF, keys % 2, threshold)
 
 
 def _drawn_in_keys(even: Tensor, odd: Tensor, *factors: Tensor | Any) -> Tensor:
@@ -435,7 +435,7 @@ def _assembly(text: str, constraints: str, arguments: list[Any], dtype: Any, is_
         return arguments[0] * arguments[1]
     if "and.b32 $0, $1, mask;" in text:  # dropout.dropped, with left padding
         return torch.where(arguments[1] >> 7 & 1 == 1, arguments[0], 0.0).to(dtype)
-    if text.startswith("{ .reg .b32 a, b, w<4>, m<4>,"):  # dropout.dropped
+    if text.startswith("{ .reg .b32 w<4>, m<4>,"):  # dropout.dropped
         p, *mixed, threshold = arguments
         return torch.where(_drawn_in_rows(*mixed, threshold), p * (2.0**-7 if dtype == torch.bfloat16 else 1.0), 0.0).to(dtype)
     if text == "prmt.b32 $0, $1, $2, 0xCC88;":  # dropout.masks, with left padding

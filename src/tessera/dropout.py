@@ -2,19 +2,19 @@
 
 Every row and every column of a head has a key, and what a draw is made of is a mixture of the two. Keys come from a head's
 words, which Philox4x32 with 7 rounds makes under the 64-bit seed (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
-SC 2011: the fewest rounds that pass BigCrush). Rows of one remainder by 8 share a key in a group of 64, columns in one of 128;
-the 8 x 16 scores where such lines meet are 64 words of two draws, each a linear function of the mixture by a multiplier of its
-own. A word's halves are columns j and j + 8: two scores that a thread of a Hopper warpgroup holds in S's accumulator, and in that
-of S^T. A thread so needs two mixtures a block, and then one instruction a word.
+SC 2011: the fewest rounds that pass BigCrush). Rows of one remainder by 8 share a key in a group of 64; in a group of 128
+columns two neighbours and those 16, 32 and so on further do. The 8 x 16 scores where such lines meet are 64 words of two draws,
+each a linear function of the mixture by a multiplier of its own. A word's halves are two neighbours in a row, which a thread of a
+Hopper warpgroup holds in S's accumulator as P packs them. It so needs two mixtures a block, and then one instruction a word.
 
     h, g           = the first two words of philox((head, batch, 0, 0), key=seed)
     key of a row   = k(h + C n), n = i // 64 * 4 + i % 8 // 2, xor a constant if i is odd
-    of a column    = k(g + C n), n = j // 128 * 4 + j % 8 // 2, xor another if j is odd
+    of a column    = k(g + C n), n = j // 128 * 4 + j % 8 // 2, xor another if j // 8 is odd
     k(n)           = (n ^ n >> 16) C'
     x              = (row key ^ column key) M
     word           = (x ^ x >> 16) A B + x, with an odd A for each i // 8 % 8, a product of three by its bits, and so B for
                      each j // 16 % 8
-    draw           = bits 14 to 7 of its half j // 8 % 2, 16 bits
+    draw           = bits 14 to 7 of its half j % 2, 16 bits
     kept           = draw >= threshold, threshold = round(256 p); above 128 it is draw < 256 - threshold
 
 All products are of 32 bits: beside the tensor cores' work a product of 64 holds up a warp for 10 to 45 cycles (H200, 2026-11-21).
@@ -50,9 +50,9 @@ _WORD = 0xFFFFFFFF
 DRAWS = 1 << 8
 """How many values a draw has."""
 ROWS, COLUMNS = 64, 128
-"""Lines that have keys in common: those of one remainder by 8."""
+"""Lines that have keys in common."""
 ODD_COLUMN, ODD_ROW = 0x243F6A88, 0x85A308D3
-"""By which the key of an odd line differs from that of the even one before it: the digits of pi."""
+"""By which the keys of odd rows, and of columns in every other eight, differ from those before them: the digits of pi."""
 
 
 def threshold(dropout_p: float) -> int:
@@ -100,10 +100,10 @@ def mixture(row: Tensor, column: Tensor, multiplier: Tensor) -> Tensor:
     return (x ^ x >> MIXING_SHIFT) * multiplier + x & _WORD
 
 
-def _keys(head_word: Tensor, lines: Tensor, together: int, odd: int) -> Tensor:
-    """(heads, lines): the keys of these rows, or columns, `together` of which have eight in common."""
+def _keys(head_word: Tensor, lines: Tensor, together: int, odd: Tensor) -> Tensor:
+    """(heads, lines): the keys of these rows, or columns, `together` of which have eight in common, xor `odd` of each."""
     keys = (lines // together * 4 + lines % 8 // 2)[None, :] * KEY_MULTIPLIERS[0] + head_word[:, None] & _WORD
-    return ((keys ^ keys >> 16) * KEY_MULTIPLIERS[1] & _WORD) ^ lines % 2 * odd
+    return ((keys ^ keys >> 16) * KEY_MULTIPLIERS[1] & _WORD) ^ odd
 
 
 def _factor(number: Tensor, factors: tuple[int, int, int]) -> Tensor:
@@ -119,10 +119,11 @@ def keep_tile(seed: int, batch: int, heads: Tensor, rows: range, columns: range,
     i, j = (torch.arange(x.start, x.stop, device=heads.device) for x in (rows, columns))
     none = torch.zeros_like(heads)
     of_rows, of_columns, _, _ = philox((heads, torch.full_like(heads, batch), none, none), seed)
-    row_keys, column_keys = _keys(of_rows, i, ROWS, ODD_ROW), _keys(of_columns, j, COLUMNS, ODD_COLUMN)
+    row_keys = _keys(of_rows, i, ROWS, i % 2 * ODD_ROW)
+    column_keys = _keys(of_columns, j, COLUMNS, j // 8 % 2 * ODD_COLUMN)
     of_row, of_column = _factor(i // 8, ROW_FACTORS), _factor(j // 16, COLUMN_FACTORS) * WORD_MULTIPLIER & _WORD
     words = mixture(row_keys[:, :, None], column_keys[:, None, :], of_row[:, None] * of_column & _WORD)
-    return is_kept(words >> (j // 8 % 2 * 16 + 7) & 0xFF, dropout_p)
+    return is_kept(words >> (j % 2 * 16 + 7) & 0xFF, dropout_p)
 
 
 def dropout_mask(

@@ -103,13 +103,13 @@ def mask_by_numpy(seed: int, batch: int, heads: int, seqlen_q: int, seqlen_k: in
     two, four, eight = (np.uint64(n) for n in (2, 4, 8))
     words = philox_by_numpy([h, b, 0 * h, 0 * h], seed)
     row = key_by_numpy(i // np.uint64(64) * four + i % eight // two, words[0], i % two, PI_OF_ROWS)
-    column = key_by_numpy(j // np.uint64(128) * four + j % eight // two, words[1], j % two, PI_OF_COLUMNS)
+    column = key_by_numpy(j // np.uint64(128) * four + j % eight // two, words[1], j // eight % two, PI_OF_COLUMNS)
     x = (row ^ column) * np.uint64(0xD256D193) & np.uint64(ONES)
     of_row = factor_by_numpy(i // eight, (0xDF72B7EB, 0x77E90B5F, 0x6D24A0E5))
     of_column = factor_by_numpy(j // np.uint64(16), (0xB2BE0D71, 0x6025A7C3, 0x47BA8F27))
     multiplier = of_row * of_column % np.uint64(1 << 32) * np.uint64(0x610FCADF)
     word = (x ^ x >> np.uint64(16)) * multiplier + x & np.uint64(ONES)
-    draws = word >> (np.uint64(16) * (j // eight % two) + np.uint64(7)) & np.uint64(255)
+    draws = word >> (np.uint64(16) * (j % two) + np.uint64(7)) & np.uint64(255)
     threshold = round(dropout_p * 256)
     return draws >= threshold if threshold <= 128 else draws < 256 - threshold
 

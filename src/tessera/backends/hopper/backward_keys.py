@@ -27,6 +27,7 @@ from tessera.backends.hopper.pieces.gradients import (
     store_gradient,
 )
 from tessera.backends.hopper.pieces.key_tiles import locate_keys
+from tessera.backends.hopper.pieces.lines import part_neighbours
 from tessera.backends.hopper.pieces.masking import has_lower_bound
 from tessera.backends.hopper.pieces.modifiers import add_to_dbias
 from tessera.backends.hopper.pieces.row_ranges import cut_and_full, key_bounds, row_blocks
@@ -135,7 +136,9 @@ def _main_loop(config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, hal
     if count > 0:
         bounds = key_bounds(config, call.band, tile.seq, first)
         mbarrier.wait(shared.k_full, 0)
+        part_neighbours(config, shared.k.index(consumer))
         mbarrier.wait(shared.v_full, 0)
+        part_neighbours(config, shared.v.index(consumer))
         n = 0
         for member in range(call.group):
             row = begin * config.rows
@@ -165,7 +168,8 @@ def consumer_of_keys(config: gl.constexpr, consumer: gl.constexpr, dq_map, dk_ma
     tile = locate_keys(config, call, call.order.number)
     dk, dv = _main_loop(config, consumer, dq_map, shared, halves, score, call, tile)
     row = tile.first + consumer * M
-    store_gradient(dv_map, shared.v, consumer, scaled_dv(config, score, dv), tile, row)  # nobody else reads these rows of V
+    # nobody else reads these rows of V
+    store_gradient(config, dv_map, shared.v, consumer, scaled_dv(config, score, dv), tile, row)
     meet("sync", BARRIER_K, 256)
-    store_gradient(dk_map, shared.k, consumer, dk * score.factor, tile, row)
+    store_gradient(config, dk_map, shared.k, consumer, dk * score.factor, tile, row)
     tma_store_wait(0)

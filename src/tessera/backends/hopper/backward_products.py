@@ -34,6 +34,7 @@ from tessera.backends.hopper.pieces.gradients import (
     store_gradient,
 )
 from tessera.backends.hopper.pieces.key_tiles import first_place, locate_keys
+from tessera.backends.hopper.pieces.lines import part_neighbours
 from tessera.backends.hopper.pieces.modifiers import add_to_dbias
 from tessera.backends.hopper.pieces.row_ranges import cut_and_full, key_bounds, row_blocks
 from tessera.backends.hopper.pieces.softmax import to_16_bit, to_32_bit
@@ -216,6 +217,7 @@ def _sum_dv(config: gl.constexpr, shared, exchange, score, call, tile, rows, don
         bounds = key_bounds(config, call.band, tile.seq, tile.first)
         cut, full = cut_and_full(config, call.band, tile.seq, tile.first, begin, count)
         mbarrier.wait(shared.k_full, seen & 1)
+        part_neighbours(config, shared.k.index(0))
         s, lse = _finished_s(config, shared, _issue_s(shared, done), done)
         scored = score_of_keys(config, score, tile.seq, tile.head * call.group, tile.first)
         start = first_place(config, call, tile, count)
@@ -254,7 +256,7 @@ def _differentiate_v(config: gl.constexpr, dv_map, shared, exchange, score, call
     end = done + places(call, count)
     exchange.p_ring.acquire(end - 1 + exchange.p_ring.slots)  # dk has taken the last P: it reads the last dO no more
     meet("sync", BARRIER_V, 128)
-    store_gradient(dv_map, shared.do, shared.do_stream.slot(end - 1), scaled_dv(config, score, dv), tile, tile.first)
+    store_gradient(config, dv_map, shared.do, shared.do_stream.slot(end - 1), scaled_dv(config, score, dv), tile, tile.first)
     tma_store_wait(0)
     shared.do_stream.release(end - 1)
     return end, seen + gl.where(count > 0, 1, 0)
@@ -321,6 +323,7 @@ def _sum_dk(config: gl.constexpr, shared, exchange, score, call, tile, rows, don
     last = done + places(call, count) - 1
     if count > 0:
         mbarrier.wait(shared.v_full, seen & 1)
+        part_neighbours(config, shared.v.index(0))
         dp, d, p = _finished_dp(config, shared, exchange, _issue_dp(config, shared, done), done)
         scored = score_of_keys(config, score, tile.seq, tile.head * call.group, tile.first)
         start = first_place(config, call, tile, count)
@@ -359,7 +362,7 @@ def _differentiate_k(config: gl.constexpr, dk_map, shared, exchange, score, call
     dk = _sum_dk(config, shared, exchange, score, call, tile, (begin, count), done, seen)
     end = done + places(call, count)
     meet("sync", BARRIER_K, 128)  # dv has made the last P: it reads the last Q no more
-    store_gradient(dk_map, shared.q, shared.q_stream.slot(end - 1), dk * score.factor, tile, tile.first)
+    store_gradient(config, dk_map, shared.q, shared.q_stream.slot(end - 1), dk * score.factor, tile, tile.first)
     tma_store_wait(0)
     shared.q_stream.release(end - 1)
     return end, seen + gl.where(count > 0, 1, 0)

@@ -28,6 +28,7 @@ from tessera.backends.hopper.pieces.gradients import (
     store_gradient,
 )
 from tessera.backends.hopper.pieces.key_tiles import first_place, locate_keys, next_place, place_of
+from tessera.backends.hopper.pieces.lines import part_neighbours
 from tessera.backends.hopper.pieces.masking import has_lower_bound
 from tessera.backends.hopper.pieces.row_ranges import cut_and_full, end_row, first_row, key_bounds, row_blocks
 from tessera.backends.hopper.pieces.softmax import to_16_bit
@@ -147,6 +148,7 @@ def _own_v(config: gl.constexpr, consumer: gl.constexpr, shared, seen):
             mbarrier.arrive(shared.v_free)
         return v
     else:
+        part_neighbours(config, shared.v.index(_piece(config, consumer)))
         return 0
 
 
@@ -252,6 +254,7 @@ def _main_loop(config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, par
     state = (empty_accumulator(shared.k), empty_accumulator(shared.v))
     if count > 0:
         mbarrier.wait(shared.k_full, seen & 1)
+        part_neighbours(config, shared.k.index(place_of_k(config, seen) + _piece(config, consumer)))
         chain = chain_of(config, call, tile, score.factor)
         bounds = key_bounds(config, call.band, tile.seq, first)
         own = (bounds, _own_v(config, consumer, shared, seen), place_of_k(config, seen), chain)
@@ -296,9 +299,10 @@ def _one_tile(config: gl.constexpr, consumer: gl.constexpr, dq_map, dk_map, dv_m
     state, _, _ = _main_loop(config, consumer, dq_map, shared, parts, score, call, tile, 0, 0)
     dk, dv = state
     row = tile.first + consumer * M
-    store_gradient(dv_map, shared.v, consumer, scaled_dv(config, score, dv), tile, row)  # nobody else reads these rows of V
+    # nobody else reads these rows of V
+    store_gradient(config, dv_map, shared.v, consumer, scaled_dv(config, score, dv), tile, row)
     meet("sync", BARRIER_K, 2 * config.keys)
-    store_gradient(dk_map, shared.k, consumer, dk * score.factor, tile, row)
+    store_gradient(config, dk_map, shared.k, consumer, dk * score.factor, tile, row)
 
 
 @gluon.jit
@@ -316,8 +320,8 @@ def _tile_after_tile(config: gl.constexpr, consumer: gl.constexpr, dq_map, dk_ma
         if adds_in_order(config):
             parts.sums.ring.acquire(_next_turn(config, consumer, done))
         tma_store_wait(0)
-        store_gradient(dv_map, parts.sums.rounded, 2 * consumer, scaled_dv(config, score, dv), tile, row)
-        store_gradient(dk_map, parts.sums.rounded, 2 * consumer + 1, dk * score.factor, tile, row)
+        store_gradient(config, dv_map, parts.sums.rounded, 2 * consumer, scaled_dv(config, score, dv), tile, row)
+        store_gradient(config, dk_map, parts.sums.rounded, 2 * consumer + 1, dk * score.factor, tile, row)
         turn += 1
         number = draws.read(turn)
 

@@ -148,13 +148,13 @@ def _load_block(stream, maps, buffers, n, count: gl.constexpr, span, head, row):
 
 
 @gluon.jit
-def producer(config: gl.constexpr, q_maps, k_maps, v_maps, shared, call):
+def producer(config: gl.constexpr, q_maps, k_maps, v_maps, shared, modifiers, call):
     k_bytes: gl.constexpr = head_bytes(config.dims) * config.keys
     v_bytes: gl.constexpr = head_bytes(config.dims_v) * config.keys
     n = 0
     turn = 0
     number, tile = _useful_tile(config, call, first_number(config), turn)
-    post(config, shared.board, turn, number, tile)
+    post(config, shared.board, turn, number, tile, modifiers)
     while number < call.schedule.tiles:
         seq = tile.seq
         head = tile.head // call.group
@@ -174,7 +174,7 @@ def producer(config: gl.constexpr, q_maps, k_maps, v_maps, shared, call):
         turn += 1
         number = next_number(config, call.schedule, shared.box, turn, answer)
         number, tile = _useful_tile(config, call, number, turn)
-        post(config, shared.board, turn, number, tile)
+        post(config, shared.board, turn, number, tile, modifiers)
 
 
 # ----------------------------------------------------------------------------------------------------------- consumer
@@ -208,7 +208,7 @@ def _pass_over(me, n, count):
 @gluon.jit
 def _at_rows(me, tile, row):
     """This consumer with the modifiers of its rows."""
-    return Consumer(me.config, me.index, me.shared, score_of_rows(me.config, me.score, tile.seq, tile.head, row), me.call)
+    return Consumer(me.config, me.index, me.shared, score_of_rows(me.config, me.score, tile, row), me.call)
 
 
 @gluon.jit
@@ -327,8 +327,8 @@ def _attend(me, tile, n, turn, o_maps, lse_ptr):
     shared = me.shared
     q_use = turn * me.config.consumers + me.index
     row = tile.first + me.index * M
-    shared.q_ring.wait(q_use)
     mine = _at_rows(me, tile, row)
+    shared.q_ring.wait(q_use)
     state, n, spare, right_alone = _main_loop(mine, tile, n, turn)
     if not holds_query(me.config):
         shared.q_ring.release(q_use)  # every product with this Q is done
@@ -453,12 +453,12 @@ def attention_forward(
         gl.warp_specialize([
             (consumer, (Consumer(config, 0, shared, score, call), o_maps, lse_ptr)),
             (consumer, (Consumer(config, 1, shared, score, call), o_maps, lse_ptr)),
-            (producer, (config, q_maps, k_maps, v_maps, shared, call)),
+            (producer, (config, q_maps, k_maps, v_maps, shared, modifiers, call)),
         ], [4, 1], [config.consumer_registers, config.producer_registers])  # fmt: skip
     else:
         gl.warp_specialize([
             (consumer, (Consumer(config, 0, shared, score, call), o_maps, lse_ptr)),
             (consumer, (Consumer(config, 1, shared, score, call), o_maps, lse_ptr)),
             (consumer, (Consumer(config, 2, shared, score, call), o_maps, lse_ptr)),
-            (producer, (config, q_maps, k_maps, v_maps, shared, call)),
+            (producer, (config, q_maps, k_maps, v_maps, shared, modifiers, call)),
         ], [4, 4, 1], [config.consumer_registers, config.consumer_registers, config.producer_registers])  # fmt: skip

@@ -1,16 +1,16 @@
 """Dropout's draws on one warpgroup's tile, bit for bit as tessera/dropout.py defines them.
 
-A row and a column have a key each; a few 32-bit instructions mix both, and one more each makes words of two draws. Words' halves
-are two keys 8 apart, of which a thread has both in S and in S^T. In S neighbours in a row are judged together, as P is packed:
-two words give two pairs. In S^T comparisons leave predicates, so it does not matter which scores are in a word.
+A row and a column have a key each; a few 32-bit instructions mix both, and one more each makes words of two draws, of neighbours
+in a row: in S they are judged together, as P is packed. In S^T a thread has both, because its keys lie in other lines (lines.py).
 
 The keys of a tile's own rows (of S^T: of its keys) are made once. Of those that change from block to block a thread makes one:
-those of odd rows and columns differ from it by a constant, and others of the thread have the same.
+its other's differs by a constant (that of odd rows, and of columns 8 further), and the rest of the thread has the same.
 
 A draw is 8 bits behind the sign of a float16. Two at once are compared with the threshold, which gives their masks: magnitudes
 of floats are ordered as their bits are, NaN counts as larger, and thresholds are 128 at most, which is no NaN.
 """
 
+from tessera.backends.hopper.pieces.lines import key_of_line
 from tessera.backends.hopper.pieces.tiles import M, accumulator_layout, has
 from tessera.jit.compat import aggregate, gl, gluon
 
@@ -66,7 +66,7 @@ def philox(c0, c1, c2, c3, key_low, key_high):
 
 
 @gluon.jit
-def _head_words(dropout, number, head):
+def head_words(dropout, number, head):
     """A head's word for its rows' keys, and for its columns'."""
     none = number ^ number
     of_rows, of_columns, _, _ = philox(head, number, none, none, dropout.key_low, dropout.key_high)
@@ -79,9 +79,9 @@ def _odd_line(of_rows):
 
 
 @gluon.jit
-def _moved(key, number, of_rows: gl.constexpr):
-    """From the key of an even line that of the odd one behind it, for odd numbers."""
-    return gl.where(number % 2 == 0, key, key ^ _odd_line(of_rows))
+def _moved(key, is_odd, of_rows: gl.constexpr):
+    """From the key of an even line that of an odd one, where that is 1. (A column counts as odd in every other eight.)"""
+    return gl.where(is_odd == 0, key, key ^ _odd_line(of_rows))
 
 
 @gluon.jit
@@ -94,13 +94,13 @@ def _key(word, number):
 @gluon.jit
 def _row_keys(word, rows):
     """Of any rows."""
-    return _moved(_key(word, rows // 64 * 4 + rows % 8 // 2), rows, True)
+    return _moved(_key(word, rows // 64 * 4 + rows % 8 // 2), rows % 2, True)
 
 
 @gluon.jit
 def _column_keys(word, columns):
     """Of any columns."""
-    return _moved(_key(word, columns // 128 * 4 + columns % 8 // 2), columns, False)
+    return _moved(_key(word, columns // 128 * 4 + columns % 8 // 2), columns // 8 % 2, False)
 
 
 @gluon.jit
@@ -125,7 +125,7 @@ def _factor_of_columns(columns):
 
 @gluon.jit
 def _mixed(key, of_odd: gl.constexpr):
-    """What the words of a row and a column are made of, from both keys' xor; or of the odd row, or column, behind it."""
+    """What the words of a row and a column are made of, from both keys' xor; or of the odd row, or column, beside it."""
     if of_odd is not None:
         key = key ^ _odd_line(of_odd)
     x = key * MIXING_MULTIPLIER & WORD
@@ -145,7 +145,7 @@ def _anywhere(plane, key, rows, columns):
     a patch does."""
     x, y = _mixed(key, None)
     word = y * (_factor_of_rows(rows) * _factor_of_columns(columns) & WORD) + x & WORD
-    draws = word >> (columns // 8 % 2 * 16 + 7).to(gl.uint32) & 0xFF
+    draws = word >> (columns % 2 * 16 + 7).to(gl.uint32) & 0xFF
     threshold = plane.dropout.threshold
     return gl.where(draws >= (threshold >> 7 & 0xFF), 0x80, 0).to(gl.uint32) ^ (threshold >> 31 << 7)
 
@@ -187,10 +187,10 @@ def _spread(x, n: gl.constexpr):
 
 
 @gluon.jit
-def plane_of_rows(config: gl.constexpr, dropout, number, head, row, key):
-    """The plane of 64 rows from `row` on, whose first key stands at `key`."""
+def plane_of_rows(config: gl.constexpr, dropout, words, row, key):
+    """The plane of 64 rows from `row` on, whose first key stands at `key`; `words` are the head's."""
     keys: gl.constexpr = config.keys
-    of_rows, of_columns = _head_words(dropout, number, head)
+    of_rows, of_columns = words
     if has(config, "key_start"):
         own = (_row_keys(of_rows, row + gl.arange(0, M, gl.SliceLayout(1, accumulator_layout(keys)))),)
     else:
@@ -247,16 +247,15 @@ def _compared_asm(results, kind, threshold):
 @gluon.constexpr_function
 def _dropped_asm(dtype):
     """Of a patch's eight scores: P $0 to $3 from P $4 to $7 and, each of eight registers alike, what `draw` leaves and the
-    threshold. Two columns' words become pairs of neighbours in a row. A product, for the pipe of logic has the comparisons to
-    do, and because ptxas takes the halves of an `and` apart at a loop's end."""
+    threshold. A product, for the pipe of logic has the comparisons to do, and because ptxas takes the halves of an `and` apart
+    at a loop's end."""
     kind = "bf16x2" if dtype == gl.bfloat16 else "f16x2"
     lines = []
     for row, even, odd in ((0, "$24", "$32"), (1, "$40", "$48")):
-        lines.append(f"mad.lo.u32 a, {even}, $56, $8; mad.lo.u32 b, {odd}, $56, $16;")
-        lines += [f"prmt.b32 w{row + 2 * half}, a, b, {select};" for half, select in enumerate(("0x5410", "0x7632"))]
+        lines.append(f"mad.lo.u32 w{row}, {even}, $56, $8; mad.lo.u32 w{row + 2}, {odd}, $56, $16;")
     lines.append(_compared_asm(tuple((f"m{i}", f"w{i}") for i in range(4)), "f16x2", "$64"))
     lines += [f"mul.{kind} ${i}, ${4 + i}, m{i};" for i in range(4)]
-    return f"{{ .reg .b32 a, b, w<4>, m<4>, x, least; .reg .pred inverse; {' '.join(lines)} }}"
+    return f"{{ .reg .b32 w<4>, m<4>, x, least; .reg .pred inverse; {' '.join(lines)} }}"
 
 
 _DROPPED = gl.constexpr("=&r,=&r,=&r,=&r,r,r,r,r" + ",r" * 64)
@@ -297,12 +296,12 @@ def scale_of_kept(config: gl.constexpr, dropout, dtype: gl.constexpr):
 def plane_of_keys(config: gl.constexpr, dropout, number, head, key):
     """The plane of 64 keys, the first of which stands at `key`."""
     rows: gl.constexpr = config.rows
-    of_rows, of_columns = _head_words(dropout, number, head)
+    of_rows, of_columns = head_words(dropout, number, head)
     if has(config, "key_start"):
         own = (_column_keys(of_columns, key + gl.arange(0, M, gl.SliceLayout(1, accumulator_layout(rows)))),)
     else:
         line, _, _ = _calls(rows)
-        keys = key + line // 8 * 16 + line % 8
+        keys = key + key_of_line(config, line // 8 * 16 + line % 8)
         own = _column_keys(of_columns, keys), _factor_of_columns(keys)
     return Plane(dropout, of_rows, own, key, key)
 

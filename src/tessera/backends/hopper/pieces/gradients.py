@@ -4,6 +4,7 @@ from tessera.backends.hopper.pieces.channel import Stream
 from tessera.backends.hopper.pieces.dropout import draw_transposed, drawn_derivatives, masked, masked_derivatives, masks
 from tessera.backends.hopper.pieces.epilogue import LOG2_E
 from tessera.backends.hopper.pieces.kv_source import store_rows
+from tessera.backends.hopper.pieces.lines import exchanged
 from tessera.backends.hopper.pieces.modifiers import Modifiers, add_to_transposed, of_keys
 from tessera.backends.hopper.pieces.row_ranges import mask_rows
 from tessera.backends.hopper.pieces.softmax import exp2, tanh, to_16_bit, to_32_bit
@@ -191,8 +192,8 @@ def scaled_dv(config: gl.constexpr, score, dv):
 
 
 @gluon.jit
-def store_gradient(map_, buffer, slot, gradient, tile, row):
+def store_gradient(config: gl.constexpr, map_, buffer, slot, gradient, tile, row):
     """dK or dV of 64 keys through a buffer that nobody reads any more."""
-    matrix(buffer.index(slot)).store(to_16_bit(gradient, map_.dtype))
+    matrix(buffer.index(slot)).store(exchanged(config, to_16_bit(gradient, map_.dtype)))
     fence_async_shared()
     store_rows((map_,), (buffer,), slot, tile.written, tile.head, row)

@@ -9,6 +9,7 @@ the exponentials (softmax.py).
 
 from tessera.backends.hopper.pieces.dropout import Dropout, plane_of_keys, plane_of_rows
 from tessera.backends.hopper.pieces.epilogue import LOG2_E
+from tessera.backends.hopper.pieces.lines import keys_of_lines
 from tessera.backends.hopper.pieces.softmax import GROWTH, exp2
 from tessera.backends.hopper.pieces.tiles import M, accumulator_layout, has, has_bias, row_layout
 from tessera.jit.compat import aggregate, gl, gluon
@@ -129,8 +130,9 @@ def slope_of(config: gl.constexpr, slopes, seq, head):
 
 
 @gluon.jit
-def of_rows(config: gl.constexpr, modifiers, seq, head, row):
-    """The modifiers of 64 rows of a head from `row` on."""
+def of_rows(config: gl.constexpr, modifiers, tile, row):
+    """The modifiers of 64 rows of a tile's head from `row` on."""
+    seq, head = tile.seq, tile.head
     layout: gl.constexpr = row_layout(config.keys)
     rows = row + gl.arange(0, M, layout)
     alibi = ()
@@ -147,7 +149,7 @@ def of_rows(config: gl.constexpr, modifiers, seq, head, row):
         bias = (RowBias(plane.of_head(seq, head) + inside * plane.row, seq.k_rows),)
     if has(config, "dropout"):
         key = _first_key(config, seq)
-        dropout = (plane_of_rows(config, modifiers.dropout[0], seq.number.to(gl.uint32), head.to(gl.uint32), row, key),)
+        dropout = (plane_of_rows(config, modifiers.dropout[0], tile.words, row, key),)
     return Modifiers(alibi, bias, dropout, ())
 
 
@@ -155,7 +157,7 @@ def of_rows(config: gl.constexpr, modifiers, seq, head, row):
 def of_keys(config: gl.constexpr, modifiers, seq, head, first):
     """The modifiers of 64 keys of a (query) head from `first` on, for S^T: KeySlopes, KeyBias, Plane."""
     layout: gl.constexpr = row_layout(config.rows)
-    keys = first + gl.arange(0, M, layout)
+    keys = first + keys_of_lines(config, layout)
     alibi = ()
     bias = ()
     dropout = ()

@@ -5,6 +5,7 @@ first with lo(i) > j. A tile of keys then needs the rows from its first key's fi
 it is seen by the rows from its last key's first to its first key's last.
 """
 
+from tessera.backends.hopper.pieces.lines import keys_of_lines
 from tessera.backends.hopper.pieces.masking import has_lower_bound
 from tessera.backends.hopper.pieces.tiles import M, accumulator_layout, has
 from tessera.jit.compat import gl, gluon
@@ -80,7 +81,7 @@ def key_bounds(config: gl.constexpr, band, seq, first):
     grouped: gl.constexpr = gl.reshape(s, [M, rows // 8, 8]).type.layout
     layout: gl.constexpr = gl.SliceLayout(1, grouped)
     place = gl.arange(0, 8, gl.SliceLayout(0, layout))[None, :]
-    keys = first + gl.arange(0, M, gl.SliceLayout(1, layout))
+    keys = first + keys_of_lines(config, gl.SliceLayout(1, layout))
     bounds = (first_row(config, band, seq, keys)[:, None] - place,)
     if has_lower_bound(config):
         bounds = bounds + (end_row(config, band, seq, keys)[:, None] - place,)

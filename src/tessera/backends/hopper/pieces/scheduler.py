@@ -44,12 +44,14 @@ class Schedule:
 
 @aggregate
 class Tile:
-    """A block of query rows of one head: `rows` from row `first` of its sequence on (none, where `first` is past its end)."""
+    """A block of query rows of one head: `rows` from row `first` of its sequence on (none, where `first` is past its end).
+    `words`: what dropout has of the head (dropout.head_words), where the board told it."""
 
     seq: Sequence
     head: gl.tensor
     first: gl.tensor
     rows: gl.tensor
+    words: gl.tuple
 
 
 @gluon.jit
@@ -179,7 +181,7 @@ def _dense_tile(config: gl.constexpr, number, call, member):
         pair = pair * SIZE + member
     batch = pair // call.heads
     seq = dense_sequence(config, call.lengths, batch, call.seqlen_q, call.seqlen_k)
-    return Tile(seq, pair - batch * call.heads, first, gl.minimum(rows, call.seqlen_q - first))
+    return Tile(seq, pair - batch * call.heads, first, gl.minimum(rows, call.seqlen_q - first), ())
 
 
 @gluon.jit
@@ -205,7 +207,7 @@ def _packed_tile(config: gl.constexpr, number, call):
     blocks = (seq.q_begin + seq.q_rows) // config.rows + 1 - seq.q_begin // config.rows
     section = gl.minimum(gl.maximum(call.schedule.section // gl.maximum(seq.k_rows, 1), 1) * call.group, call.heads)
     block, head = _ordered(config, number - begin * call.heads, blocks, call.heads, section)
-    return Tile(seq, head, block * config.rows, gl.minimum(config.rows, seq.q_rows - block * config.rows))
+    return Tile(seq, head, block * config.rows, gl.minimum(config.rows, seq.q_rows - block * config.rows), ())
 
 
 @gluon.jit

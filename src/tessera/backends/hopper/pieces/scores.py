@@ -33,9 +33,9 @@ class Score:
 
 
 @gluon.jit
-def score_of_rows(config: gl.constexpr, score, seq, head, row):
-    """The same with the modifiers of 64 rows of a head, from `row` on."""
-    return Score(score.scale, score.inner, score.sinks, of_rows(config, score.modifiers, seq, head, row))
+def score_of_rows(config: gl.constexpr, score, tile, row):
+    """The same with the modifiers of 64 rows of a tile's head, from `row` on."""
+    return Score(score.scale, score.inner, score.sinks, of_rows(config, score.modifiers, tile, row))
 
 
 @gluon.jit

@@ -62,7 +62,7 @@ def masks_by_words(config):
     ptxas 12.8 leaves the descriptor of its last 16 unset in one of two branches, at head dim 96; see jit/descriptors.py. The gate
     sees 192 = 128 + 64, which is right.)"""
     wide = isinstance(config, ForwardConfig) and takes_p_at_once(config) and config.keys == 128 and config.dims[1:] in ((), (64,))
-    few = (config.consumers == 3 and has(config, "left")) or has(config, "dropout")
+    few = config.consumers == 3 and has(config, "left")
     return wide and not few
 
 
