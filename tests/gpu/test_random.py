@@ -1,6 +1,6 @@
 """Random problems on the GPU: kinds of problems, each of which decides what is compiled in, at random lengths, heads and bounds.
 
-`TESSERA_EXAMPLES` is how many a kind (12 by default). The lengths are where tiles, blocks and grids end, and anywhere else.
+`TESSERA_EXAMPLES` is how many a kind (8 by default). The lengths are where tiles, blocks and grids end, and anywhere else.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tessera.cases import Case
 if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
     pytest.skip("needs a Hopper GPU", allow_module_level=True)
 
-EXAMPLES = int(os.environ.get("TESSERA_EXAMPLES", "12"))
+EXAMPLES = int(os.environ.get("TESSERA_EXAMPLES", "8"))
 PACKED = {"lengths_q": (300, 1, 0, 133), "lengths_k": (200, 30, 55, 133)}
 DIMS = (64, 96, 128, 192, 256)
 KINDS = (
@@ -29,8 +29,8 @@ KINDS = (
     *(Case(f"d{d} causal window", head_dim=d, window=(200, 0)) for d in (64, 128)),
     *(Case(f"d{d} packed", head_dim=d, causal=True, **PACKED) for d in (64, 128, 256)),
     *(Case(f"d{d} v{v} causal", head_dim=d, head_dim_v=v, causal=True) for d, v in ((192, 128), (96, 64), (72, 72), (40, 256))),
-    *(Case(f"d{d} documents", head_dim=d, documents=(300, 500, 1, 299), causal=True) for d in (64, 128)),
-    *(Case(f"d{d} padding", head_dim=d, key_start=(3,), key_end=(100,), query_end=(128,)) for d in (64, 128)),
+    *(Case(f"d{d} documents", head_dim=d, documents=(50, 1, 77), causal=True) for d in (64, 128)),
+    *(Case(f"d{d} padding", head_dim=d, key_start=(3, 0), key_end=(100, 128), query_end=(128, 99)) for d in (64, 128)),
     *(Case(f"d{d} softcap, sinks", head_dim=d, softcap=20.0, sinks=True, causal=True) for d in (64, 128)),
     *(Case(f"d{d} dropout", head_dim=d, dropout_p=0.2, causal=d == 128) for d in (64, 128, 256)),
     *(Case(f"d{d} alibi", head_dim=d, alibi="head", causal=True) for d in (64, 128)),
