@@ -9,7 +9,8 @@ from gluon_in_python import in_python
 from tessera.backends.cpu import tiled, tiles_for
 from tessera.backends.hopper import BACKEND
 from tessera.backends.hopper.backward_launch import BackwardLaunch
-from tessera.backends.hopper.backward_plan import Adding, Division, Remainder, backward_config
+from tessera.backends.hopper.backward_plan import Adding, Division, backward_config
+from tessera.backends.hopper.backward_sizes import Remainder
 from tessera.cases import CASES, Case
 from tessera.device import KNOWN_DEVICES
 from tessera.dispatch import InputGradients, Upstream
@@ -96,13 +97,14 @@ def test_sections_take_turns(heads_kv: int, monkeypatch: pytest.MonkeyPatch) -> 
     check(request)
 
 
-@pytest.mark.parametrize(("programs", "seqlen_q", "seqlen_k"), [(2, 700, 300), (4, 700, 600), (7, 650, 1100)])
-def test_last_tiles_are_divided(programs: int, seqlen_q: int, seqlen_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize(("programs", "seqlen_q", "tiles"), [(2, 700, 3), (4, 700, 5), (7, 1400, 9)])
+def test_last_tiles_are_divided(dim: int, programs: int, seqlen_q: int, tiles: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer tiles than programs at the end: in two shares, in shares that reach into a second tile, in many."""
     monkeypatch.setitem(globals(), "FEW", programs)
-    request = Case("rest", head_dim=128, batch=1, seqlen_q=seqlen_q, seqlen_k=seqlen_k, heads_q=2, heads_kv=1).request(
-        "cpu", torch.bfloat16, requires_grad=True
-    )
+    keys = {64: 192, 128: 128, 256: 64}[dim] * tiles - 28
+    case = Case("rest", head_dim=dim, batch=1, seqlen_q=seqlen_q, seqlen_k=keys, heads_q=2, heads_kv=1)
+    request = case.request("cpu", torch.bfloat16, requires_grad=True)
     problem = bind(request)[0]
     rest = Remainder.of(problem, backward_config(problem), programs)
     assert rest.whole < rest.numbers

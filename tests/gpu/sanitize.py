@@ -98,7 +98,8 @@ BACKWARD = (
            causal=True) for d, heads in ((64, 24), (128, 12), (256, 8))),
     Case("more tiles than programs, long ones", head_dim=128, batch=3, seqlen_q=600, seqlen_k=600, heads_q=45, heads_kv=9,
          causal=True),
-    Case("last tiles divided", head_dim=128, batch=3, seqlen_q=450, seqlen_k=600, heads_q=27, heads_kv=9),
+    *(Case(f"last tiles divided, d{d}", head_dim=d, batch=3, seqlen_q=450, seqlen_k=keys, heads_q=27, heads_kv=9)
+      for d, keys in ((64, 900), (128, 600), (256, 300))),
 )  # fmt: skip
 MODIFIERS = (
     *(CASES[name] for name in ("alibi", "dropout, causal, gqa", "bias", "varlen, softcap, alibi, dropout")),

@@ -30,8 +30,8 @@ LONG = (
     *(Case(f"d{d} documents", head_dim=d, documents=(300, 500, 1, 299), causal=True, **MANY) for d in (64, 128, 256)),
     *(Case(f"d{d} softcap, sinks", head_dim=d, softcap=20.0, sinks=True, causal=True, **MANY) for d in (64, 128, 256)),
     *(
-        Case(f"d128 {batch * 36} tiles", head_dim=128, batch=batch, seqlen_q=900, seqlen_k=1100, heads_q=8, heads_kv=4)
-        for batch in (4, 5)
+        Case(f"d{d} {tiles} tiles", head_dim=d, batch=batch, seqlen_q=900, seqlen_k=1100, heads_q=8, heads_kv=4)
+        for d, batch, tiles in ((64, 8, 192), (128, 4, 144), (128, 5, 180), (256, 4, 288), (256, 5, 360))
     ),
     Case("d192 v128 causal", head_dim=192, head_dim_v=128, causal=True, **MANY),
     Case("d64 v256", head_dim=64, head_dim_v=256, **MANY),

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from tessera import jit
 from tessera.backends.hopper.backward_launch import BackwardLaunch
-from tessera.backends.hopper.backward_plan import BackwardConfig, backward_config, backward_family, workspace_bytes
+from tessera.backends.hopper.backward_plan import BackwardConfig, backward_config, backward_family
+from tessera.backends.hopper.backward_sizes import workspace_bytes
 from tessera.backends.hopper.config import ForwardConfig
 from tessera.backends.hopper.launch import ELEMENTS, ForwardLaunch, kernel_spec
 from tessera.backends.hopper.plan import forward_config, forward_family

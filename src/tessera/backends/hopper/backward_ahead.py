@@ -309,7 +309,8 @@ def consumer_ahead(config: gl.constexpr, index: gl.constexpr, dq_map, dk_map, dv
             dk, dv, n = _main_loop(me, dq_map, tile, begin, count, n)
             uses += 1
         if divides(config):
-            dk, dv, is_whole = joined(config, call, draws, index, number, dk, dv)
+            dv, is_whole = joined(config, call, draws, 2 * index, number, dv)
+            dk, _ = joined(config, call, draws, 2 * index + 1, number, dk)
             if is_whole:
                 _store(me, dv_map, dv, tile, n)
                 _store(me, dk_map, dk * score.factor, tile, n + 1)

@@ -23,14 +23,10 @@ from tessera.backends.hopper.backward_plan import (
     Adding,
     BackwardConfig,
     PartLayout,
-    Remainder,
     RowsConfig,
-    bias_sums_shape,
-    key_blocks,
-    key_tiles,
     sees_few_keys,
-    work_lines,
 )
+from tessera.backends.hopper.backward_sizes import Remainder, bias_sums_shape, key_blocks, key_tiles, work_lines
 from tessera.backends.hopper.config import Feature
 from tessera.backends.hopper.launch import ELEMENTS, L2_BYTES, WITHOUT_POINTERS, Copied, Rows, allocator
 from tessera.dispatch import InputGradients, Upstream

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -37,10 +36,6 @@ MANY_TILES = 512
 """With fewer than about four for each multiprocessor those of a head begin together, and wait for one another."""
 
 
-FEWER_BLOCKS = 4
-"""Row blocks that the last round of tiles must lose for them to be divided by rows: a share's end costs about one."""
-
-
 class Division(Enum):
     """How the consumer warpgroups share the work on a tile of keys."""
 
@@ -62,6 +57,13 @@ class PartLayout(Enum):
     0.96 .. 0.99 at head dim 128, and from 0.85 .. 0.94 to 0.93 .. 0.98 at 64 (H200, 1k and 16k, 2026-11-21)."""
     ROWS = "rows"
     """As rows of dQ. At head dim 256 additions in L2 are the limit: so ours / FA3 was 1.01 at 16k, and 0.94 with the other."""
+
+
+class RowsSeen(Enum):
+    """How many rows see a tile of keys: what its end may cost (`_short_form`)."""
+
+    FEW = "few rows a tile"
+    MANY = "many rows a tile"
 
 
 class Adding(Enum):
@@ -88,8 +90,12 @@ class BackwardConfig:
     do_stages: int
     adding: Adding = Adding.ANY_ORDER
     features: tuple[Feature, ...] = ()
-    k_places: int = 1
-    """Places for a tile's K: with two, a tile's end runs under the next one's start (backward_onward.py)."""
+    rows_seen: RowsSeen = RowsSeen.MANY
+
+    @property
+    def k_places(self) -> int:
+        """Places for a tile's K: with two, a tile's end runs under the next one's start (backward_onward.py)."""
+        return 2 if self.rows_seen is RowsSeen.FEW and self.division is Division.AHEAD else 1
 
     @property
     def consumers(self) -> int:
@@ -122,10 +128,22 @@ class BackwardConfig:
     @property
     def divides_remainder(self) -> bool:
         """Whether the last tiles, which are fewer than programs, are divided by rows (pieces/remainder.py): where the same rows
-        see all. At 16k tokens 2048 tiles are 15.5 rounds, which took 16. Times over FA3's without and with: 2k 0.983 and 0.979,
-        4k 0.972 and 0.956, 8k 0.976 and 0.957, 16k 0.959 and 0.928, GQA 32/8 4k 0.907 and 0.888 (H200, 2026-11-22)."""
-        is_full = set(self.features) <= {Feature.SINKS, Feature.SCALE_FIRST}
-        return is_full and self.division is Division.AHEAD and self.adding is Adding.ANY_ORDER and self.k_places == 1
+        see all, and many. At 16k tokens 2048 tiles are 15.5 rounds, which took 16. Times over FA3's without and with, head dim
+        128: 4k 0.972 and 0.956, 16k 0.959 and 0.928; 64: 4k 0.978 and 0.967, but 512 0.909 and 0.947; 256: 2k 0.979 and 0.967, 4k
+        0.962 and 0.950, but 1k 0.999 and 1.008 (H200, 2026-11-22)."""
+        is_full = set(self.features) <= {Feature.SINKS, Feature.SCALE_FIRST, Feature.DROPOUT}
+        many = self.rows_seen is RowsSeen.MANY
+        return is_full and many and self.takes_tile_after_tile and self.adding is Adding.ANY_ORDER
+
+    @property
+    def gradients_of_tile(self) -> int:
+        """dK and dV of each 64 keys of a tile."""
+        return 2 * (self.keys // ROWS)
+
+    @property
+    def values_of_share(self) -> int:
+        """Values that a share of a tile leaves: all of these gradients."""
+        return self.keys * (self.dim + self.dim_v)
 
     @property
     def asks_early(self) -> bool:
@@ -205,7 +223,8 @@ class BackwardConfig:
 
     @property
     def part_layout(self) -> PartLayout:
-        return PartLayout.ROWS if self.division is Division.PRODUCTS else PartLayout.REGISTERS
+        long = self.division is Division.PRODUCTS and self.rows_seen is RowsSeen.MANY
+        return PartLayout.ROWS if long else PartLayout.REGISTERS
 
     @property
     def keeps_v(self) -> bool:
@@ -231,6 +250,8 @@ class BackwardConfig:
             Adding.ANY_ORDER: "", Adding.ORDER: ", dQ summed in a fixed order",
             Adding.ROUNDED: ", dQ summed in a fixed order and rounded by its last tile",
         }[self.adding]  # fmt: skip
+        if self.rows_seen is RowsSeen.FEW:
+            text += f", {self.rows_seen.value}"
         return text + "".join(f", {feature.value}" for feature in self.features)
 
 
@@ -259,7 +280,7 @@ def backward_config(problem: Problem) -> BackwardConfig:
     rounded = next((config for config in family if config.adding is Adding.ROUNDED), None)
     if rounded is not None and _rounds(problem, rounded):
         return rounded
-    return next(config for config in family if config.k_places == 1 or _rows_of_a_tile(problem) <= FEW_ROWS)
+    return next(config for config in family if config.rows_seen is RowsSeen.MANY or _few_rows_see(problem, config))
 
 
 def _rounds(problem: Problem, rounded: BackwardConfig) -> bool:
@@ -269,6 +290,25 @@ def _rounds(problem: Problem, rounded: BackwardConfig) -> bool:
         return False
     tiles = shape.batch * shape.heads_kv * -(-shape.seqlen_k // rounded.keys)
     return problem.reproducibility is Reproducibility.BITWISE or tiles >= MANY_TILES
+
+
+def _short_form(problem: Problem, plain: BackwardConfig) -> BackwardConfig | None:
+    """Where few rows see a tile, if that has a form of its own: turns that go on from tile to tile (head dim 128), last tiles not
+    divided (64), parts of dQ as in registers, the next one's product under this one's way out (256: time over FA3's without and
+    with it at 512 0.975 and 0.959, causal 0.985 and 0.965, 1k 1.013 and 1.006, 0.995 and 0.988, but 2k 0.964 and 0.984; H200,
+    2026-11-22)."""
+    if plain.adding is not Adding.ANY_ORDER:
+        return None
+    parts = plain.division is Division.PRODUCTS and problem.shape.head_dim > 192  # the last part's box must begin in dQ
+    of_parts = parts and set(plain.features) <= {Feature.RIGHT, Feature.SINKS, Feature.SCALE_FIRST}
+    has_one = plain.division is Division.AHEAD or of_parts or (plain.division is Division.TURNS and plain.divides_remainder)
+    return replace(plain, rows_seen=RowsSeen.FEW) if has_one else None
+
+
+def _few_rows_see(problem: Problem, config: BackwardConfig) -> bool:
+    """Whether that form pays. At head dim 256 it depends on L2, so on all rows."""
+    rows = _rows_of_a_tile(problem) if config.division is Division.AHEAD else problem.shape.group * problem.shape.seqlen_q
+    return rows <= FEW_ROWS
 
 
 def _rows_of_a_tile(problem: Problem) -> int:
@@ -291,10 +331,10 @@ def sees_few_keys(problem: Problem) -> bool:
 
 
 def backward_family(problem: Problem) -> tuple[BackwardConfig, ...]:
-    """The configurations that problems like this one have at any length: one; or two, the first with two places for K; or after
-    them that whose last tile rounds dQ. For that one tile of keys must be the last that adds to every row, whatever the data.
-    (Under a window each row has another, and tiles that look ahead for what they round wait for one another one by one: twice as
-    slow at 16k, H200, 2026-11-21.)"""
+    """The configurations that problems like this one have at any length: one; or two, the first for few rows; or after them that
+    whose last tile rounds dQ. For that one tile of keys must be the last that adds to every row, whatever the data. (Under a
+    window each row has another, and tiles that look ahead for what they round wait for one another one by one: twice as slow at
+    16k, H200, 2026-11-21.)"""
     is_bitwise, mask = problem.reproducibility is Reproducibility.BITWISE, problem.mask
     ordered = _divided(problem, Adding.ORDER)
     plain = ordered if is_bitwise else _divided(problem, Adding.ANY_ORDER)
@@ -302,8 +342,8 @@ def backward_family(problem: Problem) -> tuple[BackwardConfig, ...]:
     if ordered.division is Division.AHEAD:
         rounded = replace(rounded, division=Division.TURNS)
     forms: tuple[BackwardConfig, ...] = (plain,)
-    if plain.division is Division.AHEAD and not is_bitwise:
-        short = replace(plain, k_places=2)
+    short = _short_form(problem, plain)
+    if short is not None:
         forms = (short,) if mask.left is not None and _rows_of_a_window(problem) <= FEW_ROWS else (short, plain)
     is_fast = plain.division is Division.TURNS and plain.takes_tile_after_tile
     pays = not is_fast and (is_bitwise or (mask.right is not None and Feature.SOFTCAP not in plain.features))
@@ -358,69 +398,3 @@ def _walks(features: tuple[Feature, ...], adding: Adding) -> bool:
 def _padded(dim: int) -> int:
     """The head dim that a kernel is made for; columns past the tensor's own read as zeros."""
     return next(size for size in (64, 128, 256) if size >= dim)
-
-
-def work_lines(problem: Problem) -> int:
-    """Rows of the workspace a head: every sequence's, rounded up to WORK_ROWS."""
-    shape = problem.shape
-    if problem.layout is Layout.VARLEN:
-        return WORK_ROWS * (shape.seqlen_q // WORK_ROWS + shape.batch + 1)
-    return shape.batch * -(-shape.seqlen_q // WORK_ROWS) * WORK_ROWS
-
-
-def key_blocks(problem: Problem, config: BackwardConfig) -> int:
-    """Key tiles of one dense sequence, or an upper bound over all packed ones (and what lies after the last)."""
-    shape = problem.shape
-    if problem.layout is Layout.VARLEN:
-        return shape.seqlen_k // config.keys + shape.batch + 1
-    return -(-shape.seqlen_k // config.keys)
-
-
-def key_tiles(problem: Problem, config: BackwardConfig) -> int:
-    """Key tiles of all heads and sequences."""
-    copies = 1 if problem.layout is Layout.VARLEN else problem.shape.batch
-    return key_blocks(problem, config) * problem.shape.heads_kv * copies
-
-
-@dataclass(frozen=True)
-class Remainder:
-    """`numbers` that programs take, of which the first `whole` are tiles. The tiles after these are divided into shares of
-    `share` row blocks, two numbers each (pieces/remainder.py)."""
-
-    numbers: int
-    whole: int
-    share: int
-
-    @property
-    def values(self) -> int:
-        """Float32 values that shares leave for one another: dK and dV of a tile each."""
-        return (self.numbers - self.whole) // 2 * 2 * 128 * 128
-
-    @staticmethod
-    def of(problem: Problem, config: BackwardConfig, multiprocessors: int) -> Remainder:
-        tiles, height = key_tiles(problem, config), -(-problem.shape.seqlen_q // config.rows)
-        rest = tiles % multiprocessors
-        share = -(-rest * height // multiprocessors)
-        marks = problem.shape.heads_q * work_lines(problem) // ROWS
-        fits = tiles > multiprocessors and 2 * multiprocessors <= marks
-        if not config.divides_remainder or not fits or rest == 0 or height - share < FEWER_BLOCKS:
-            return Remainder(tiles, tiles, 1)
-        return Remainder(tiles - rest + 2 * -(-rest * height // share), tiles - rest, share)
-
-
-def bias_sums_shape(problem: Problem) -> tuple[int, ...]:
-    """Of the float32 sums of a bias's gradient, () without: the bias's own. In a fixed order every sequence and head has a plane
-    of its own, whose elements one thread adds to; planes are added up at the end."""
-    bias, shape = problem.score.bias, problem.shape
-    if bias is None or bias.gradients is Gradients.NONE:
-        return ()
-    planes = (shape.batch, shape.heads_q) if problem.reproducibility is Reproducibility.BITWISE else bias.shape[:2]
-    return (*planes, *bias.shape[2:])
-
-
-def workspace_bytes(problem: Problem, multiprocessors: int) -> int:
-    """dQ in float32, lse and D of each row, a mark for every 64 rows and a counter; the bias's gradient in float32; what shares
-    of the last tiles leave for one another."""
-    rows, sums = problem.shape.heads_q * work_lines(problem), bias_sums_shape(problem)
-    shared = Remainder.of(problem, backward_config(problem), multiprocessors).values
-    return 4 * (rows * (problem.shape.head_dim + 2) + rows // 64 + 1 + (math.prod(sums) if sums else 0) + shared)

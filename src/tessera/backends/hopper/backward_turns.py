@@ -30,6 +30,7 @@ from tessera.backends.hopper.pieces.gradients import (
 from tessera.backends.hopper.pieces.key_tiles import first_place, locate_keys, next_place, place_of
 from tessera.backends.hopper.pieces.lines import part_neighbours
 from tessera.backends.hopper.pieces.masking import has_lower_bound
+from tessera.backends.hopper.pieces.remainder import divides, joined, locate_work
 from tessera.backends.hopper.pieces.row_ranges import cut_and_full, end_row, first_row, key_bounds, row_blocks
 from tessera.backends.hopper.pieces.softmax import to_16_bit
 from tessera.backends.hopper.pieces.sums import Sums, add_part, adds_in_order, make_sums, row_block
@@ -242,11 +243,11 @@ def _seen_end(config: gl.constexpr, call, tile, first, begin, count):
 
 
 @gluon.jit
-def _main_loop(config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, parts, score, call, tile, done, seen):
-    """dK and dV of 64 keys: the sums over all blocks of rows of all query heads that share them. `done` blocks came before, and
-    `seen` tiles that any row sees; both are returned with this tile's."""
+def _main_loop(config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, parts, score, call, work, done, seen):
+    """dK and dV of 64 keys: the sums over all blocks of rows of all query heads that share them. `work`: the tile, its first row
+    block, how many. `done` blocks came before, and `seen` tiles that any row sees; both are returned with this tile's."""
+    tile, begin, count = work
     first = tile.first + _piece(config, consumer) * M
-    begin, count = row_blocks(config, call.band, tile.seq, tile.first)
     own_begin = first_row(config, call.band, tile.seq, first) // config.rows
     unseen = gl.minimum(gl.maximum(own_begin - begin, 0), count)
     seen_end = _seen_end(config, call, tile, first, begin, count)
@@ -296,7 +297,8 @@ def _main_loop(config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, par
 def _one_tile(config: gl.constexpr, consumer: gl.constexpr, dq_map, dk_map, dv_map, shared, parts, score, call):
     """dK and dV leave through V's and K's buffers."""
     tile = locate_keys(config, call, call.order.number)
-    state, _, _ = _main_loop(config, consumer, dq_map, shared, parts, score, call, tile, 0, 0)
+    begin, count = row_blocks(config, call.band, tile.seq, tile.first)
+    state, _, _ = _main_loop(config, consumer, dq_map, shared, parts, score, call, (tile, begin, count), 0, 0)
     dk, dv = state
     row = tile.first + consumer * M
     # nobody else reads these rows of V
@@ -306,22 +308,35 @@ def _one_tile(config: gl.constexpr, consumer: gl.constexpr, dq_map, dk_map, dv_m
 
 
 @gluon.jit
+def _store(config: gl.constexpr, consumer: gl.constexpr, dk_map, dv_map, parts, score, tile, dk, dv):
+    """dK and dV through the buffer of this consumer's part of dQ."""
+    row = tile.first + _piece(config, consumer) * M
+    tma_store_wait(0)
+    store_gradient(config, dv_map, parts.sums.rounded, 2 * consumer, scaled_dv(config, score, dv), tile, row)
+    store_gradient(config, dk_map, parts.sums.rounded, 2 * consumer + 1, dk * score.factor, tile, row)
+
+
+@gluon.jit
 def _tile_after_tile(config: gl.constexpr, consumer: gl.constexpr, dq_map, dk_map, dv_map, shared, parts, draws, score, call):
-    """They leave through the buffer of this consumer's part of dQ: nobody waits for anybody at a tile's end."""
+    """The gradients leave through the buffer of this consumer's part of dQ: nobody waits for anybody at a tile's end."""
     number = draws.read_first(config, call.order.number)
     turn = 0
     done = 0
     seen = 0
     while number < draws.tiles:
-        tile = locate_keys(config, call, number)
-        state, done, seen = _main_loop(config, consumer, dq_map, shared, parts, score, call, tile, done, seen)
+        work = locate_work(config, call, draws, number)
+        state, done, seen = _main_loop(config, consumer, dq_map, shared, parts, score, call, work, done, seen)
         dk, dv = state
-        row = tile.first + _piece(config, consumer) * M
         if adds_in_order(config):
             parts.sums.ring.acquire(_next_turn(config, consumer, done))
-        tma_store_wait(0)
-        store_gradient(config, dv_map, parts.sums.rounded, 2 * consumer, scaled_dv(config, score, dv), tile, row)
-        store_gradient(config, dk_map, parts.sums.rounded, 2 * consumer + 1, dk * score.factor, tile, row)
+        if divides(config):
+            piece: gl.constexpr = _piece(config, consumer)
+            dv, is_whole = joined(config, call, draws, 2 * piece, number, dv)
+            dk, _ = joined(config, call, draws, 2 * piece + 1, number, dk)
+            if is_whole:
+                _store(config, consumer, dk_map, dv_map, parts, score, work[0], dk, dv)
+        else:
+            _store(config, consumer, dk_map, dv_map, parts, score, work[0], dk, dv)
         turn += 1
         number = draws.read(turn)
 

@@ -33,9 +33,9 @@ def _named_problems() -> dict[str, Problem]:
     for dim, dim_v in ((64, 64), (128, 128), (256, 256), (192, 128), (64, 256)):
         name = f"d{dim}" if dim == dim_v else f"d{dim}/{dim_v}"
         found |= {f"{name} full": _problem(dim, dim_v), f"{name} causal": _problem(dim, dim_v, _CAUSAL)}
-    long = found["d128 full"]  # whose turns do not go on from tile to tile, and whose last tiles are divided
-    found["d128 full"] = replace(long, shape=replace(long.shape, seqlen_q=2048, seqlen_k=2048))
     for dim in (64, 128, 256):
+        long = found[f"d{dim} full"]  # whose last tiles are divided
+        found[f"d{dim} full"] = replace(long, shape=replace(long.shape, seqlen_q=2048, seqlen_k=2048))
         found |= {
             f"d{dim} window": _problem(dim, dim, _WINDOW),
             f"d{dim} documents": _problem(dim, dim, _DOCUMENTS),

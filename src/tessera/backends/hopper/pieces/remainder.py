@@ -6,6 +6,7 @@ its own. Who has a tile's last rows adds up what the others have, which lies in 
 gradients. It waits for lower shares alone, and for parts before which nobody waits: so every wait ends.
 """
 
+from tessera.backends.hopper.config import ROWS
 from tessera.backends.hopper.pieces.key_tiles import locate_keys
 from tessera.backends.hopper.pieces.row_ranges import row_blocks
 from tessera.backends.hopper.pieces.sums import await_mark, set_mark
@@ -21,8 +22,8 @@ def divides(config):
 
 @aggregate
 class Remainder:
-    """Tiles from `whole` on are divided into shares of `share` row blocks. `sums`: in float32, dV and then dK of the 64 keys of
-    each consumer, a place a share; `marks`, that they lie there."""
+    """Tiles from `whole` on are divided into shares of `share` row blocks. `sums`: in float32, dV and then dK of each 64 keys, a
+    place a share; `marks`, that they lie there."""
 
     whole: gl.tensor
     share: gl.tensor
@@ -99,20 +100,28 @@ def locate_work(config: gl.constexpr, call, draws, number):
         return tile, begin, count
 
 
+@gluon.constexpr_function
+def _begin_of(config, index):
+    """Where gradient `index` lies in a share's place."""
+    return (index // 2 * (config.dim + config.dim_v) + index % 2 * config.dim_v) * ROWS
+
+
 @gluon.jit
-def _places(sums, share, index: gl.constexpr, which: gl.constexpr, gradient):
-    """Where dV (which = 0) or dK of a share and consumer lies."""
+def _places(config: gl.constexpr, sums, share, index: gl.constexpr, gradient):
+    """Where gradient `index` of a share lies."""
     columns: gl.constexpr = gradient.shape[1]
     layout: gl.constexpr = gradient.type.layout
     rows = gl.arange(0, M, gl.SliceLayout(1, layout))
-    begin = sums + ((share * 2 + index) * 2 + which) * (M * columns)
+    begin = sums + share * config.values_of_share + _begin_of(config, index)
     return begin + rows[:, None] * columns + gl.arange(0, columns, gl.SliceLayout(0, layout))[None, :]
 
 
 @gluon.jit
-def joined(config: gl.constexpr, call, draws, index: gl.constexpr, number, dk, dv):
-    """(dK, dV, whether this program stores them) of 64 keys, when the number's rows are done."""
+def joined(config: gl.constexpr, call, draws, index: gl.constexpr, number, gradient):
+    """(gradient `index` of the tile, whether this program stores it), when the number's rows are done: of the c-th 64 keys dV is
+    2 c, dK 2 c + 1."""
     rest = draws.rest
+    count: gl.constexpr = config.gradients_of_tile
     closes = number < rest.whole
     if number >= rest.whole:
         part = _part(config, call, rest, number)
@@ -120,12 +129,10 @@ def joined(config: gl.constexpr, call, draws, index: gl.constexpr, number, dk, d
         closes = part.end == height
         if closes:
             for share in range((part.tile - rest.whole) * height // rest.share, part.share):
-                await_mark(rest.marks + 2 * share + index, 1)
-                dv += gl.load(_places(rest.sums, share, index, 0, dv), cache_modifier=".cg")
-                dk += gl.load(_places(rest.sums, share, index, 1, dk), cache_modifier=".cg")
+                await_mark(rest.marks + share * count + index, 1)
+                gradient += gl.load(_places(config, rest.sums, share, index, gradient), cache_modifier=".cg")
         else:
-            gl.store(_places(rest.sums, part.share, index, 0, dv), dv)
-            gl.store(_places(rest.sums, part.share, index, 1, dk), dk)
+            gl.store(_places(config, rest.sums, part.share, index, gradient), gradient)
             barrier()  # every thread's before the mark
-            set_mark(rest.marks + 2 * part.share + index, 1, 0)
-    return dk, dv, closes
+            set_mark(rest.marks + part.share * count + index, 1, 0)
+    return gradient, closes

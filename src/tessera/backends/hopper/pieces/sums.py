@@ -176,9 +176,27 @@ def add_part(config: gl.constexpr, dq_map, sums, n, part, block, index, chain=0,
         _put(config, buffer, part)
         sums.ring.publish(n)
     else:
-        tma_store_wait(_in_flight(config))
+        await_buffer(config)
         _put(config, buffer, part)
-        tma_reduce_add(dq_map, where_part_lies(config, block, index), buffer)
+        send_part(config, dq_map, sums, n, block, index)
+
+
+@gluon.jit
+def await_buffer(config: gl.constexpr):
+    """In any order: until the next part's buffer may be written."""
+    tma_store_wait(_in_flight(config))
+
+
+@gluon.jit
+def put_in_registers_order(sums, n, part):
+    """Part n into its buffer, PartLayout.REGISTERS; a fence must follow."""
+    sums.parts.index(sums.ring.slot(n)).store(_as_it_lies(part))
+
+
+@gluon.jit
+def send_part(config: gl.constexpr, dq_map, sums, n, block, index):
+    """In any order: part n from its buffer, added."""
+    tma_reduce_add(dq_map, where_part_lies(config, block, index), sums.parts.index(sums.ring.slot(n)))
 
 
 # -------------------------------------------------------------------------------------------------------------- marks
@@ -202,10 +220,7 @@ def await_mark(mark, value):
 @gluon.constexpr_function
 def _set_asm(in_flight):
     # no fence between TMA's writes and the store: that they are complete implies one, and it would be a second MEMBAR
-    return (
-        f"cp.async.bulk.wait_group {in_flight}; bar.warp.sync 0xffffffff;"
-        " st.release.gpu.global.b32 [$1], $2; mov.u32 $0, 0;"
-    )
+    return f"cp.async.bulk.wait_group {in_flight}; bar.warp.sync 0xffffffff; st.release.gpu.global.b32 [$1], $2; mov.u32 $0, 0;"
 
 
 @gluon.jit

@@ -1,0 +1,76 @@
+"""How many tiles the backward of a problem has, how its last ones are divided, and what its workspace holds."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from tessera.backends.hopper.backward_plan import WORK_ROWS, BackwardConfig, backward_config
+from tessera.backends.hopper.config import ROWS
+from tessera.problem import Gradients, Layout, Problem, Reproducibility
+
+FEWER_BLOCKS = 4
+"""Row blocks that the last round of tiles must lose for them to be divided by rows: a share's end costs about one."""
+
+
+def work_lines(problem: Problem) -> int:
+    """Rows of the workspace a head: every sequence's, rounded up to WORK_ROWS."""
+    shape = problem.shape
+    if problem.layout is Layout.VARLEN:
+        return WORK_ROWS * (shape.seqlen_q // WORK_ROWS + shape.batch + 1)
+    return shape.batch * -(-shape.seqlen_q // WORK_ROWS) * WORK_ROWS
+
+
+def key_blocks(problem: Problem, config: BackwardConfig) -> int:
+    """Key tiles of one dense sequence, or an upper bound over all packed ones (and what lies after the last)."""
+    shape = problem.shape
+    if problem.layout is Layout.VARLEN:
+        return shape.seqlen_k // config.keys + shape.batch + 1
+    return -(-shape.seqlen_k // config.keys)
+
+
+def key_tiles(problem: Problem, config: BackwardConfig) -> int:
+    """Key tiles of all heads and sequences."""
+    copies = 1 if problem.layout is Layout.VARLEN else problem.shape.batch
+    return key_blocks(problem, config) * problem.shape.heads_kv * copies
+
+
+@dataclass(frozen=True)
+class Remainder:
+    """`numbers` that programs take, of which the first `whole` are tiles. The tiles after these are divided into shares of
+    `share` row blocks, two numbers each (pieces/remainder.py). `values`: in float32, what shares leave for one another."""
+
+    numbers: int
+    whole: int
+    share: int
+    values: int
+
+    @staticmethod
+    def of(problem: Problem, config: BackwardConfig, multiprocessors: int) -> Remainder:
+        tiles, height = key_tiles(problem, config), -(-problem.shape.seqlen_q // config.rows)
+        rest = tiles % multiprocessors
+        share = -(-rest * height // multiprocessors)
+        marks = problem.shape.heads_q * work_lines(problem) // ROWS
+        fits = tiles > multiprocessors and config.gradients_of_tile * multiprocessors <= marks
+        if not config.divides_remainder or not fits or rest == 0 or height - share < FEWER_BLOCKS:
+            return Remainder(tiles, tiles, 1, 0)
+        shares = -(-rest * height // share)
+        return Remainder(tiles - rest + 2 * shares, tiles - rest, share, shares * config.values_of_share)
+
+
+def bias_sums_shape(problem: Problem) -> tuple[int, ...]:
+    """Of the float32 sums of a bias's gradient, () without: the bias's own. In a fixed order every sequence and head has a plane
+    of its own, whose elements one thread adds to; planes are added up at the end."""
+    bias, shape = problem.score.bias, problem.shape
+    if bias is None or bias.gradients is Gradients.NONE:
+        return ()
+    planes = (shape.batch, shape.heads_q) if problem.reproducibility is Reproducibility.BITWISE else bias.shape[:2]
+    return (*planes, *bias.shape[2:])
+
+
+def workspace_bytes(problem: Problem, multiprocessors: int) -> int:
+    """dQ in float32, lse and D of each row, a mark for every 64 rows and a counter; the bias's gradient in float32; what shares
+    of the last tiles leave for one another."""
+    rows, sums = problem.shape.heads_q * work_lines(problem), bias_sums_shape(problem)
+    shared = Remainder.of(problem, backward_config(problem), multiprocessors).values
+    return 4 * (rows * (problem.shape.head_dim + 2) + rows // 64 + 1 + (math.prod(sums) if sums else 0) + shared)
