@@ -20,7 +20,7 @@ from tessera import dispatch, operators
 from tessera.device import Device
 from tessera.errors import bad_type, bad_value
 from tessera.mask import Mask, check_window_side
-from tessera.operands import NO_OTHERS, TENSORS, Request, bind
+from tessera.operands import TENSORS, Request, are_absent, bind
 from tessera.plan import Plan
 from tessera.problem import Problem
 from tessera.serving import dispatch as serving_dispatch
@@ -344,8 +344,7 @@ def _complete(request: Request, window: Window | None, mask: Mask | None, device
     check_tensor("q", request.q)
     check_tensor("k", request.k)
     check_tensor("v", request.v)
-    # (torch 2.11's tracer cannot compare a tensor with None)
-    if torch.compiler.is_compiling() or request[3:TENSORS] != NO_OTHERS:
+    if not are_absent(request[3:TENSORS]):
         for name, value in zip(Request._fields[3:TENSORS], request[3:TENSORS], strict=True):
             if value is not None:
                 check_tensor(name, value)

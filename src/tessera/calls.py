@@ -19,10 +19,10 @@ from torch import Tensor
 from tessera import dispatch
 from tessera.device import Device
 from tessera.operands import (
-    NO_OTHERS,
     TENSORS,
     Operands,
     Request,
+    are_absent,
     check_contents,
     check_scalars,
     describe,
@@ -65,7 +65,7 @@ def prepare(request: Request) -> tuple[Prepared, Operands]:
     key = (
         q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(),
         q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, q.requires_grad, k.requires_grad, v.requires_grad,
-        None if others == NO_OTHERS else tuple(map(_seen, others)),
+        None if are_absent(others) else tuple(map(_seen, others)),
         request[TENSORS:-1], request.seed is None,
     )  # fmt: skip
     try:

@@ -8,6 +8,7 @@ is how `plan` answers from shapes alone. Contents are read on the CPU only: on a
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
@@ -72,8 +73,12 @@ class Request(NamedTuple):
 
 TENSORS = 15
 """The first fields of a Request are tensors or None."""
-NO_OTHERS = (None,) * (TENSORS - 3)
-"""The tensors after q, k and v where there are none."""
+
+
+def are_absent(tensors: Iterable[object]) -> bool:
+    """Whether all of them are None. Asked one by one: a comparison with a tuple of Nones compares tensors with None, which each
+    answers by way of an exception, in 20 microseconds."""
+    return not [tensor for tensor in tensors if tensor is not None]
 
 
 class Lengths(NamedTuple):
@@ -157,7 +162,7 @@ def gather(request: Request) -> Operands:
 
 
 def _mask_of(request: Request) -> Mask:
-    if request[7:12] == _NO_BOUNDS:
+    if are_absent(request[7:12]):
         return _band(request.left, request.right)
     return Mask(
         request.left, request.right, request.key_start, request.key_end, request.query_end,
@@ -170,7 +175,6 @@ def _band(left: int | None, right: int | None) -> Mask:
     return Mask(left, right)
 
 
-_NO_BOUNDS = (None,) * 5
 NO_LENGTHS = Lengths()
 _LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
 
