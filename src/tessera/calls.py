@@ -65,7 +65,7 @@ def prepare(request: Request) -> tuple[Prepared, Operands]:
     key = (
         q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(),
         q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, q.requires_grad, k.requires_grad, v.requires_grad,
-        None if are_absent(others) else tuple(map(_seen, others)),
+        None if are_absent(others) else tuple([None if x is None else _seen(x) for x in others]),
         request[TENSORS:-1], request.seed is None,
     )  # fmt: skip
     try:

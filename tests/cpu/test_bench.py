@@ -439,7 +439,7 @@ def test_grids_over_a_cache_have_their_own_contenders():
 
 def test_the_hosts_time_of_every_kind_of_call_and_of_first_ones(tmp_path: Path):
     report = host.measured("cpu", rounds=2)
-    assert len(report.seconds) == 5
+    assert len(report.seconds) == 7
     assert all(who[host.OURS].median > 0 for who in report.seconds.values())
     assert (report.cold.compiled, report.warm.compiled) == (0, 0)
     assert not report.cold.imported_triton, "a CPU has no use for it"

@@ -311,7 +311,7 @@ def test_bias_of_huge_negative_numbers(lowest: float) -> None:
 
 
 def test_no_call_compares_a_tensor_with_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tensor answers that by way of an exception: 20 microseconds of a call's host time for each tensor beside q, k and v."""
+    """A tensor answers that by way of an exception, which is more than ten microseconds of the call's host time."""
     compare = Tensor.__eq__
 
     def watched(self: Tensor, other: object) -> Any:

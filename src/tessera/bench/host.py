@@ -12,14 +12,14 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from tessera import attention, attention_with_kvcache, jit
+from tessera import attention, attention_varlen, attention_with_kvcache, jit
 from tessera.bench import flash_peers, machine
 from tessera.bench.grids import square
 from tessera.bench.machine import Machine
@@ -28,7 +28,7 @@ from tessera.bench.report import plain, write_json
 from tessera.bench.session import usable
 from tessera.bench.timing import Call, Ratio, Schedule, interleaved, quartiles
 from tessera.device import Device
-from tessera.operands import bind
+from tessera.operands import Request, bind
 
 SCHEMA = 1
 """The version of the JSON form."""
@@ -36,6 +36,7 @@ OURS = "tessera"
 _IN_FLIGHT = 200
 """Calls in a row: a stream takes about a thousand launches before its caller has to wait."""
 _SMALL = square(64, 512, 1, 8, causal=True)
+_PACKED = replace(_SMALL, lengths_q=(200, 312), lengths_k=(200, 312))
 _BATCH, _HEADS, _HEADS_KV, _DIM, _PAGES, _PAGE_SIZE = 4, 32, 8, 128, 64, 64
 
 
@@ -131,23 +132,27 @@ def _first_call(device: str, cache: Path) -> FirstCall:
 
 def _kinds(device: str, fa3_folder: Path | None) -> Iterator[tuple[str, dict[str, Call]]]:
     """Each kind of call by each who has it, small enough that the GPU is done before the host."""
-    request = _SMALL.request(device, torch.bfloat16)
-    q, k, v = request[:3]
-    problem, _ = bind(request)
-    calls: dict[str, Call] = {OURS: partial(attention, q, k, v, causal=True)}
     peers: tuple[Peer, ...] = (flash_peers.peers(fa3_folder)["fa3"], Sdpa())
-    for peer in peers:
-        if peer.why_not(problem, Device.of(torch.device(device))) is None:
-            calls[peer.name] = peer.forward(request, problem)
+    request, packed = (case.request(device, torch.bfloat16) for case in (_SMALL, _PACKED))
+    yield "attention", _contenders(partial(attention, *request[:3], causal=True), request, peers)
+    yield "packed sequences", _contenders(partial(attention_varlen, *packed[:5], causal=True), packed, peers)
     with torch.no_grad():
-        yield "attention", calls
         for kind, step in _steps(device):
             yield kind, {OURS: step}
-    trained = _SMALL.request(device, torch.bfloat16, requires_grad=True)
+    trained, packed = (case.request(device, torch.bfloat16, requires_grad=True) for case in (_SMALL, _PACKED))
     problem, _ = bind(trained)
-    dout = torch.randn_like(q)
     forwards: dict[str, Forward] = {OURS: partial(attention, *trained[:3], causal=True), "sdpa": Sdpa().forward(trained, problem)}
+    dout = torch.randn_like(request.q)
     yield "attention, forward and backward", {who: _with_backward(call, trained[:3], dout) for who, call in forwards.items()}
+    ours = _with_backward(partial(attention_varlen, *packed[:5], causal=True), packed[:3], dout[0])
+    yield "packed sequences, forward and backward", {OURS: ours}
+
+
+def _contenders(ours: Call, request: Request, peers: tuple[Peer, ...]) -> dict[str, Call]:
+    """Our call, and those of the peers who take the request."""
+    problem, _ = bind(request)
+    able = (peer for peer in peers if peer.why_not(problem, Device.of(request.q.device)) is None)
+    return {OURS: ours} | {peer.name: peer.forward(request, problem) for peer in able}
 
 
 def _with_backward(forward: Forward, inputs: tuple[torch.Tensor, ...], dout: torch.Tensor) -> Call:
