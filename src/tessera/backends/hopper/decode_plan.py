@@ -25,12 +25,13 @@ RESERVED = 1024 + 256
 REGISTERS = 64 * 1024
 MOST_STAGES = 6
 """Named barriers bound the ring: two a stage, and Triton takes three of the sixteen."""
-AHEAD, AHEAD_OF_LINE = 2, 3
-"""Tiles that a program brings into L2 while the kernel before ends, by the split schedule and by stream-K, whose first loads come
-later. More come late, and the first loads wait behind them: 1 x 8k with 0, 1, 2, 4 tiles 11.8, 11.3, 11.2, 11.5 microseconds,
-4 x 8k with 2, 3, 5 33.3, 33.1, 33.1, 64 x 2048 of 2 heads 32.7, 32.6, 33.1 (H200, 2026-11-21)."""
+AHEAD, AHEAD_OF_MANY, MANY = 2, 3, 32
+"""Tiles that a program brings into L2 while the kernel before ends: more by stream-K, whose first loads come later, and where it
+has `MANY` tiles. Too many come late, and the first loads wait behind them (H200, 2026-11-22, microseconds): 1 x 8k with
+0, 1, 2, 4 tiles 11.8, 11.3, 11.2, 11.5; 4 x 8k with 2, 3, 4, 5 33.2, 33.0, 33.2, 33.4; 1 x 32k with 2, 3, 4 32.5, 32.2, 32.6;
+16 x 8k with 0, 2, 3, 4, 8 120.6, 119.9, 119.8, 120.2, 121.1; 1 x 128k with 0, 2, 3, 4, 6 120.3, 119.8, 119.4, 119.2, 119.7."""
 SHORT_SHARE = 64
-"""Tiles of a program up to which it does. In a longer share programs go out of step by it: 1 x 128k 120.5, 122.0."""
+"""Tiles of a program up to which it does even where programs begin as others end."""
 INVARIANT_KEYS = 1024
 """Keys of one part under batch_invariant, whatever the batch and the length."""
 MOST_SPLITS = 128
@@ -148,10 +149,8 @@ def decode_plan(problem: CacheProblem, device: Device) -> DecodePlan:
     )  # fmt: skip
     tickets = 1 + -(-line // PARTS_TOGETHER)  # as many parts an item has at most
     depth = _depth(problem, sum(dims) + sum(dims_v), tile)
-    ahead = AHEAD_OF_LINE if schedule is Schedule.STREAM_K else AHEAD
-    if items * tile.needed(shape.seqlen_k) > SHORT_SHARE * math.prod(programs):
-        ahead = 0
-    shares = (splits, least, crew, rounds, depth, ahead, line)
+    share = items * tile.needed(shape.seqlen_k) / max(1, math.prod(programs))
+    shares = (splits, least, crew, rounds, depth, _ahead(schedule, share, items > device.multiprocessors), line)
     return DecodePlan(config, programs, *shares, row_blocks, slot_rows, slots, items, tickets)
 
 
@@ -223,6 +222,13 @@ def _tile(problem: CacheProblem, words: int, crowded: bool, whole: bool) -> Tile
         return pair
     large = Tile.of(words, 128, 8, 1)
     return large if problem.cache.is_quantised or tiny_pages or (whole and large.stages >= 3) else Tile.of(words, 64, 4, 1)
+
+
+def _ahead(schedule: Schedule, share: float, waves: bool) -> int:
+    """Tiles that a program with a share of so many brings into L2 early. `waves`: some programs begin as others end."""
+    if waves and share > SHORT_SHARE:
+        return 0
+    return AHEAD_OF_MANY if schedule is Schedule.STREAM_K or share >= MANY else AHEAD
 
 
 def _depth(problem: CacheProblem, words: int, tile: Tile) -> int:
