@@ -531,17 +531,22 @@ def _wait_for_products(left: int, deps: tuple[Product, ...]) -> Any:
     return values[0] if len(values) == 1 else values
 
 
+def _share_text() -> None:
+    """A partition that runs the first worker partition's text: see `_warp_specialize`."""
+
+
 def _warp_specialize(partitions: list[tuple[Any, tuple[Any, ...]]], warps: list[int], registers: list[int]) -> None:
     shared = dict(vars(_here))
 
-    def run(function: Any, arguments: tuple[Any, ...], count: int) -> None:
-        vars(_here).update(shared, threads=32 * count, products=[], stores=[])
+    def run(number: int, count: int) -> None:
+        function, arguments = partitions[1 if partitions[number][0] is _share_text else number]
+        vars(_here).update(shared, threads=32 * count, number=number, products=[], stores=[])
         function(*arguments)
         assert not _here.products, "a warpgroup ends with products under way"
         assert not _here.stores, "a warpgroup ends with stores under way"
 
     counts = [_here.threads // 32, *warps]
-    run_together([partial(run, *part, n) for part, n in zip(partitions, counts, strict=True)])
+    run_together([partial(run, number, count) for number, count in enumerate(counts)])
 
 
 def _language() -> ModuleType:
@@ -595,6 +600,7 @@ def _compat() -> ModuleType:
         arrive_in_cluster=lambda place: place.bar().arrive(), meet_cluster=lambda: _here.cluster.meet(),
         arrive_after_writes=lambda place: [place.bar().arrive() for _ in range(_here.threads // 32)],
         await_writes=lambda bar: bar.wait(0),
+        share_text=_share_text, begin_shared_text=lambda: Integer(_here.number), end_shared_text=lambda: None,
         mma_v2=mma_v2, warpgroup_mma=_issue, warpgroup_mma_wait=_wait_for_products,
     )  # fmt: skip
     return compat

@@ -232,6 +232,16 @@ def test_a_cluster_is_launched():
     assert out.tolist() == [2] * 8
 
 
+def test_partitions_share_a_text():
+    """Each with its own number, its own barrier and its own place in shared memory; the default one goes on behind it."""
+    arguments = (("out_ptr", jit.Pointer("i32")), ("after_ptr", jit.Pointer("i32")), ("factor", jit.Scalar("i32")))
+    out, after = torch.zeros(384, dtype=torch.int32, device="cuda"), torch.zeros(129, dtype=torch.int32, device="cuda")
+    kernel = jit.load(jit.KernelSpec("jit_kernels.sharing:three_writers", arguments), 0)
+    kernel(jit.current_stream(0), 1, 1, 1, out.data_ptr(), after.data_ptr(), 1000)
+    assert out.tolist() == [1000 * number + i for number in range(3) for i in range(128)]
+    assert after.tolist() == [*range(128), 1]
+
+
 def test_the_cubin_declares_the_parameters_that_a_launch_passes(kernel):
     """What the driver will copy from each of our pointers (cuFuncGetParamInfo) is what lies there."""
     cuda, found = driver.library(), []

@@ -42,7 +42,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language import core
 from triton.runtime.jit import JITCallable
 
-from tessera.jit import barriers, ptx
+from tessera.jit import barriers, ptx, shared_text
 from tessera.jit.binary import Descriptor
 from tessera.jit.spec import Arrangement, Dtype, KernelSpec, Pointer, Scalar, Tiles
 
@@ -163,6 +163,29 @@ def send_in_cluster(place, number):
         " @first st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [$1+8], $2, [$1]; mov.u32 $0, 0; }",
         "=r,r,r", [place, number], dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
+
+
+_BEGIN_TEXT = gl.constexpr(f"{shared_text.BEGIN}\n\tmov.u32 $0, {shared_text.NUMBER};")
+_SHARE_TEXT = gl.constexpr(f"{shared_text.SHARE}\n\tmov.u32 $0, 0;")
+_END_TEXT = gl.constexpr(f"{shared_text.END}\n\tmov.u32 $0, 0;")
+
+
+@gluon.jit
+def begin_shared_text():
+    """The first worker partition's, for all that are `share_text` too, from here to `end_shared_text`. Gives the number of the
+    warpgroup that runs it, 0 for the default partition, one value a warp."""
+    return gl.inline_asm_elementwise(_BEGIN_TEXT, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def share_text():
+    """A partition that runs the first worker partition's text (jit/shared_text.py)."""
+    gl.inline_asm_elementwise(_SHARE_TEXT, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def end_shared_text():
+    gl.inline_asm_elementwise(_END_TEXT, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.constexpr_function

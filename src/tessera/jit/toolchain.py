@@ -85,7 +85,7 @@ def toolchain_key() -> str:
 
 
 def source_files(module: str) -> tuple[Path, ...]:
-    """The files that the kernels of `module` may be made of: its package's (subpackages too), tessera.jit.compat, and the pass
+    """The files that the kernels of `module` may be made of: its package's (subpackages too), tessera.jit.compat, and the passes
     over their PTX.
 
     A module outside any package is its own file alone. Found without importing the module (its parent packages are).
@@ -94,7 +94,7 @@ def source_files(module: str) -> tuple[Path, ...]:
     found = importlib.util.find_spec(module)
     if found is None or found.origin is None:
         raise ModuleNotFoundError(f"no module named {module!r}", name=module)
-    ours = [Path(__file__).with_name(name) for name in ("compat.py", "ptx.py")]
+    ours = [Path(__file__).with_name(name) for name in ("compat.py", "ptx.py", "shared_text.py")]
     origin = Path(found.origin)
     package = [origin] if "." not in module else sorted(origin.parent.rglob("*.py"))
     return (*package, *ours)

@@ -69,15 +69,19 @@ from tessera.backends.hopper.pieces.tiles import (
     overlaps,
     query_tiles,
     row_layout,
+    shares_text,
     stages_halves,
     takes_turns,
 )
 from tessera.jit.compat import (
     aggregate,
+    begin_shared_text,
+    end_shared_text,
     fence_async_shared,
     gl,
     gluon,
     meet_cluster,
+    share_text,
     tma_store_wait,
 )
 
@@ -182,10 +186,11 @@ def producer(config: gl.constexpr, q_maps, k_maps, v_maps, shared, modifiers, ca
 
 @aggregate
 class Consumer:
-    """One consumer warpgroup: rows 64 `index` and on of every tile."""
+    """One consumer warpgroup: rows 64 `index` and on of every tile. They run one text (jit/shared_text.py): what runs
+    once a tile is fetched anew each time, and should be no longer than it must be."""
 
     config: gl.constexpr
-    index: gl.constexpr
+    index: gl.tensor
     shared: Shared
     score: Score
     call: Call
@@ -227,13 +232,13 @@ def _main_loop(me, tile, n, turn):
     q_use = turn * me.config.consumers + me.index
     share = share_of(me.config, me.call.band, tile, me.index)
     bounds = row_bounds(me.config, me.call.band, tile.seq, row)
-    if has_unseen(me.config, me.index):
+    if has_unseen(me.config):
         n = _pass_over(me, n, share.unseen)
     q = query_tiles(me.shared.q, _q_slot(me, q_use), me.config.keys, me.config.held)
     if holds_query(me.config):
         me.shared.q_ring.release(q_use)
     left_alone = None
-    if has_left_half(me.config, me.index):
+    if has_left_half(me.config):
         left_alone = share.left_alone
     state, started = start_blocks(me, n, q, bounds, (share.end - 1) * me.config.keys, left_alone)
     n += started
@@ -248,11 +253,11 @@ def _main_loop(me, tile, n, turn):
     right_alone = share.right_alone & (share.begin < gl.minimum(lower, upper))
     if has_one_loop(me.config):
         halves = 0
-        if has_right_half(me.config, me.index):
+        if has_right_half(me.config):
             halves = gl.where(right_alone, 1, 0)
         whole = (gl.minimum(lower, upper) * me.config.keys, upper * me.config.keys)
         state, n = run_blocks(me, n, q, bounds + whole, end - 1, state, end - share.begin - halves, "any")
-        if has_right_half(me.config, me.index):
+        if has_right_half(me.config):
             state, n = run_blocks(me, n, q, bounds, share.begin, state, halves, "lower", 1)
     else:
         if has_lower_bound(me.config) and not takes_turns(me.config):
@@ -341,14 +346,14 @@ def _attend(me, tile, n, turn, o_maps, lse_ptr):
 
     # under the last P V: the log-sum-exp, and where the next tile lies, which is posted when no block is left
     number, following = tile.first, tile
-    if not has_spare(me.config, me.index):
+    if not has_spare(me.config):
         number, following = read(me.config, shared.board, me.call, turn + 1)
     factor = _finish_rows(me, tile, row, m, l, lse_ptr)
     if overlaps(me.config):
         o = wait_for_values(o)
         shared.v_stream.release(n - 1)
     _write_output(me, tile, row, o, factor, o_maps)
-    if has_spare(me.config, me.index):
+    if has_spare(me.config):
         n = _pass_over(me, n, spare)
         number, following = read(me.config, shared.board, me.call, turn + 1)
     return n, number, following
@@ -367,14 +372,30 @@ def _stand_by(me, tile, n, turn):
 
 
 @gluon.jit
-def consumer(me, o_maps, lse_ptr):
-    if takes_turns(me.config) and me.index == me.config.consumers - 1:
-        pass_turn(me.index, me.config.consumers)  # the first turn is consumer 0's
+def consumer(config: gl.constexpr, shared, score, call, o_maps, lse_ptr):
+    """All of them: see share_text."""
+    _consume(Consumer(config, begin_shared_text(), shared, score, call), o_maps, lse_ptr)
+    end_shared_text()
+
+
+@gluon.jit
+def lone_consumer(config: gl.constexpr, index: gl.constexpr, shared, score, call, o_maps, lse_ptr):
+    """One of them, in a text of its own."""
+    _consume(Consumer(config, call.batch * 0 + index, shared, score, call), o_maps, lse_ptr)
+
+
+@gluon.jit
+def _consume(me, o_maps, lse_ptr):
+    config: gl.constexpr = me.config
+    shared = me.shared
+    call = me.call
+    if takes_turns(config) and me.index == config.consumers - 1:
+        pass_turn(me.index, config.consumers)  # the first turn is consumer 0's
     n = 0
     turn = 0
-    number, tile = read(me.config, me.shared.board, me.call, turn)
-    while number < me.call.schedule.tiles:
-        if not may_stand_by(me.config, me.index) or me.index * M < tile.rows:
+    number, tile = read(config, shared.board, call, turn)
+    while number < call.schedule.tiles:
+        if not may_stand_by(config) or me.index * M < tile.rows:
             n, number, tile = _attend(me, tile, n, turn, o_maps, lse_ptr)
         else:
             n, number, tile = _stand_by(me, tile, n, turn)
@@ -449,16 +470,22 @@ def attention_forward(
     )
     score = Score(scale, inner, sinks_ptr, modifiers)
     shared = _allocate_all(config, q_maps, k_maps, v_maps, o_maps)
-    if config.consumers == 2:
+    if not shares_text(config):
         gl.warp_specialize([
-            (consumer, (Consumer(config, 0, shared, score, call), o_maps, lse_ptr)),
-            (consumer, (Consumer(config, 1, shared, score, call), o_maps, lse_ptr)),
+            (lone_consumer, (config, 0, shared, score, call, o_maps, lse_ptr)),
+            (lone_consumer, (config, 1, shared, score, call, o_maps, lse_ptr)),
+            (producer, (config, q_maps, k_maps, v_maps, shared, modifiers, call)),
+        ], [4, 1], [config.consumer_registers, config.producer_registers])  # fmt: skip
+    elif config.consumers == 2:
+        gl.warp_specialize([
+            (share_text, ()),
+            (consumer, (config, shared, score, call, o_maps, lse_ptr)),
             (producer, (config, q_maps, k_maps, v_maps, shared, modifiers, call)),
         ], [4, 1], [config.consumer_registers, config.producer_registers])  # fmt: skip
     else:
         gl.warp_specialize([
-            (consumer, (Consumer(config, 0, shared, score, call), o_maps, lse_ptr)),
-            (consumer, (Consumer(config, 1, shared, score, call), o_maps, lse_ptr)),
-            (consumer, (Consumer(config, 2, shared, score, call), o_maps, lse_ptr)),
+            (share_text, ()),
+            (consumer, (config, shared, score, call, o_maps, lse_ptr)),
+            (share_text, ()),
             (producer, (config, q_maps, k_maps, v_maps, shared, modifiers, call)),
         ], [4, 4, 1], [config.consumer_registers, config.consumer_registers, config.producer_registers])  # fmt: skip

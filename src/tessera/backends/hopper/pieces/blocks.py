@@ -83,7 +83,7 @@ def issue_values(me, n, p, o, HALF: gl.constexpr = None):
 def issue_last_values(me, n, p, o, right_alone):
     """`issue_values` of a tile's last block, of which rows may see the right half alone: the left half's product is waited for,
     where there is one, since ptxas serialises products that a branch leaves under way."""
-    if has_right_half(me.config, me.index):
+    if has_right_half(me.config):
         left, right = halves_of(p)
         if not right_alone:
             o = wait_for_values(issue_values(me, n, left, o, 0))

@@ -16,7 +16,7 @@ from tessera.jit.compat import (
 
 # Hardware's named barriers, 0 to 15. Triton takes 0, 1 and one for each partition (2 to 4 here).
 NAMED_BARRIER_TURN = gl.constexpr(7)
-"""7 to 9: the consumers' turns, one a consumer."""
+"""7 to 9: the consumers' turns, one a consumer; who waits for one and who passes it on meet there."""
 NAMED_BARRIER_K = gl.constexpr(10)
 NAMED_BARRIER_V = gl.constexpr(13)
 """10 to 12, 13 to 15: slots of K and of V that are free again, one a slot."""
@@ -214,20 +214,12 @@ def named_barrier(kind: gl.constexpr, number, warps: gl.constexpr, consumers: gl
     gl.inline_asm_elementwise(asm, "=r,r", [number], dtype=gl.int32, is_pure=False, pack=1)
 
 
-@gluon.constexpr_function
-def _turn_asm(kind, consumer):
-    # 256 threads meet: the warpgroup that waits for its turn and the one that passes it on
-    return f"bar.{kind} {NAMED_BARRIER_TURN.value + consumer}, 256; mov.u32 $0, 0;"
-
-
 @gluon.jit
-def take_turn(consumer: gl.constexpr):
+def take_turn(consumer):
     """Ping-pong (FlashAttention-3, section 3.1): one warpgroup's products run under another's softmax."""
-    asm: gl.constexpr = _turn_asm("sync", consumer)
-    gl.inline_asm_elementwise(asm, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    named_barrier("sync", NAMED_BARRIER_TURN + consumer, 0, 2)
 
 
 @gluon.jit
-def pass_turn(consumer: gl.constexpr, consumers: gl.constexpr):
-    asm: gl.constexpr = _turn_asm("arrive", (consumer + 1) % consumers)
-    gl.inline_asm_elementwise(asm, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+def pass_turn(consumer, consumers: gl.constexpr):
+    named_barrier("arrive", NAMED_BARRIER_TURN + (consumer + 1) % consumers, 0, 2)

@@ -120,21 +120,20 @@ class Share:
 
 
 @gluon.constexpr_function
-def has_unseen(config, consumer):
-    """Whether a tile may have blocks that only rows below this consumer's see."""
-    last = consumer + 1 == config.consumers and not is_pair_of_rows(config)
-    return (has(config, "right") or has(config, "documents")) and not last
+def has_unseen(config):
+    """Whether a tile may have blocks that only rows below a consumer's see."""
+    return has(config, "right") or has(config, "documents")
 
 
 @gluon.constexpr_function
-def has_spare(config, consumer):
-    """Whether a tile may have blocks that only rows above this consumer's see. Where consumers take turns they are not left
+def has_spare(config):
+    """Whether a tile may have blocks that only rows above a consumer's see. Where consumers take turns they are not left
     out: one that stops early would wait for the next tile, which waits for the blocks that it has yet to release."""
-    return has_lower_bound(config) and consumer > 0 and not takes_turns(config)
+    return has_lower_bound(config) and not takes_turns(config)
 
 
 @gluon.jit
-def share_of(config: gl.constexpr, band, tile, consumer: gl.constexpr):
+def share_of(config: gl.constexpr, band, tile, consumer):
     """What this consumer's rows need: one block at least."""
     seq = tile.seq
     row = tile.first + consumer * M
@@ -144,9 +143,9 @@ def share_of(config: gl.constexpr, band, tile, consumer: gl.constexpr):
     own_begin, own_end = block_range(config, band, seq, first, last)
     begin = tile_begin
     end = tile_end
-    if has_unseen(config, consumer):
+    if has_unseen(config):
         end = gl.minimum(gl.maximum(own_end, tile_begin + 1), tile_end)
-    if has_spare(config, consumer):
+    if has_spare(config):
         begin = gl.maximum(gl.minimum(own_begin, end - 1), tile_begin)
     full_begin, full_end = full_block_range(config, band, seq, first, last)
     left_alone = highest_key(config, band, seq, last) <= end * config.keys - config.keys // 2

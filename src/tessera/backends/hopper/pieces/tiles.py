@@ -44,10 +44,16 @@ def has_low_blocks(config):
 
 
 @gluon.constexpr_function
-def may_stand_by(config, consumer):
-    """Whether a tile without rows for this consumer is nothing to it. Of two consumers the second works on such rows, which read
+def shares_text(config):
+    """Whether all consumers run one text: not where a number that is no constant is the one register too many."""
+    return not (has(config, "alibi") and config.keys == 128 and max(sum(config.dims), sum(config.dims_v)) > 64)
+
+
+@gluon.constexpr_function
+def may_stand_by(config):
+    """Whether a tile without rows for a consumer is nothing to it. Of two consumers the second works on such rows, which read
     as zeros: the way round costs 0.8% at head_dim 256, 1k."""
-    return config.consumers == 3 and consumer > 0
+    return config.consumers == 3
 
 
 @gluon.constexpr_function
@@ -76,16 +82,16 @@ def votes_on_maxima(config):
 
 
 @gluon.constexpr_function
-def has_left_half(config, consumer):
-    """Whether this consumer works on the left half of its first block alone, where its rows see no more: those that end at a
-    diagonal, of two consumers always the first's. Half a block of 64 keys would be no less work."""
-    return masks_by_words(config) and has(config, "right") and (config.consumers == 3 or consumer == 0)
+def has_left_half(config):
+    """Whether a consumer works on the left half of its first block alone, where its rows see no more: those that end at a
+    diagonal, of two consumers the first's. Half a block of 64 keys would be no less work."""
+    return masks_by_words(config) and has(config, "right")
 
 
 @gluon.constexpr_function
-def has_right_half(config, consumer):
+def has_right_half(config):
     """The same of the right half of its last block, at a window's left edge: of two consumers the second's rows."""
-    return masks_by_words(config) and has(config, "left") and consumer == 1
+    return masks_by_words(config) and has(config, "left")
 
 
 @gluon.constexpr_function
