@@ -65,7 +65,7 @@ gate-all: $(VENV)/.dev
 fuzz: $(VENV)/.dev
 	TESSERA_EXAMPLES=50000 $(PYTEST) -n $(TEST_WORKERS) -s tests/cpu/test_properties.py
 
-# On a machine with a Hopper GPU: as many random problems of each of 40 kinds
+# On a machine with a Hopper GPU: so many random problems of each kind
 fuzz-gpu: $(VENV)/.dev
 	TESSERA_EXAMPLES=500 $(PYTEST) -n 8 tests/gpu/test_random.py
 
