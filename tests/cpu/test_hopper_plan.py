@@ -17,7 +17,7 @@ import tessera
 from tessera import calls, dispatch, jit, reference, verify
 from tessera.backends.hopper import HopperBackend, HopperRunner, without_scores
 from tessera.backends.hopper.backward_plan import Adding, backward_config, backward_family
-from tessera.backends.hopper.config import ForwardConfig, Pairing, Staging
+from tessera.backends.hopper.config import ForwardConfig, Overlap, Pairing, Staging
 from tessera.backends.hopper.plan import LOW, SHARED_LIMIT, forward_config, forward_family, tall_blocks
 from tessera.backends.hopper.serving import SERVING_BACKEND, kernels_of
 from tessera.cases import CASES, Case
@@ -240,3 +240,14 @@ def test_a_gpu_that_is_left_to_torch_operations_is_told_of(monkeypatch: pytest.M
             warnings.simplefilter("error")
             call()  # the same again
             call(backend="torch")
+
+
+@pytest.mark.parametrize("window", [(None, None), (None, 0), (100, 0), (200, 749), (4096, 0), (0, 3000)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_no_plan_has_the_form_that_ptxas_gets_wrong(window: tuple[int | None, int | None], dtype: torch.dtype) -> None:
+    """Three consumers without overlap, two tiles of Q by descriptors: an illegal address, met with windows at head_dim 64."""
+    for dim in (32, 64, 96, 128, 192, 256):
+        case = Case("", batch=1, seqlen_q=5000, seqlen_k=5000, head_dim=dim, window=window)
+        for config in forward_family(describe(case.request("meta", dtype))):
+            reads_q = config.held < len(config.dims)
+            assert not (config.consumers == 3 and config.overlap is Overlap.NONE and config.queries == 2 and reads_q), config

@@ -153,8 +153,9 @@ def _config_alone(problem: Problem, keys: float) -> ForwardConfig:
             # 128 rows over 192: causal 1.08 at 1k, 0.97 at 2k, 0.92 at 4k. Q held: 1.015 at 512, 1.02 at 1k
             return deepest(replace(pairs, held=len(dims)))
         if window:
-            # P at once over no overlap: 1.13 for a window of 4096 at 16k; 64 keys 0.90 of it
-            return deepest(replace(triples, overlap=Overlap.NONE if exact else Overlap.SCORES, queries=pairs.queries))
+            # P at once over no overlap: 1.13 for a window of 4096 at 16k; 64 keys 0.90 of it. Without overlap two tiles of Q are
+            # an illegal address: ptxas leaves their descriptors unset on a path (H200, 2026-11-22; jit/descriptors.py)
+            return deepest(replace(triples, overlap=Overlap.NONE) if exact else replace(triples, queries=pairs.queries))
         return deepest(replace(triples, overlap=Overlap.MAXIMA) if exact else triples)
     ragged = _is_ragged(features)
     if widest <= 96 and keys > (2048 if ragged else 1536):

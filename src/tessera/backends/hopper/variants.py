@@ -56,8 +56,8 @@ def _problems() -> Iterator[Problem]:
     wide, narrow, grouped = long, long[..., :128], long[:, :, :4, :128]
     yield describe(Request(narrow, grouped, grouped, right=0))
     yield describe(Request(wide, wide, narrow))
-    for dim, left in ((64, 4096), (128, 1024)):
-        q = torch.empty(1, 16384, 2048 // dim, dim, dtype=torch.bfloat16, device="meta")
+    for dim, left, dtype in ((64, 4096, torch.bfloat16), (64, 4096, torch.float16), (128, 1024, torch.bfloat16)):
+        q = torch.empty(1, 16384, 2048 // dim, dim, dtype=dtype, device="meta")
         yield describe(Request(q, q, q, left=left, right=0))
     for dim in (64, 128, 256):
         yield from _modified(torch.empty(4, 4096, 2048 // dim, dim, dtype=torch.bfloat16, device="meta"))
