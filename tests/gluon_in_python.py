@@ -174,7 +174,7 @@ class Shared:
     def reinterpret(self, dtype: torch.dtype, shape: Sequence[int], layout: Layout) -> Shared | Boxes:
         if dtype != self.dtype:  # the same bytes for something else: nobody reads there what lay there before
             return Shared(self.data.view(dtype).view(*shape))
-        if self.data.shape[-1] == shape[-1] and len(shape) < self.data.dim():  # boxes seen as tiles
+        if self.data.shape[-1] == shape[-1] and len(shape) <= self.data.dim():  # boxes seen as tiles, lines under others
             return Shared(self.data.view(*shape))
         return Boxes(self, shape)
 
@@ -446,8 +446,10 @@ def _assembly(text: str, constraints: str, arguments: list[Any], dtype: Any, is_
         p, dp, d, *drawn = arguments
         kept = _drawn_in_keys(*drawn)
         return p * (torch.where(kept, dp, 0.0) - d), torch.where(kept, p, 0.0).to(dtype[1])
-    if text == "and.b32 $0, $1, $2;":  # dropout.masked
+    if text == "and.b32 $0, $1, $2;":  # dropout.masked, gradients._issue_less
         return torch.where(arguments[1] != 0, arguments[0], 0.0)
+    if text.startswith("{ .reg .b32 other;"):  # gradients._issue_less
+        return torch.where(arguments[1] != 0, 1 - arguments[0], 0.0)
     if text.startswith("{ .reg .pred p, q; .reg .b32 zero;"):  # dropout.masked_derivatives
         p, masks, dp, d = arguments
         return p * (torch.where(masks != 0, dp, 0.0) - d)

@@ -29,7 +29,14 @@ from tessera.backends.hopper.backward_turns import consumer_in_turn, make_parts
 from tessera.backends.hopper.backward_writer import writer_of_dq, writer_of_many
 from tessera.backends.hopper.pieces.channel import NAMED_BARRIER_K, NAMED_BARRIER_V, make_barriers, make_stream
 from tessera.backends.hopper.pieces.draws import make_draws
-from tessera.backends.hopper.pieces.gradients import Score, Shared, place_of_k, place_of_v
+from tessera.backends.hopper.pieces.gradients import (
+    Score,
+    Shared,
+    allocate_summands,
+    place_of_k,
+    place_of_v,
+    subtracts_by_products,
+)
 from tessera.backends.hopper.pieces.key_tiles import Call, Order, first_place, locate_keys, nth_place
 from tessera.backends.hopper.pieces.kv_source import Lengths, Pitch, load_rows
 from tessera.backends.hopper.pieces.masking import Band
@@ -70,12 +77,12 @@ def _load_v(config: gl.constexpr, maps, shared, call, tile, seen):
 
 
 @gluon.jit
-def _load_block(config: gl.constexpr, map_, buffer, stats_map, stats, stream, n, span, head, row, line):
-    """Start the copy of a block of Q or dO, and of its rows' lse or D, which lie at `line` of the workspace."""
+def _load_block(config: gl.constexpr, map_, buffer, stream, n, span, head, row, beside: gl.constexpr):
+    """Start the copy of a block of Q or dO; the mbarrier that awaits it, and `beside` bytes more a row."""
     stream.acquire(n)
-    bar = stream.expect(n, config.rows * (2 * buffer.shape[-1] + 4))
+    bar = stream.expect(n, config.rows * (2 * buffer.shape[-1] + beside))
     load_rows((map_,), (buffer,), stream.slot(n), bar, span, head, row)
-    tma_load(stats_map, line, bar, stats.index(stream.slot(n)))
+    return bar
 
 
 @gluon.jit
@@ -83,7 +90,13 @@ def _load_q(config: gl.constexpr, maps, stats_map, shared, call, tile, n, member
     """Use n of Q's ring: the rows from `row` on of a member of the tile's heads."""
     head = tile.head * call.group + member
     queries = tile.queries(call.pitch.q)
-    _load_block(config, maps[0], shared.q, stats_map, shared.lse, shared.q_stream, n, queries, head, row, [head, tile.work + row])
+    values = shared.lse.index(shared.q_stream.slot(n))
+    if subtracts_by_products(config):
+        bar = _load_block(config, maps[0], shared.q, shared.q_stream, n, queries, head, row, 16)
+        tma_load(stats_map, [8 * head, tile.work + row], bar, values)
+    else:
+        bar = _load_block(config, maps[0], shared.q, shared.q_stream, n, queries, head, row, 4)
+        tma_load(stats_map, [head, tile.work + row], bar, values)
 
 
 @gluon.jit
@@ -91,8 +104,12 @@ def _load_do(config: gl.constexpr, maps, stats_map, shared, call, tile, n, membe
     """The same of dO's."""
     head = tile.head * call.group + member
     outputs = tile.queries(call.pitch.o)
-    line = [call.heads_kv * call.group + head, tile.work + row]
-    _load_block(config, maps[3], shared.do, stats_map, shared.d, shared.do_stream, n, outputs, head, row, line)
+    if subtracts_by_products(config):
+        _load_block(config, maps[3], shared.do, shared.do_stream, n, outputs, head, row, 0)
+    else:
+        bar = _load_block(config, maps[3], shared.do, shared.do_stream, n, outputs, head, row, 4)
+        line = [call.heads_kv * call.group + head, tile.work + row]
+        tma_load(stats_map, line, bar, shared.d.index(shared.do_stream.slot(n)))
 
 
 @gluon.jit
@@ -288,8 +305,12 @@ def _allocate(config: gl.constexpr, maps, stats_map):
     v = k if config.swaps_keys else allocate_tiles(v_map, config.keys // M)
     q = allocate_tiles(q_map, config.q_stages)
     do = allocate_tiles(do_map, config.do_stages)
-    lse = allocate_tiles(stats_map, config.q_stages)
-    d = allocate_tiles(stats_map, config.do_stages)
+    if subtracts_by_products(config):
+        lse = allocate_summands(config, stats_map)
+        d = lse
+    else:
+        lse = allocate_tiles(stats_map, config.q_stages)
+        d = allocate_tiles(stats_map, config.do_stages)
     full = make_barriers(2, 1 if config.k_places == 1 else config.k_readers)
     free = full  # stands for what a program of one tile does not use (see sums_in); with two places for K it is that K is free
     if config.takes_tile_after_tile and config.k_places == 1:

@@ -15,10 +15,20 @@ dK and dV leave through the buffers of dQ's parts, so that K, V and the rings ar
 """
 
 from tessera.backends.hopper.pieces.channel import make_barriers
-from tessera.backends.hopper.pieces.gradients import Score, Shared, issue_transposed, probabilities, row_values
+from tessera.backends.hopper.pieces.gradients import (
+    Score,
+    Shared,
+    derivatives,
+    issue_dp,
+    issue_s,
+    probabilities,
+    row_values,
+    subtracts_by_products,
+)
 from tessera.backends.hopper.pieces.key_tiles import Call, nth_place
 from tessera.backends.hopper.pieces.kv_source import store_rows
 from tessera.backends.hopper.pieces.masking import has_lower_bound
+from tessera.backends.hopper.pieces.numbers import of_first_lane
 from tessera.backends.hopper.pieces.remainder import divides, joined, locate_work
 from tessera.backends.hopper.pieces.row_ranges import cut_and_full, first_row, key_bounds
 from tessera.backends.hopper.pieces.softmax import to_16_bit, to_32_bit
@@ -109,18 +119,28 @@ def _issue_dq(me, n, wanted):
 
 @gluon.jit
 def _issue_s(me, n):
-    """Start S^T = K Q^T of block n."""
+    """Start S^T = K Q^T of block n, less lse."""
     me.shared.q_stream.wait(n)
-    q = matrix(me.shared.q.index(me.shared.q_stream.slot(n)))
-    return issue_transposed(matrix(me.shared.k.index(me.index + fresh_zero())), q)
+    return issue_s(me.config, me.shared, matrix(me.shared.k.index(me.index + fresh_zero())), n)
 
 
 @gluon.jit
 def p_of(me, s, bounds, n, row, MASKED: gl.constexpr):
     """P^T of block n, whose first row is `row`, in 16 bits."""
-    lse = row_values(me.shared.lse, me.shared.q_stream.slot(n), me.config.rows)
+    lse = 0
+    if not subtracts_by_products(me.config):
+        lse = row_values(me.shared.lse, me.shared.q_stream.slot(n), me.config.rows)
     p, _ = probabilities(me.config, me.score, s, lse, bounds, row, MASKED)
     return to_16_bit(p, me.shared.q.dtype)
+
+
+@gluon.jit
+def ds_of(me, p, dp, n):
+    """dS^T = P^T (dP^T - D) of block n."""
+    if subtracts_by_products(me.config):
+        return to_32_bit(p) * dp
+    else:
+        return derivatives(p, dp, row_values(me.shared.d, me.shared.do_stream.slot(n), me.config.rows))
 
 
 @gluon.jit
@@ -135,18 +155,15 @@ def _from_p_to_ds(me, dq_map, n, before, dv, p):
     there is none in this tile."""
     shared = me.shared
     dtype: gl.constexpr = shared.q.dtype
-    slot = shared.do_stream.slot(n)
-    do = matrix(shared.do.index(slot))
-    shared.do_stream.wait(n)
-    dp = issue_transposed(matrix(shared.v.index(me.index + fresh_zero())), do)
+    dp = issue_dp(me.config, shared, matrix(shared.v.index(me.index + fresh_zero())), n)
+    do = matrix(shared.do.index(shared.do_stream.slot(n)))
     dq = _issue_dq(me, n - 1, before >= 0)
     dp = warpgroup_mma_wait(1, deps=(dp,))
     dv = warpgroup_mma(gl.convert_layout(p, operand_layout(me.config.dim_v)), do, dv, is_async=True)
     dq = warpgroup_mma_wait(1, deps=(dq,))
     if before >= 0:
         _add_dq(me, dq_map, n - 1, dq, before)
-    d = row_values(shared.d, slot, me.config.rows)
-    ds = to_16_bit(to_32_bit(p) * (dp - d[None, :]), dtype)
+    ds = to_16_bit(ds_of(me, p, dp, n), dtype)
     hand_over(me, ds, n)
     return dv, ds
 
@@ -230,8 +247,8 @@ def _main_loop(me, dq_map, tile, begin, count, n):
     rows: gl.constexpr = config.rows
     first = tile.first + me.index * M
     unseen = _unseen(config, me.call.band, tile.seq, first, begin, count)
-    cut, full = cut_and_full(config, me.call.band, tile.seq, first, begin + unseen, count - unseen)
-    unseen, cut, end = _in_turn(config, tile, unseen, cut, count)
+    cut, in_full = cut_and_full(config, me.call.band, tile.seq, first, begin + unseen, count - unseen)
+    in_turn = _in_turn(config, tile, unseen, cut, count)
     bounds = key_bounds(config, me.call.band, tile.seq, first)
     row = begin * rows
     dk = empty_accumulator(me.shared.k)
@@ -239,6 +256,11 @@ def _main_loop(me, dq_map, tile, begin, count, n):
     before = -1
     for member in range(me.call.group):
         block = row_block(me.call, tile, member, begin)
+        # Each member's anew: what LLVM takes out of this loop stays in uniform registers, of which the loops below have too few.
+        unseen = of_first_lane(in_turn[0])
+        cut = of_first_lane(in_turn[1])
+        full = of_first_lane(in_full)
+        end = of_first_lane(in_turn[2])
         for i in range(unseen):
             _pass_over(me, dq_map, n, before)
             before = block + nth_place(config, tile, count, i)

@@ -54,7 +54,10 @@ def main_spec(config: BackwardConfig, dtype: torch.dtype) -> jit.KernelSpec:
         ("q", config.rows, config.dim), ("k", _PIECE, config.dim), ("v", _PIECE, config.dim_v), ("do", config.rows, config.dim_v),
     ):  # fmt: skip
         arguments[f"{name}_map"] = jit.Tiles(element, (1, 1, 1, rows, dim))
-    arguments["stats_map"] = jit.Tiles("fp32", (1, config.rows))
+    if config.subtracts_by_products:
+        arguments["stats_map"] = jit.Tiles("bf16", (8, config.rows))
+    else:
+        arguments["stats_map"] = jit.Tiles("fp32", (1, config.rows))
     arguments["dk_map"] = jit.Tiles(element, (1, 1, 1, _PIECE, config.dim))
     arguments["dv_map"] = jit.Tiles(element, (1, 1, 1, _PIECE, config.dim_v))
     if config.part_layout is PartLayout.ROWS:
@@ -81,11 +84,11 @@ def main_spec(config: BackwardConfig, dtype: torch.dtype) -> jit.KernelSpec:
 
 def prepare_spec(config: RowsConfig, dtype: torch.dtype) -> jit.KernelSpec:
     """The kernel before the main one."""
-    element = ELEMENTS[dtype]
+    element, of_rows = ELEMENTS[dtype], "bf16" if config.subtracts_by_products else "fp32"
     arguments: dict[str, jit.Tiles | jit.Pointer | jit.Scalar] = {
         "out_ptr": jit.Pointer(element), "do_ptr": jit.Pointer(element),
         "lse_ptr": jit.Pointer("fp32", align=4), "dlse_ptr": jit.Pointer("fp32", align=4),
-        "sinks_ptr": jit.Pointer("fp32", align=4), "stats_ptr": jit.Pointer("fp32"), "sum_ptr": jit.Pointer("fp32"),
+        "sinks_ptr": jit.Pointer("fp32", align=4), "stats_ptr": jit.Pointer(of_rows), "sum_ptr": jit.Pointer("fp32"),
         "marks_ptr": jit.Pointer("i32"), "dsinks_ptr": jit.Pointer("fp32", align=4),
     }  # fmt: skip
     arguments |= {name: jit.Pointer("i32", align=4) for name in _LENGTHS}
@@ -155,7 +158,13 @@ class BackwardLaunch:
     def work_words(self) -> tuple[int, int, int, int]:
         """The parts of the workspace in words of four bytes: sums, lse and D of each row, shares of a divided tile, marks."""
         rows = self.problem.shape.heads_q * self.line
-        return math.prod(self.sums_shape), 2 * rows, self.remainder.values, 1 + rows // _PIECE
+        return math.prod(self.sums_shape), self.config.row_words * rows, self.remainder.values, 1 + rows // _PIECE
+
+    @cached_property
+    def stats_shape(self) -> tuple[int, int]:
+        """lse and D of each row in the workspace, as the main kernel's TMA sees them."""
+        lines = 8 if self.config.subtracts_by_products else 2
+        return lines * self.problem.shape.heads_q, self.line
 
     @cached_property
     def blocks(self) -> int:
@@ -283,7 +292,7 @@ class BackwardLaunch:
         shape, device, (q, k, v) = self.problem.shape, operands.q.device, operands[:3]
         prepare, main, *finish = (jit.load(spec, device.index) for spec in self.specs)
         dq, dk, dv = (Rows.of(torch.empty(x.shape, dtype=x.dtype, device="meta")) for x in (q, k, v))
-        stats = (2 * shape.heads_q, self.line)
+        stats = self.stats_shape
         maps = [(row.shape, row.strides) for row in (*rows, dk, dv, dq)]
         maps[4:4], maps[7:7] = [(stats, dense_strides(stats))], [(self.sums_shape, dense_strides(self.sums_shape))]
         begin, rest = operands.mask.document_begin, self.remainder
@@ -293,7 +302,9 @@ class BackwardLaunch:
             rest.numbers, rest.whole, rest.share, *self.scales,
         )  # fmt: skip
         sizes, dout = (shape.batch, shape.heads_q, shape.seqlen_q, shape.seqlen_k, self.line), rows[3]
-        shares = (score_unit(self.problem.score), 1 / keep_scale(self.problem.score.dropout_p))
+        score = self.problem.score
+        unit = 1 / score.scale if self.config.subtracts_by_products else score_unit(score)
+        shares = (unit, 1 / keep_scale(score.dropout_p))
         dims, steps = (shape.head_dim, shape.head_dim_v, dout.pitch), (dout.strides[3], dout.strides[2])
         programs = self.line // _PIECE * shape.heads_q * -(-shape.head_dim // _PIECE)
         make_keys = (lambda x: x.new_zeros(x.shape)) if self.has_unwritten_keys else None

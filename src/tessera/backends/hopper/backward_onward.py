@@ -11,15 +11,15 @@ meanwhile. P of the block after that is made when it comes: Q's ring holds two.
 dK and dV leave through the buffer of dQ's parts, so that K, V and the rings are free for the next tile before they have.
 """
 
-from tessera.backends.hopper.backward_ahead import Pair, hand_over, p_of
+from tessera.backends.hopper.backward_ahead import Pair, ds_of, hand_over, p_of
 from tessera.backends.hopper.pieces.draws import Draws
-from tessera.backends.hopper.pieces.gradients import Score, Shared, issue_transposed, row_values
+from tessera.backends.hopper.pieces.gradients import Score, Shared, issue_dp, issue_s
 from tessera.backends.hopper.pieces.key_tiles import Call, KeyTile, locate_keys
 from tessera.backends.hopper.pieces.kv_source import store_rows
 from tessera.backends.hopper.pieces.masking import has_lower_bound
 from tessera.backends.hopper.pieces.numbers import of_first_lane
 from tessera.backends.hopper.pieces.row_ranges import cut_and_full, end_row, first_row, key_bounds, row_blocks
-from tessera.backends.hopper.pieces.softmax import to_16_bit, to_32_bit
+from tessera.backends.hopper.pieces.softmax import to_16_bit
 from tessera.backends.hopper.pieces.sums import add_part, row_block
 from tessera.backends.hopper.pieces.tiles import (
     M,
@@ -155,7 +155,7 @@ def _issue_dq(me, at):
 def _put_dq(me, dq_map, at, dq):
     """This dQ out. After the last of the tile before nobody reads that one's K any more."""
     if at.before >= 0:
-        add_part(me.config, dq_map, me.pair.sums, 2 * (at.n - 1) + me.index, dq, at.before, me.index)
+        add_part(me.config, dq_map, me.pair.sums, me.index, dq, at.before, me.index)
     if at.held != at.seen:
         mbarrier.arrive(me.shared.k_free)
 
@@ -165,8 +165,7 @@ def _issue_s(me, n, seen, is_there):
     """Start S^T = K Q^T of block n, of tile `seen`. If it is not there, of whatever lies there."""
     if is_there:
         me.shared.q_stream.wait(n)
-    q = matrix(me.shared.q.index(me.shared.q_stream.slot(n)))
-    return issue_transposed(matrix(me.shared.k.index(_k_place(seen) + me.index + fresh_zero())), q)
+    return issue_s(me.config, me.shared, matrix(me.shared.k.index(_k_place(seen) + me.index + fresh_zero())), n)
 
 
 @gluon.jit
@@ -180,10 +179,8 @@ def _from_p_to_ds(me, dq_map, at, closes, dv, p):
     """(dV, still under way, and dS^T) of a block, and dQ of the one before it. `closes`: it is the last to read the tile's V."""
     shared = me.shared
     dtype: gl.constexpr = shared.q.dtype
-    slot = shared.do_stream.slot(at.n)
-    do = matrix(shared.do.index(slot))
-    shared.do_stream.wait(at.n)
-    dp = issue_transposed(matrix(shared.v.index(me.index + fresh_zero())), do)
+    dp = issue_dp(me.config, shared, matrix(shared.v.index(me.index + fresh_zero())), at.n)
+    do = matrix(shared.do.index(shared.do_stream.slot(at.n)))
     dq = _issue_dq(me, at)
     dp = warpgroup_mma_wait(1, deps=(dp,))
     if closes:
@@ -191,8 +188,7 @@ def _from_p_to_ds(me, dq_map, at, closes, dv, p):
     dv = warpgroup_mma(gl.convert_layout(p, operand_layout(me.config.dim_v)), do, dv, is_async=True)
     dq = warpgroup_mma_wait(1, deps=(dq,))
     _put_dq(me, dq_map, at, dq)
-    d = row_values(shared.d, slot, me.config.rows)
-    ds = to_16_bit(to_32_bit(p) * (dp - d[None, :]), dtype)
+    ds = to_16_bit(ds_of(me, p, dp, at.n), dtype)
     hand_over(me, ds, at.n)
     return dv, ds
 

@@ -34,6 +34,8 @@ work. With as many heads as its share holds, with 32 and with all of 128, over F
 16k, but head dim 128 at 4k 1.26 of any order for 1.04; 4096 keys 1.07 and 1.20 (H200, 2026-11-22)."""
 MANY_TILES = 512
 """With fewer than about four for each multiprocessor those of a head begin together, and wait for one another."""
+LEAST_SCALE = 1e-20
+"""Below, lse over the scale might be no number in float32."""
 
 
 class Division(Enum):
@@ -144,6 +146,19 @@ class BackwardConfig:
     def values_of_share(self) -> int:
         """Values that a share of a tile leaves: all of these gradients."""
         return self.keys * (self.dim + self.dim_v)
+
+    @property
+    def subtracts_by_products(self) -> bool:
+        """Whether a further step of S's and dP's products subtracts lse and D (pieces/gradients.py): shared memory then gives 72
+        wavefronts for them of a block's 3200, not 260. Times over FA3's without and with: full 512 0.898 and 0.879, 1k 0.965 and
+        0.945, 4k 0.961 and 0.942, 16k 0.931 and 0.911, causal 4k 0.965 and 0.954, 16k 0.961 and 0.950, GQA 32/8 4k 0.892 and
+        0.848, a window of 1024 keys 0.969 and 0.961, of 256 level. At head dim 64 it is level too (H200, 2026-11-22)."""
+        return self.division is Division.AHEAD and Feature.SCALE_FIRST not in self.features
+
+    @property
+    def row_words(self) -> int:
+        """Words of lse and D for each row in the workspace."""
+        return 4 if self.subtracts_by_products else 2
 
     @property
     def asks_early(self) -> bool:
@@ -264,6 +279,7 @@ class RowsConfig:
     adding: Adding
     part_layout: PartLayout
     features: tuple[Feature, ...]
+    subtracts_by_products: bool
 
     @staticmethod
     def of(config: BackwardConfig) -> RowsConfig:
@@ -271,7 +287,7 @@ class RowsConfig:
         wanted = {Feature.VARLEN, Feature.SEQUSED_Q, Feature.QUERY_END, Feature.SINKS}
         features = tuple(x for x in config.features if x in wanted)
         adding = Adding.ANY_ORDER if config.adding is Adding.ANY_ORDER else Adding.ORDER
-        return RowsConfig(config.dim, config.dim_v, adding, config.part_layout, features)
+        return RowsConfig(config.dim, config.dim_v, adding, config.part_layout, features, config.subtracts_by_products)
 
 
 def backward_config(problem: Problem) -> BackwardConfig:
@@ -377,7 +393,7 @@ def _divided(problem: Problem, adding: Adding) -> BackwardConfig:
     if kinds:
         # P ahead with ALiBi or dropout costs 1.01 to 1.05 times this (H200, 4k, 2026-11-21).
         return config
-    if dim == dim_v == 128 and Feature.SOFTCAP not in features:
+    if dim == dim_v == 128 and Feature.SOFTCAP not in features and not 0 < problem.score.scale < LEAST_SCALE:
         # Over in step: 1.03 to 1.05, 1.03 more for tile after tile up to 2k; in a fixed order over in turn 1.02 to 1.06 (H200,
         # 2026-11-21). A softcap's slope does not fit.
         return replace(config, division=Division.AHEAD)

@@ -7,6 +7,7 @@ scales it and rounds it.
 """
 
 from tessera.backends.hopper.pieces.epilogue import LOG2_E
+from tessera.backends.hopper.pieces.gradients import subtracts_by_products
 from tessera.backends.hopper.pieces.key_tiles import locate_rows
 from tessera.backends.hopper.pieces.kv_source import Lengths
 from tessera.backends.hopper.pieces.softmax import exp2
@@ -86,14 +87,41 @@ def prepare_rows(
         sink = gl.load(sinks_ptr + head)
         gl.store(dsinks_ptr + head * (gl.num_programs(0) // heads) + block, _sink_gradient(sink, lse, d))
     seen = live & (lse > float("-inf"))
-    place = head.to(gl.int64) * line + start + gl.arange(0, count, gl.SliceLayout(1, layout))
-    gl.store(stats_ptr + place, gl.where(seen, lse * unit, float("inf")))
-    gl.store(stats_ptr + heads.to(gl.int64) * line + place, gl.where(seen, d * share, 0.0))
+    row = start + gl.arange(0, count, gl.SliceLayout(1, layout))
+    place = head.to(gl.int64) * line + row
+    lse = gl.where(seen, lse * unit, float("inf"))
+    d = gl.where(seen, d * share, 0.0)
+    if subtracts_by_products(config):
+        _store_summands(stats_ptr + 8 * head.to(gl.int64) * line + row, line, lse, d)
+    else:
+        gl.store(stats_ptr + place, lse)
+        gl.store(stats_ptr + heads.to(gl.int64) * line + place, d)
     if head + start == 0:
         gl.store(marks_ptr, 0)  # the counter of tiles, before all marks
     _clear_marks(marks_ptr, head, line, start)
     if not adds_in_order(config):
         _clear_sums(config, sum_ptr, head.to(gl.int64) * line + start, dim)
+
+
+@gluon.jit
+def _summands(x):
+    """x as a sum of four values of bfloat16, the last of them 0."""
+    high = x.to(gl.bfloat16)
+    rest = x - high.to(gl.float32)
+    middle = rest.to(gl.bfloat16)
+    low = (rest - middle.to(gl.float32)).to(gl.bfloat16)
+    return high, middle, low, (x - x).to(gl.bfloat16)
+
+
+@gluon.jit
+def _store_summands(begin, line, lse, d):
+    """Minus lse and minus D of each row as sums of four values of bfloat16 each, a line each (pieces/gradients.issue_less). An
+    infinite lse is a great one: its multiples by 0 are to be 0."""
+    of_lse = _summands(-gl.minimum(lse, 1e38))
+    of_d = _summands(-d)
+    for part in gl.static_range(4):
+        gl.store(begin + part * line, of_lse[part])
+        gl.store(begin + (4 + part) * line, of_d[part])
 
 
 @gluon.jit

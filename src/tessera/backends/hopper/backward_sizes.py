@@ -71,6 +71,6 @@ def bias_sums_shape(problem: Problem) -> tuple[int, ...]:
 def workspace_bytes(problem: Problem, multiprocessors: int) -> int:
     """dQ in float32, lse and D of each row, a mark for every 64 rows and a counter; the bias's gradient in float32; what shares
     of the last tiles leave for one another."""
-    rows, sums = problem.shape.heads_q * work_lines(problem), bias_sums_shape(problem)
-    shared = Remainder.of(problem, backward_config(problem), multiprocessors).values
-    return 4 * (rows * (problem.shape.head_dim + 2) + rows // 64 + 1 + (math.prod(sums) if sums else 0) + shared)
+    rows, sums, config = problem.shape.heads_q * work_lines(problem), bias_sums_shape(problem), backward_config(problem)
+    shared = Remainder.of(problem, config, multiprocessors).values
+    return 4 * (rows * (problem.shape.head_dim + config.row_words) + rows // 64 + 1 + (math.prod(sums) if sums else 0) + shared)

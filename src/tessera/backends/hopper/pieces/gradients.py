@@ -8,8 +8,17 @@ from tessera.backends.hopper.pieces.lines import exchanged
 from tessera.backends.hopper.pieces.modifiers import Modifiers, add_to_transposed, of_keys
 from tessera.backends.hopper.pieces.row_ranges import mask_rows
 from tessera.backends.hopper.pieces.softmax import exp2, tanh, to_16_bit, to_32_bit
-from tessera.backends.hopper.pieces.tiles import M, accumulator_layout, has, has_bias, matrix
-from tessera.jit.compat import aggregate, fence_async_shared, gl, gluon, warpgroup_mma
+from tessera.backends.hopper.pieces.tiles import (
+    M,
+    accumulator_layout,
+    allocate_tiles,
+    fresh_zero,
+    has,
+    has_bias,
+    matrix,
+    operand_layout,
+)
+from tessera.jit.compat import aggregate, fence_async_shared, gl, gluon, reinterpret, warpgroup_mma
 
 # Hardware's named barriers that channel.py leaves free.
 BARRIER_DS = gl.constexpr(7)
@@ -35,7 +44,7 @@ class Score:
 @aggregate
 class Shared:
     """K and V of the tile in pieces of 64 keys (in one buffer of two tiles, where they change places); rings of Q with lse, of
-    dO with D. `k_free`, `v_free`: their readers are done with the tile's K, and with its V."""
+    dO with D (or of Q with both: allocate_summands). `k_free`, `v_free`: their readers are done with the tile's K, and its V."""
 
     k: gl.shared_memory_descriptor
     v: gl.shared_memory_descriptor
@@ -88,6 +97,85 @@ def issue_transposed(keys, rows):
     return warpgroup_mma(keys, rows.permute((1, 0)), s, use_acc=False, is_async=True)
 
 
+@gluon.constexpr_function
+def subtracts_by_products(config):
+    """Whether lse and D are subtracted by a further step of S's and dP's products."""
+    return config.subtracts_by_products
+
+
+@gluon.constexpr_function
+def _pairs_of(stages):
+    return (stages + 1) // 2
+
+
+@gluon.jit
+def summand_pairs(config: gl.constexpr, summands):
+    """A ring of (8, rows) as pairs of slots, one's lines under the other's: (pairs, 16, rows)."""
+    rows: gl.constexpr = config.rows
+    pairs: gl.constexpr = _pairs_of(config.q_stages)
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([16, rows], summands.dtype)
+    return reinterpret(summands, summands.dtype, [pairs, 16, rows], layout)
+
+
+@gluon.jit
+def allocate_summands(config: gl.constexpr, stats_map):
+    """A ring of as many slots as Q's, or one more: (8, rows), of which four add up to minus lse over the scale, and four to minus
+    D. Of a pair one slot is multiplied by 0 while the other is read: so at first there is 0. (A row of the caller's whose lse or
+    D is NaN so spoils the dQ of a row 64 before or after it too, and not dK and dV alone.)"""
+    rows: gl.constexpr = config.rows
+    pairs: gl.constexpr = _pairs_of(config.q_stages)
+    ring = allocate_tiles(stats_map, 2 * pairs)
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    for pair in gl.static_range(pairs):
+        summand_pairs(config, ring).index(pair).store(gl.zeros([16, rows], ring.dtype, layout))
+    return ring
+
+
+@gluon.constexpr_function
+def _wanted_asm(which):
+    """Ones of a slot's first lines, under a mask; or of its others, from the same register."""
+    return "and.b32 $0, $1, $2;" if which == 0 else "{ .reg .b32 other; xor.b32 other, $1, 0x3f803f80; and.b32 $0, other, $2; }"
+
+
+@gluon.jit
+def _issue_less(config: gl.constexpr, keys, rows, summands, slot, which: gl.constexpr):
+    """As issue_transposed, less lse (`which` 0) or D (1) of each row."""
+    count: gl.constexpr = config.rows
+    layout: gl.constexpr = operand_layout(count)
+    line = gl.arange(0, 16, gl.SliceLayout(0, layout))[None, :] + gl.zeros([M, 16], gl.int32, layout)
+    ones = gl.where(line % 8 < 4, 1.0, 0.0).to(summands.dtype)
+    mask = (line // 8 ^ slot % 2) - 1  # of a slot's lines; by a comparison `slot` would leave the uniform registers
+    asm: gl.constexpr = _wanted_asm(which)
+    ones = gl.inline_asm_elementwise(asm, "=r,r,r,r", [ones, mask], dtype=ones.dtype, is_pure=True, pack=2)
+    s = gl.zeros([M, count], gl.float32, accumulator_layout(count))
+    pair = summand_pairs(config, summands).index(slot // 2 + fresh_zero())
+    s = warpgroup_mma(ones, pair, s, use_acc=False, is_async=True)
+    return warpgroup_mma(keys, rows.permute((1, 0)), s, is_async=True)
+
+
+@gluon.jit
+def issue_s(config: gl.constexpr, shared, k, n):
+    """Start S^T = K Q^T of block n, less lse over the scale where a product subtracts it. Shared memory, which is the limit at
+    head dims 64 and 128, then gives lse once a warpgroup and not to all threads: 16 wavefronts for 64."""
+    slot = shared.q_stream.slot(n)
+    q = matrix(shared.q.index(slot))
+    if subtracts_by_products(config):
+        return _issue_less(config, k, q, shared.lse, slot, 0)
+    else:
+        return issue_transposed(k, q)
+
+
+@gluon.jit
+def issue_dp(config: gl.constexpr, shared, v, n):
+    """Start dP^T = V dO^T of block n, less D where a product subtracts it: that lies beside lse, in Q's ring."""
+    shared.do_stream.wait(n)
+    do = matrix(shared.do.index(shared.do_stream.slot(n)))
+    if subtracts_by_products(config):
+        return _issue_less(config, v, do, shared.lse, shared.q_stream.slot(n), 1)
+    else:
+        return issue_transposed(v, do)
+
+
 @gluon.jit
 def row_values(values, slot, rows: gl.constexpr):
     """lse or D of a block's rows, one a column of S^T."""
@@ -108,7 +196,9 @@ def probabilities(config: gl.constexpr, score, s, lse, bounds, first_row, masked
         x = capped * score.scale
     else:
         x = s * score.scale
-    x = add_to_transposed(config, score.modifiers, x, first_row) - lse[None, :]
+    x = add_to_transposed(config, score.modifiers, x, first_row)
+    if not subtracts_by_products(config):
+        x -= lse[None, :]
     if has_bias(config):
         x = x * LOG2_E
     if masked:
