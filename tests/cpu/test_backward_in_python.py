@@ -7,7 +7,7 @@ import torch
 from gluon_in_python import in_python
 
 from tessera.backends.cpu import tiled, tiles_for
-from tessera.backends.hopper import BACKEND
+from tessera.backends.hopper import BACKEND, backward_plan
 from tessera.backends.hopper.backward_launch import BackwardLaunch
 from tessera.backends.hopper.backward_plan import Adding, Division, backward_config
 from tessera.backends.hopper.backward_sizes import Remainder
@@ -94,6 +94,18 @@ def test_sections_take_turns(heads_kv: int, monkeypatch: pytest.MonkeyPatch) -> 
     case = Case("sections", head_dim=128, batch=2, seqlen_q=700, seqlen_k=740, heads_q=6, heads_kv=heads_kv, causal=True)
     request = case.request("cpu", torch.bfloat16, requires_grad=True)._replace(deterministic=True)
     assert backward_config(bind(request)[0]).sections_take_turns
+    check(request)
+
+
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(530, 600), (600, 330), (130, 500)])
+def test_heads_come_in_stretches(seqlen_q: int, seqlen_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a fixed order at head dim 256: all heads' first keys before any head's later ones, whose last tiles see no row."""
+    monkeypatch.setattr(backward_plan, "STRETCH", 3)
+    monkeypatch.setattr(BackwardLaunch, "section", 1)
+    case = Case("stretches", head_dim=256, batch=2, seqlen_q=seqlen_q, seqlen_k=seqlen_k, heads_q=2, heads_kv=1, causal=True,
+                key_start=(0, 70), key_end=(seqlen_k, 260), query_end=(seqlen_q, 100))  # fmt: skip
+    request = case.request("cpu", torch.bfloat16, requires_grad=True)._replace(deterministic=True)
+    assert backward_config(bind(request)[0]).stretch == 3
     check(request)
 
 

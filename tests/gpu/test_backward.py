@@ -190,6 +190,7 @@ REPEATED = (
     *(Case(f"d{d} window", head_dim=d, window=(200, 30), **MANY) for d in (64, 128, 256)),
     *(Case(f"d{d} packed", head_dim=d, causal=True, **PACKED) for d in (64, 128, 256)),
     Case("sinks, softcap", head_dim=128, softcap=20.0, sinks=True, causal=True, **MANY),
+    Case("d256 stretches", head_dim=256, causal=True, batch=2, seqlen_q=2500, seqlen_k=3000, heads_q=8, heads_kv=4),
 )
 """More tiles of keys than multiprocessors, many to each row."""
 

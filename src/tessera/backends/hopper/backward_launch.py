@@ -194,7 +194,8 @@ class BackwardLaunch:
         if self.config.writers == 2 and self.config.dim < 256 and sees_few_keys(self.problem):
             return min(APART * shape.seqlen_q, _FAR)
         narrow = 1 if shape.group > 1 else self.config.sections_in_share
-        fitting = L2_BYTES // (shape.group * (6 * shape.head_dim + 2 * shape.head_dim_v) * narrow)
+        share = L2_BYTES // 2 if self.config.stretch else L2_BYTES
+        fitting = share // (shape.group * (6 * shape.head_dim + 2 * shape.head_dim_v) * narrow)
         rows = self.multiprocessors * self.config.keys // min(narrow, 2)
         if self.config.sections_take_turns:
             rows = max(rows, shape.seqlen_q * -(-95 * rows // (100 * max(shape.seqlen_q, 1))))

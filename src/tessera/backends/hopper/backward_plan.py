@@ -21,6 +21,8 @@ FEW_KEYS = 512
 """Up to so many keys dQ's zeros and the kernel that rounds it cost more than that the last tile rounds: by default under a
 diagonal at head dim 128 (ours / FA3 at 512 1.146 and 1.002; at 64 tile after tile is faster, 1.146 and 1.093), and where an order
 is kept anyway (over order alone 1.03 under a diagonal, 0.99 without; at 1k 0.98 and 0.92; H200, 2026-11-21)."""
+STRETCH = 32
+"""Key tiles of a head that come together, where its tiles come in stretches (BackwardConfig.stretch)."""
 FEW_ROWS = 1280
 """Where a tile of keys sees up to so many rows, over all heads of a group, its end costs enough to run it under the next one's
 start at head dim 128. The second place for K takes a buffer for parts of dQ, which long tiles miss: ours over FA3's time without
@@ -206,6 +208,16 @@ class BackwardConfig:
         others = {Feature.LEFT, Feature.DOCUMENTS, Feature.VARLEN} & set(self.features)
         is_ordered = self.adding is Adding.ORDER and self.division is Division.AHEAD
         return is_ordered and Feature.RIGHT in self.features and not others
+
+    @property
+    def stretch(self) -> int:
+        """So many key tiles of every head come before the next ones of any; 0 where a head's come all at once. In a fixed order
+        below a diagonal the longest tile of a head comes last, and so ended the grid; now that of the shortest stretch does. An
+        order's cost at head dim 256, without and with: 1k 1.079 and 1.029, 2k 1.103 and 1.069, 4k 1.085 and 1.082, 8k 1.095 and
+        1.082, 16k 1.160 and 1.089 (H200, 2026-11-22). At head dim 64 1k is slower."""
+        others = {Feature.LEFT, Feature.DOCUMENTS, Feature.VARLEN} & set(self.features)
+        is_ordered = self.adding is Adding.ORDER and self.division is Division.PRODUCTS and self.takes_tile_after_tile
+        return STRETCH if is_ordered and Feature.RIGHT in self.features and not others else 0
 
     @property
     def takes_heads_apart(self) -> bool:

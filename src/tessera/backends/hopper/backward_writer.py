@@ -106,7 +106,7 @@ def _write_in_turn(config: gl.constexpr, writer: gl.constexpr, dq_map, out, sums
         use = task.done + n
         mark = task.marks + task.place(config, call, n)
         if not task.chain.opens(task.row(config, n)):
-            await_mark(mark, task.chain.before + 1)
+            await_mark(mark, task.chain.mark(task.row(config, n)))
         if shares_slots(config) and use > 0:
             mbarrier.wait(sums.found.index(1 - writer), ((use - 1) // 2) & 1)
         for j in gl.static_range(parts):

@@ -13,17 +13,24 @@ from tessera.jit.compat import aggregate, gl, gluon
 @aggregate
 class Chain:
     """A tile's place: `before` is the number of the tile before it. Of its rows nobody came before it to those before `opened`,
-    and nobody comes after it to those from `closed` on. `factor` is dQ's, for the last to round it."""
+    or, where `earlier` is not -1, that tile did, the last of the stretch before; and nobody comes after it to those from `closed`
+    on. `factor` is dQ's, for the last to round it."""
 
     before: gl.tensor
     opened: gl.tensor
     closed: gl.tensor
     factor: gl.tensor
+    earlier: gl.tensor
 
     @gluon.jit
     def opens(self, row):
         """Whether nothing has been added to a block's rows, from `row` on, before this tile."""
-        return row < self.opened
+        return (row < self.opened) & (self.earlier < 0)
+
+    @gluon.jit
+    def mark(self, row):
+        """What a block's mark is when its turn has come."""
+        return gl.where(row < self.opened, self.earlier, self.before) + 1
 
     @gluon.jit
     def closes(self, row):
@@ -45,10 +52,12 @@ def chain_of(config: gl.constexpr, call, tile, factor):
             if config.sections_take_turns:
                 before = gl.where(tile.falls, before, number - 1)
                 opened = gl.where(tile.falls, opened, gl.where(number == 0, FAR, 0))
-            return Chain(before, opened, closed, factor)
+            if config.stretch > 0:
+                opened = gl.where(number + 1 == tile.stretch.end, FAR, opened)
+            return Chain(before, opened, closed, factor, tile.stretch.before)
         else:
             opened = gl.where(number == 0, FAR, 0)
             closed = gl.where(tile.first + config.keys >= tile.seq.k_rows, 0, FAR)
-            return Chain(number - 1, opened, closed, factor)
+            return Chain(number - 1, opened, closed, factor, number * 0 - 1)
     else:
         return 0
