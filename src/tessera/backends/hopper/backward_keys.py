@@ -136,9 +136,8 @@ def _main_loop(config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, hal
     if count > 0:
         bounds = key_bounds(config, call.band, tile.seq, first)
         mbarrier.wait(shared.k_full, 0)
-        part_neighbours(config, shared.k.index(consumer))
         mbarrier.wait(shared.v_full, 0)
-        part_neighbours(config, shared.v.index(consumer))
+        part_neighbours(config, (shared.k.index(consumer), shared.v.index(consumer)))
         n = 0
         for member in range(call.group):
             row = begin * config.rows

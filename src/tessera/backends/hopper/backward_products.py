@@ -253,7 +253,7 @@ def _sum_dv(config: gl.constexpr, shared, exchange, score, call, tile, rows, don
         bounds = key_bounds(config, call.band, tile.seq, tile.first)
         cut, full = cut_and_full(config, call.band, tile.seq, tile.first, begin, count)
         mbarrier.wait(shared.k_full, seen & 1)
-        part_neighbours(config, shared.k.index(0))
+        part_neighbours(config, (shared.k.index(0),))
         s, lse = _finished_s(config, shared, _issue_s(shared, done), done)
         scored = score_of_keys(config, score, tile.seq, tile.head * call.group, tile.first)
         start = first_place(config, call, tile, count)
@@ -357,7 +357,7 @@ def _sum_dk(config: gl.constexpr, shared, exchange, score, call, tile, rows, don
     last = done + places(call, count) - 1
     if count > 0:
         mbarrier.wait(shared.v_full, seen & 1)
-        part_neighbours(config, shared.v.index(0))
+        part_neighbours(config, (shared.v.index(0),))
         dp, d, p = _finished_dp(config, shared, exchange, _issue_dp(config, shared, done), done)
         scored = score_of_keys(config, score, tile.seq, tile.head * call.group, tile.first)
         start = first_place(config, call, tile, count)

@@ -142,15 +142,32 @@ def _sum_in_turn(config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, p
 @gluon.jit
 def _own_v(config: gl.constexpr, consumer: gl.constexpr, shared, seen):
     """This consumer's V as dP's operand from registers; 0 where it is read from shared memory."""
-    mbarrier.wait(shared.v_full, seen & 1)
+    if not _waits_late(config):
+        mbarrier.wait(shared.v_full, seen & 1)
     if config.keeps_v:
         v = matrix(shared.v.index(place_of_v(config, seen) + _piece(config, consumer))).load(operand_layout(config.rows))
         if config.takes_tile_after_tile:
             mbarrier.arrive(shared.v_free)
         return v
     else:
-        part_neighbours(config, shared.v.index(_piece(config, consumer)))
         return 0
+
+
+@gluon.constexpr_function
+def _waits_late(config):
+    """Whether K and V are waited for behind what a tile's draws begin with, a chain of products that they come under."""
+    return has(config, "dropout")
+
+
+@gluon.jit
+def _await_late(config: gl.constexpr, consumer: gl.constexpr, shared, seen, member):
+    """Until K and V are there (of a group of heads each finds them there), and put them into their lines."""
+    if _waits_late(config):
+        mbarrier.wait(shared.k_full, seen & 1)
+        mbarrier.wait(shared.v_full, seen & 1)
+        if member == 0:
+            piece = _piece(config, consumer)
+            part_neighbours(config, (shared.k.index(piece), shared.v.index(piece)))
 
 
 @gluon.jit
@@ -254,8 +271,8 @@ def _main_loop(config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, par
     cut, full = cut_and_full(config, call.band, tile.seq, first, begin + unseen, gl.maximum(seen_end - unseen, 0))
     state = (empty_accumulator(shared.k), empty_accumulator(shared.v))
     if count > 0:
-        mbarrier.wait(shared.k_full, seen & 1)
-        part_neighbours(config, shared.k.index(place_of_k(config, seen) + _piece(config, consumer)))
+        if not _waits_late(config):
+            mbarrier.wait(shared.k_full, seen & 1)
         chain = chain_of(config, call, tile, score.factor)
         bounds = key_bounds(config, call.band, tile.seq, first)
         own = (bounds, _own_v(config, consumer, shared, seen), place_of_k(config, seen), chain)
@@ -265,6 +282,7 @@ def _main_loop(config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, par
             n = done + member * count
             block = row_block(call, tile, member, begin)
             scored = score_of_keys(config, score, tile.seq, tile.head * call.group + member, first)
+            _await_late(config, consumer, shared, seen, member)
             place = first_place(config, call, tile, count)
             for i in range(unseen):
                 at = place_of(config, place, i)

@@ -50,11 +50,20 @@ def _layout(columns):
 
 
 @gluon.jit
-def part_neighbours(config: gl.constexpr, tile):
-    """64 keys of K or V, which this warpgroup has waited for, into their lines in shared memory."""
+def _as_brought(tile):
+    keys = matrix(tile)
+    layout: gl.constexpr = _layout(keys.shape[1])
+    return keys.load(layout)
+
+
+@gluon.jit
+def part_neighbours(config: gl.constexpr, tiles):
+    """64 keys each of K, of V or of both, which this warpgroup has waited for, into their lines in shared memory."""
     if parts_neighbours(config):
-        keys = matrix(tile)
-        layout: gl.constexpr = _layout(keys.shape[1])
-        keys.store(exchanged(config, keys.load(layout)))
+        keys = ()
+        for i in gl.static_range(len(tiles)):
+            keys = keys + (_as_brought(tiles[i]),)
+        for i in gl.static_range(len(tiles)):
+            matrix(tiles[i]).store(exchanged(config, keys[i]))
         fence_async_shared()
         barrier()  # a product reads what other warps have written
