@@ -123,6 +123,19 @@ def test_last_tiles_are_divided(dim: int, programs: int, seqlen_q: int, tiles: i
     check(request)
 
 
+@pytest.mark.parametrize(("dim", "tiles"), [(64, 3), (256, 5)])
+def test_last_tiles_are_divided_under_dropout(dim: int, tiles: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where keys lie in other lines until they leave."""
+    monkeypatch.setitem(globals(), "FEW", 2)
+    keys = {64: 192, 256: 64}[dim] * tiles - 28
+    case = Case("rest", head_dim=dim, batch=1, seqlen_q=1400, seqlen_k=keys, heads_q=2, heads_kv=1, dropout_p=0.3)
+    request = case.request("cpu", torch.bfloat16, requires_grad=True)
+    problem = bind(request)[0]
+    rest = Remainder.of(problem, backward_config(problem), 2)
+    assert rest.whole < rest.numbers
+    check(request)
+
+
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 def test_long_in_a_fixed_order(dim: int, causal: bool) -> None:
