@@ -153,7 +153,7 @@ class BackwardConfig:
     def subtracts_by_products(self) -> bool:
         """Whether a further step of S's and dP's products subtracts lse and D (pieces/gradients.py): shared memory then gives 72
         wavefronts for them of a block's 3200, not 260. Times over FA3's without and with: full 512 0.898 and 0.879, 1k 0.965 and
-        0.945, 4k 0.961 and 0.942, 16k 0.931 and 0.911, causal 4k 0.965 and 0.954, 16k 0.961 and 0.950, GQA 32/8 4k 0.892 and
+        0.945, 4k 0.962 and 0.942, 16k 0.931 and 0.911, causal 4k 0.968 and 0.954, 16k 0.961 and 0.950, GQA 32/8 4k 0.892 and
         0.848, a window of 1024 keys 0.969 and 0.961, of 256 level. At head dim 64 it is level too (H200, 2026-11-22)."""
         return self.division is Division.AHEAD and Feature.SCALE_FIRST not in self.features
 
