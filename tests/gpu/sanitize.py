@@ -44,7 +44,7 @@ does nothing else shows (H200, CUDA 13, 2026-11-21). memcheck and synccheck see 
 EXPLAINED = {
     "Triton's own words to its partitions, between two barrier.sync of the whole block": (
         "def attention_", "def _start_", "def decode(", "gl.warp_specialize([", "if config.consumers == 2:",
-        "if divided_by(config, ", "elif divided_by(config, ",
+        "if divided_by(config, ", "elif divided_by(config, ", "if not shares_text(config):",
     ),
     "the posted tile, between the arrives and the waits of an mbarrier pair": (
         "numbers.index(place).store(", "posted = numbers.index(place).load(",
