@@ -124,6 +124,17 @@ def test_a_place_in_the_source_may_stand_between_the_lines_of_a_mark():
     assert placed.replace(place, "") == plain != placed
 
 
+def test_addresses_that_workers_name_while_they_wait_are_named_anew():
+    """As from Triton 3.9 on."""
+    address = "\tmov.b32 \t%r9, global_smem;\n"
+    changes = {"body": "add.s32 \t%r7, %r9, %r2;"}
+    waiting = kernel(**changes).replace("\t$L_brx_0:", f"{address}\t$L_brx_0:")
+    found = shared_text.merged(waiting)
+    assert found[found.index("$L__tessera_text:") : found.index(BEGIN)].endswith(f"\tadd.s32 \t%r5, %r4, 1;\n{address}")
+    with pytest.raises(MarkError, match="uses %r9"):
+        shared_text.merged(waiting.replace("global_smem", "%r6"))
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

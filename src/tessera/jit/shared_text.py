@@ -14,7 +14,7 @@ text to its first worker partition, between two marks (`compat.begin_shared_text
     its end       sends each warpgroup back to where it shared
 
 All of these partitions have 128 threads and as many registers. The text may use no register that another way into it does not
-set: the pass looks, and raises MarkError.
+set, but for addresses of shared memory: the pass looks, and raises MarkError.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ _STRAIGHT = re.compile(r"(?:\t(?!setmaxnreg|bar|bra|@)[^\n]*\n| +//[^\n]*\n)*")
 _STARTED = re.compile(r"\tsetmaxnreg\.\w+\.sync\.aligned\.u32 \t\d+;\n\tbarrier\.sync \t1;\n")
 _MEETING = re.compile(r"bar\.sync \t\d+, 128;")
 _REGISTER = re.compile(r"%(?:p|r|rs|rd|f|fd|b|h)\d+\b")
+_ADDRESS = re.compile(r"^\tmov\.[bu]\d+ \t(%\w+), global_smem;\n", re.MULTILINE)
 _NUMBERED = (
     f"{_TEXT}:\n\tmov.u32 \t{NUMBER}, %tid.x;\n\tshr.u32 \t{NUMBER}, {NUMBER}, 7;\n"
     f"\tshfl.sync.idx.b32 \t{NUMBER}, {NUMBER}, 0, 31, -1;\n"
@@ -63,7 +64,7 @@ def merged(ptx: str) -> str:
         raise MarkError("the shared text begins elsewhere than in a worker partition")
     common = _worked_out_by_workers(ptx, entry.end(), [*_LABEL.finditer(ptx, 0, ptx.index("brx.idx"))][-1][1])
     text = [*_blocks(ptx, start.end(), ends[0].start())]
-    _check(ptx, text, ptx[: entry.end()] + common)
+    common += _addresses(ptx, text, ptx[: entry.end()] + common)
 
     thread = f"\tmov.u32 \t{entry['thread']}, %tid.x;\n"
     own = entry["thread"]
@@ -127,8 +128,9 @@ def _blocks(ptx: str, at: int, last: int) -> Iterator[tuple[int, int]]:
                 waiting.append((begins[target], follows[target]))
 
 
-def _check(ptx: str, text: list[tuple[int, int]], known: str) -> None:
-    """Raises MarkError where the text uses a register of the others' that `known`, what every way into it sets, does not name."""
+def _addresses(ptx: str, text: list[tuple[int, int]], known: str) -> str:
+    """What the text uses of the others and `known`, what every way into it sets, does not name: addresses of shared memory, named
+    anew (Triton 3.9 names them where workers wait for work). Raises MarkError for any other register."""
     inside: set[str] = set()
     outside: set[str] = set()
     at = 0
@@ -137,6 +139,8 @@ def _check(ptx: str, text: list[tuple[int, int]], known: str) -> None:
         outside.update(_REGISTER.findall(ptx, at, begin))
         at = end
     outside.update(_REGISTER.findall(ptx, at))
-    unset = inside & outside - set(_REGISTER.findall(known))
-    if unset:
-        raise MarkError(f"the shared text uses {', '.join(sorted(unset)[:5])}, which other partitions set")
+    addresses = {address[1]: address[0] for address in _ADDRESS.finditer(ptx)}
+    unset = sorted(inside & outside - set(_REGISTER.findall(known)))
+    if others := [register for register in unset if register not in addresses]:
+        raise MarkError(f"the shared text uses {', '.join(others[:5])}, which other partitions set")
+    return "".join(addresses[register] for register in unset)

@@ -380,7 +380,7 @@ def consumer(config: gl.constexpr, shared, score, call, o_maps, lse_ptr):
 
 @gluon.jit
 def lone_consumer(config: gl.constexpr, index: gl.constexpr, shared, score, call, o_maps, lse_ptr):
-    """One of them, in a text of its own."""
+    """One of them, in a text of its own; its number is a value there too, not a constant."""
     _consume(Consumer(config, call.batch * 0 + index, shared, score, call), o_maps, lse_ptr)
 
 

@@ -325,8 +325,9 @@ def vote_on_maxima(s, m, scale):
     maxima have outgrown nothing keeps its references, and does not ask what the rows' maxima are."""
     asm: gl.constexpr = _vote_asm()
     tops = gl.max(_in_groups(s), axis=1)
-    types: gl.constexpr = (gl.float32, gl.float32)
-    return gl.inline_asm_elementwise(asm, _VOTE_CONSTRAINTS, [tops, m, scale], dtype=types, is_pure=False, pack=4)
+    return gl.inline_asm_elementwise(
+        asm, _VOTE_CONSTRAINTS, [tops, m, scale], dtype=(gl.float32, gl.float32), is_pure=False, pack=4
+    )  # fmt: skip
 
 
 @gluon.jit
