@@ -26,7 +26,7 @@ from tessera.backends.hopper.backward_plan import (
     RowsConfig,
     sees_few_keys,
 )
-from tessera.backends.hopper.backward_sizes import Remainder, bias_sums_shape, key_blocks, key_tiles, work_lines
+from tessera.backends.hopper.backward_sizes import Remainder, bias_sums_shape, key_blocks, key_tiles, work_lines, work_words
 from tessera.backends.hopper.config import Feature
 from tessera.backends.hopper.launch import ELEMENTS, L2_BYTES, WITHOUT_POINTERS, Copied, Rows, allocator
 from tessera.dispatch import InputGradients, Upstream
@@ -157,8 +157,7 @@ class BackwardLaunch:
     @cached_property
     def work_words(self) -> tuple[int, int, int, int]:
         """The parts of the workspace in words of four bytes: sums, lse and D of each row, shares of a divided tile, marks."""
-        rows = self.problem.shape.heads_q * self.line
-        return math.prod(self.sums_shape), self.config.row_words * rows, self.remainder.values, 1 + rows // _PIECE
+        return work_words(self.problem, self.config, self.remainder)
 
     @cached_property
     def stats_shape(self) -> tuple[int, int]:

@@ -68,9 +68,15 @@ def bias_sums_shape(problem: Problem) -> tuple[int, ...]:
     return (*planes, *bias.shape[2:])
 
 
+def work_words(problem: Problem, config: BackwardConfig, remainder: Remainder) -> tuple[int, int, int, int]:
+    """The parts of the workspace in words of four bytes: dQ in float32, lse and D of each row, what shares of the last tiles
+    leave for one another, a mark for every 64 rows and a counter."""
+    rows = problem.shape.heads_q * work_lines(problem)
+    return rows * problem.shape.head_dim, config.row_words * rows, remainder.values, 1 + rows // ROWS
+
+
 def workspace_bytes(problem: Problem, multiprocessors: int) -> int:
-    """dQ in float32, lse and D of each row, a mark for every 64 rows and a counter; the bias's gradient in float32; what shares
-    of the last tiles leave for one another."""
-    rows, sums, config = problem.shape.heads_q * work_lines(problem), bias_sums_shape(problem), backward_config(problem)
-    shared = Remainder.of(problem, config, multiprocessors).values
-    return 4 * (rows * (problem.shape.head_dim + config.row_words) + rows // 64 + 1 + (math.prod(sums) if sums else 0) + shared)
+    """`work_words`, and the bias's gradient in float32."""
+    sums, config = bias_sums_shape(problem), backward_config(problem)
+    words = work_words(problem, config, Remainder.of(problem, config, multiprocessors))
+    return 4 * (sum(words) + (math.prod(sums) if sums else 0))

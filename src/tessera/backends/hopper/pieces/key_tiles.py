@@ -119,7 +119,7 @@ def _ordered(config: gl.constexpr, number, blocks, heads, section):
         return block, head, falls, stretch
     else:
         head = number // blocks
-        return number - head * blocks, head, blocks > 0, Stretch(blocks * 0, blocks, blocks * 0 - 1)
+        return number - head * blocks, head, blocks > 0, _stretch_of(config, number, blocks, heads)
 
 
 @gluon.jit
