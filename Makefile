@@ -15,7 +15,7 @@ unexport PYTHONDONTWRITEBYTECODE
 TEST_WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=268435456 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
-.PHONY: demo test test-gpu sanitize check lint types rules gate gate-half gate-others gate-all fuzz fuzz-gpu matrix bench-cpu clean
+.PHONY: demo test test-gpu sanitize check lint types rules gate gate-half gate-others gate-all gate-choosable fuzz fuzz-gpu matrix bench-cpu clean
 
 # passive: on shared cores, threads that spin while they wait take the time of those they wait for
 demo: $(VENV)/.demo
@@ -61,6 +61,11 @@ gate-others: $(VENV)/.dev
 
 gate-all: $(VENV)/.dev
 	scripts/gate.sh $(BIN)/python
+
+# Forms that plans choose beside those that the gate lists, one of fifty shares (two minutes of one core): SHARE=0 to 49
+SHARE ?= 0
+gate-choosable: $(VENV)/.dev
+	$(BIN)/python -m tessera.jit.gate --choosable --every 50 --share $(SHARE) --jobs 2
 
 fuzz: $(VENV)/.dev
 	TESSERA_EXAMPLES=50000 $(PYTEST) -n $(TEST_WORKERS) -s tests/cpu/test_properties.py

@@ -15,7 +15,7 @@ import torch
 
 import tessera
 from tessera import calls, dispatch, jit, reference, verify
-from tessera.backends.hopper import HopperBackend, HopperRunner, without_scores
+from tessera.backends.hopper import HopperBackend, HopperRunner, backward_variants, choosable, variants, without_scores
 from tessera.backends.hopper.backward_plan import Adding, backward_config, backward_family
 from tessera.backends.hopper.config import ForwardConfig, Overlap, Pairing, Staging
 from tessera.backends.hopper.plan import LOW, SHARED_LIMIT, forward_config, forward_family, tall_blocks
@@ -251,3 +251,16 @@ def test_no_plan_has_the_form_that_ptxas_gets_wrong(window: tuple[int | None, in
         for config in forward_family(describe(case.request("meta", dtype))):
             reads_q = config.held < len(config.dims)
             assert not (config.consumers == 3 and config.overlap is Overlap.NONE and config.queries == 2 and reads_q), config
+
+
+def test_choosable_forms_are_those_of_plans_that_the_gate_does_not_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choosable, "DIMS", ((64, 64), (96, 64)))
+    monkeypatch.setattr(choosable, "KINDS", tuple(kind for kind in choosable.KINDS if kind.name in ("causal", "packed, window")))
+    found = choosable.variants()
+    assert len({one.name for one in found}) == len({one.spec for one in found}) == len(found)
+    assert not {one.spec for one in found} & {one.spec for one in (*variants.variants(), *backward_variants.variants())}
+    functions = [one.spec.function for one in found]
+    assert set(functions) == set(choosable.MAIN)
+    assert functions == sorted(functions, reverse=True), "forwards first"
+    shapes = [(1, 4096, 2, dim) for dim in (96, 96, 64)]
+    assert set(HopperBackend().kernels(tessera.plan(*shapes, device="h200", causal=True))) & {one.spec for one in found}

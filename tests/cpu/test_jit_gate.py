@@ -225,3 +225,13 @@ def test_shares_of_the_variants_are_all_of_them():
     first, second = (gate.one_in(2, variants, share) for share in (0, 7))
     assert [variant.name for variant in first] == ["0", "2", "4", "0", "2", "0"]
     assert [variant.name for variant in second] == ["1", "3", "1", "3"]
+
+
+def test_slow_code_is_not_wrong(monkeypatch):
+    slow, wrong = verdict(monkeypatch, SPILLING), verdict(monkeypatch, GOOD.replace("UIADD3.64 UR6", "UIADD3 UR6"))
+    assert [(one.passed, one.is_wrong) for one in (slow, wrong)] == [(False, False), (False, True)]
+    monkeypatch.setattr(gate, "collect", lambda *_: (jit.Variant("one", jit.KernelSpec("a:b", ())),))
+    for found, code in ((slow, 0), (wrong, 1)):
+        monkeypatch.setattr(gate, "examine_all", lambda *_, one=found: (one,))
+        assert gate.main(["--choosable"]) == code
+        assert gate.main([]) == 1

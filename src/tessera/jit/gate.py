@@ -1,6 +1,6 @@
 """The compile gate: every kernel variant, compiled for Hopper on a machine without a GPU, and judged by its machine code.
 
-    python -m tessera.jit.gate [--json FILE] [--jobs N] [--variants module:function] [words of names ...]
+    python -m tessera.jit.gate [--json FILE] [--jobs N] [--variants module:function | --choosable] [words of names ...]
 
 A wgmma kernel fails silently: ptxas serialises its tensor-core instructions, or spills registers in the main loop, says
 so in messages that Triton hides, and the kernel still gives right results, several times slower. This makes it a failed
@@ -34,7 +34,9 @@ PROVIDERS = (
     "tessera.backends.hopper.chunk_variants:variants",
     "tessera.backends.hopper.decode_variants:variants",
 )
-"""Functions that together return all the variants that plans can choose."""
+"""Functions that together return the variants that are kept fast, and so must pass."""
+CHOOSABLE = ("tessera.backends.hopper.choosable:variants",)
+"""The same for what else plans may choose: it must be right, and may be slow."""
 
 SHARED_LIMIT = 227 * 1024
 """Bytes of shared memory that one block may have on Hopper (CUDA C++ Programming Guide, "Compute Capabilities")."""
@@ -72,6 +74,11 @@ class Verdict:
     @property
     def passed(self) -> bool:
         return not self.faults
+
+    @property
+    def is_wrong(self) -> bool:
+        """Whether it did not compile, or reads what a path leaves unset. All other faults are slow."""
+        return bool(self.unset) or not self.registers
 
 
 def examine(variant: Variant) -> Verdict:
@@ -186,6 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tessera.jit.gate", description=__doc__.split("\n\n")[0])
     parser.add_argument("words", nargs="*", help="only variants whose names hold all of these")
     parser.add_argument("--json", type=Path, help="also write the verdicts to this file")
+    parser.add_argument("--choosable", action="store_true", help="what else plans choose; there wrong code fails, slow code not")
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile at the same time")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="only every N-th variant of each kernel")
     parser.add_argument("--share", type=int, default=0, metavar="K", help="which of these N shares, modulo N")
@@ -193,7 +201,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--variants", action="append", help=f"module:function that returns variants (default: {' and '.join(PROVIDERS)})"
     )
     chosen = parser.parse_args(arguments)
-    variants = one_in(chosen.every, collect(chosen.variants or PROVIDERS, chosen.words), chosen.share)
+    providers = chosen.variants or (CHOOSABLE if chosen.choosable else PROVIDERS)
+    variants = one_in(chosen.every, collect(providers, chosen.words), chosen.share)
     if not variants:
         print("no variant has such a name", file=sys.stderr)
         return 2
@@ -201,7 +210,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(table(verdicts))
     if chosen.json:
         chosen.json.write_text(as_json(verdicts))
-    return 0 if all(one.passed for one in verdicts) else 1
+    if chosen.choosable:
+        print(f"{sum(one.is_wrong for one in verdicts)} of them wrong")
+    return 1 if any(one.is_wrong if chosen.choosable else not one.passed for one in verdicts) else 0
 
 
 if __name__ == "__main__":
