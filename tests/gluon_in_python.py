@@ -460,6 +460,8 @@ def _assembly(text: str, constraints: str, arguments: list[Any], dtype: Any, is_
         return torch.where(rows < int(left), _load(places).float(), 0.0)
     if text.startswith("lop3.b32 $0, $1, $2, 0x80008000, 0xF2;"):  # dropout.marked
         return torch.where(arguments[1] != 0, arguments[0], -arguments[0])
+    if text.startswith("{ .reg .b32 pair;"):  # softmax.to_32_bit_behind
+        return arguments[0].float()
     if text.startswith("shfl."):
         return Integer(arguments[0])
     if "atom.global.add" in text:  # scheduler.take

@@ -147,6 +147,11 @@ def test_long_in_a_fixed_order(dim: int, causal: bool) -> None:
 
 
 @pytest.mark.parametrize("dim", DIMS)
+def test_in_float16(dim: int) -> None:
+    check(Case("long", head_dim=dim, causal=True, **LONG).request("cpu", torch.float16, requires_grad=True))
+
+
+@pytest.mark.parametrize("dim", DIMS)
 def test_nan_in_padding_stays_there(dim: int) -> None:
     case = Case("padding", batch=3, seqlen_q=150, seqlen_k=200, head_dim=dim, heads_q=2, heads_kv=2,
                 key_start=(0, 70, 130), key_end=(200, 133, 131), query_end=(150, 100, 0))  # fmt: skip

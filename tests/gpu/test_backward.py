@@ -110,9 +110,15 @@ def test_cases(case: Case, dtype: torch.dtype) -> None:
         check(request, *upstream_of(request))
 
 
-@pytest.mark.parametrize("case", LONG, ids=lambda case: case.name)
-def test_long(case: Case) -> None:
-    request = trainable(case)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        *(pytest.param(case, torch.bfloat16, id=case.name) for case in LONG),
+        *(pytest.param(case, torch.float16, id=f"{case.name} fp16") for case in LONG if case.head_dim == 64),
+    ],
+)
+def test_long(case: Case, dtype: torch.dtype) -> None:
+    request = trainable(case, dtype)
     prepared(request)
     check(request, *upstream_of(request))
 

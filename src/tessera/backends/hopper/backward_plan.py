@@ -260,6 +260,13 @@ class BackwardConfig:
         return self.division is Division.TURNS and self.dim_v == 64 and Feature.DROPOUT not in self.features
 
     @property
+    def parts_late(self) -> bool:
+        """Whether pairs of P come apart when dP is there and not before, in float16 (softmax.to_32_bit_behind). At head dim 64
+        ours / FA3 went from 0.810 to 1.030 (full 1k), 0.839 to 1.046 (full 4k), 0.866 to 1.040 (causal 4k) and 0.857 to 1.041 (a
+        window of 1024); at 128, where registers were enough, from 1.059 to 1.050 (full 4k; H200, 2026-11-22)."""
+        return self.division is Division.TURNS
+
+    @property
     def swaps_keys(self) -> bool:
         """Whether K and V have one buffer of two tiles and change places from tile to tile: V is in registers as soon as a tile
         begins, so the next K comes where it was, while this tile's rows still do. (In an order not tried on a GPU.)"""

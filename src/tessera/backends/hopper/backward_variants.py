@@ -66,6 +66,7 @@ def variants() -> tuple[jit.Variant, ...]:
         made.append(jit.Variant(f"bwd bf16 {name}", main_spec(config, problem.dtype)))
         small.setdefault(prepare_spec(rows, problem.dtype), f"bwd rows bf16 {name}")
         small.setdefault(finish_spec(rows, problem.dtype), f"bwd dq bf16 {name}")
-    fp16 = backward_config(_problem(128, 128, _CAUSAL))
-    made.append(jit.Variant("bwd fp16 d128 causal", main_spec(fp16, torch.float16)))
+    for name in ("d64 full", "d64 causal", "d128 causal", "d256 causal"):
+        fp16 = replace(_named_problems()[name], dtype=torch.float16)
+        made.append(jit.Variant(f"bwd fp16 {name}", main_spec(backward_config(fp16), fp16.dtype)))
     return (*made, *(jit.Variant(name, spec, wgmma=False, setmaxnreg=False) for spec, name in small.items()))

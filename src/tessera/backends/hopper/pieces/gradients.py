@@ -7,7 +7,7 @@ from tessera.backends.hopper.pieces.kv_source import store_rows
 from tessera.backends.hopper.pieces.lines import exchanged
 from tessera.backends.hopper.pieces.modifiers import Modifiers, add_to_transposed, of_keys
 from tessera.backends.hopper.pieces.row_ranges import mask_rows
-from tessera.backends.hopper.pieces.softmax import exp2, tanh, to_16_bit, to_32_bit
+from tessera.backends.hopper.pieces.softmax import exp2, tanh, to_16_bit, to_32_bit, to_32_bit_behind
 from tessera.backends.hopper.pieces.tiles import (
     M,
     accumulator_layout,
@@ -248,6 +248,8 @@ def derivatives_of_kept(config: gl.constexpr, weight, masks, dp, d):
     """The same, with dP^T 0 where P is dropped."""
     if has(config, "dropout"):
         return masked_derivatives(to_32_bit(weight), masks, dp, d[None, :])
+    elif config.parts_late:
+        return to_32_bit_behind(weight, dp) * (dp - d[None, :])
     else:
         return derivatives(weight, dp, d)
 

@@ -50,6 +50,21 @@ def to_32_bit(x):
 
 
 @gluon.jit
+def to_32_bit_behind(x, other):
+    """The same of values that are no less than 0, when `other` (float32, of the same shape) is there. Pairs of float16 come apart
+    from a copy: the same bits, which ptxas takes for made of `other`. By itself it keeps the halves of a product's operand beside
+    its pairs as soon as those are made: the consumers of head dim 64, 16 registers short, spilt, and ran serialised."""
+    if x.dtype == gl.float16:
+        asm: gl.constexpr = (
+            "{ .reg .b32 pair; .reg .b16 low, high; lop3.b32 pair, $2, $3, 0x7fff7fff, 0xE0; "
+            "mov.b32 {low, high}, pair; cvt.f32.f16 $0, low; cvt.f32.f16 $1, high; }"
+        )
+        return gl.inline_asm_elementwise(asm, "=r,=r,r,r,r", [x, other], dtype=gl.float32, is_pure=True, pack=2)
+    else:
+        return to_32_bit(x)
+
+
+@gluon.jit
 def move_reference(s, m, scale):
     """The reference after block s (64, keys), and the factor for what was summed under the old one: 1 where it stays."""
     return outgrown(gl.max(s, axis=1) * scale, m)
