@@ -21,6 +21,7 @@ if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
 NAN = float("nan")
 LENGTHS = (100, 1, 700, 33, 512, 0, 257, 900, 64, 31, 5, 1000)
 MANY = {"batch": 3, "seqlen_q": 1100, "seqlen_k": 1100, "heads_q": 12, "heads_kv": 4}
+UNGROUPED = {"batch": 5, "seqlen_q": 1000, "seqlen_k": 1000, "heads_q": 9, "heads_kv": 9}
 PACKED = {"lengths_q": LENGTHS, "lengths_k": LENGTHS, "heads_q": 8, "heads_kv": 2}
 LONG = (
     *(Case(f"d{d}", head_dim=d, **MANY) for d in (64, 96, 128, 192, 256)),
@@ -33,6 +34,8 @@ LONG = (
         Case(f"d{d} {tiles} tiles", head_dim=d, batch=batch, seqlen_q=900, seqlen_k=1100, heads_q=8, heads_kv=4)
         for d, batch, tiles in ((64, 8, 192), (128, 4, 144), (128, 5, 180), (256, 4, 288), (256, 5, 360))
     ),
+    Case("d64 few rows", head_dim=64, **UNGROUPED),
+    Case("d64 few rows, causal", head_dim=64, causal=True, **UNGROUPED),
     Case("d192 v128 causal", head_dim=192, head_dim_v=128, causal=True, **MANY),
     Case("d64 v256", head_dim=64, head_dim_v=256, **MANY),
     Case("more keys than rows", head_dim=128, seqlen_q=300, seqlen_k=1500, causal=True),

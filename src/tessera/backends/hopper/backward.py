@@ -25,7 +25,7 @@ from tessera.backends.hopper.backward_ahead import consumer_ahead, make_pair
 from tessera.backends.hopper.backward_keys import consumer_of_keys, make_halves
 from tessera.backends.hopper.backward_onward import consumer_onward
 from tessera.backends.hopper.backward_products import consumer_of_dk, consumer_of_dq, consumer_of_dv, make_exchange, places
-from tessera.backends.hopper.backward_turns import consumer_in_turn, make_parts
+from tessera.backends.hopper.backward_turns import consumer_in_turn, consumers_in_turn, make_parts
 from tessera.backends.hopper.backward_writer import writer_of_dq, writer_of_many
 from tessera.backends.hopper.pieces.channel import NAMED_BARRIER_K, NAMED_BARRIER_V, make_barriers, make_stream
 from tessera.backends.hopper.pieces.draws import make_draws
@@ -45,7 +45,7 @@ from tessera.backends.hopper.pieces.remainder import locate_work, number_after
 from tessera.backends.hopper.pieces.row_ranges import row_blocks
 from tessera.backends.hopper.pieces.sums import adds_in_order
 from tessera.backends.hopper.pieces.tiles import M, allocate_tiles
-from tessera.jit.compat import fence_async_shared, gl, gluon, let_next_begin, mbarrier, tma_load, wait_for_previous
+from tessera.jit.compat import fence_async_shared, gl, gluon, let_next_begin, mbarrier, share_text, tma_load, wait_for_previous
 
 
 @gluon.constexpr_function
@@ -379,6 +379,13 @@ def _start_in_turn(config: gl.constexpr, maps, others, out, marks, rings, score,
             (writer_of_many, (config, 1, dq_map, out, parts.sums, draws, marks, call)),
             (producer_of_many, (config, maps, stats_map, shared, draws, call)),
         ], [4, 4, 1, 1, 1], [160, 160, 24, 24, 24])  # fmt: skip
+    elif config.shares_text:
+        gl.warp_specialize([
+            (share_text, ()),
+            (consumers_in_turn, (config, dq_map, dk_map, dv_map, shared, parts, draws, score, call)),
+            (share_text, ()),
+            (producer_of_many, (config, maps, stats_map, shared, draws, call)),
+        ], [4, 4, 1], [160, 160, 24])  # fmt: skip
     else:
         gl.warp_specialize([
             (consumer_in_turn, (config, 0, dq_map, dk_map, dv_map, shared, parts, draws, score, call)),

@@ -30,6 +30,7 @@ from tessera.backends.hopper.pieces.gradients import (
 from tessera.backends.hopper.pieces.key_tiles import first_place, locate_keys, next_place, place_of
 from tessera.backends.hopper.pieces.lines import part_neighbours
 from tessera.backends.hopper.pieces.masking import has_lower_bound
+from tessera.backends.hopper.pieces.numbers import of_first_lane
 from tessera.backends.hopper.pieces.remainder import divides, joined, locate_work
 from tessera.backends.hopper.pieces.row_ranges import cut_and_full, end_row, first_row, key_bounds, row_blocks
 from tessera.backends.hopper.pieces.softmax import to_16_bit
@@ -37,6 +38,8 @@ from tessera.backends.hopper.pieces.sums import Sums, add_part, adds_in_order, m
 from tessera.backends.hopper.pieces.tiles import M, accumulator_layout, empty_accumulator, fresh_zero, has, matrix, operand_layout
 from tessera.jit.compat import (
     aggregate,
+    begin_shared_text,
+    end_shared_text,
     fence_async_shared,
     gl,
     gluon,
@@ -56,10 +59,13 @@ class Parts:
     sums: Sums
 
 
-@gluon.constexpr_function
-def _piece(config, consumer):
+@gluon.jit
+def _piece(config: gl.constexpr, consumer):
     """Which 64 of the tile's keys a consumer has."""
-    return config.consumers - 1 - consumer if config.mirrors_keys else consumer
+    if config.mirrors_keys:
+        return config.consumers - 1 - consumer
+    else:
+        return consumer
 
 
 @gluon.jit
@@ -77,7 +83,7 @@ def make_parts(config: gl.constexpr, dq_map, out_map):
 
 
 @gluon.jit
-def _hand_over(config: gl.constexpr, consumer: gl.constexpr, parts, ds, n):
+def _hand_over(config: gl.constexpr, consumer, parts, ds, n):
     """This consumer's dS^T of block n into the ring. In any order who adds it up hears of it by a named barrier of the slot: each
     warp arrives there by itself, where an mbarrier would hold up the warpgroup first. Ours / FA3 at head dim 64 went from 1.001
     to 1.022 (causal 16k), 1.023 to 1.040 (causal 4k) and 1.021 to 1.033 (full 4k; H200, 2026-11-21)."""
@@ -101,11 +107,13 @@ def _await_all(config: gl.constexpr, parts, n):
 
 
 @gluon.jit
-def _has_turn(config: gl.constexpr, consumer: gl.constexpr, n):
+def _has_turn(config: gl.constexpr, consumer, n):
     """Whether this consumer adds up block n's dQ. Of three the first does every other block: its warps are served first, so it
     comes early and waited 800 of a block's 3650 cycles for the others' dS (H200, 2026-11-21)."""
     if adds_in_order(config) or config.consumers == 2:
         return n % config.consumers == consumer
+    elif config.shares_text:
+        return (n & 1) << (n >> 1 & 1) == consumer
     elif consumer == 0:
         return n % 2 == 0
     else:
@@ -113,14 +121,14 @@ def _has_turn(config: gl.constexpr, consumer: gl.constexpr, n):
 
 
 @gluon.jit
-def _next_turn(config: gl.constexpr, consumer: gl.constexpr, n):
+def _next_turn(config: gl.constexpr, consumer, n):
     """The first block from n on whose dQ this consumer adds up, where there is an order."""
     count: gl.constexpr = config.consumers
     return n + (count + consumer - n % count) % count
 
 
 @gluon.jit
-def _sum_in_turn(config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, parts, own, n, row, block):
+def _sum_in_turn(config: gl.constexpr, consumer, dq_map, shared, parts, own, n, row, block):
     """dQ = dS K of block n, if it is this consumer's turn."""
     count: gl.constexpr = config.consumers
     if _has_turn(config, consumer, n):
@@ -135,12 +143,22 @@ def _sum_in_turn(config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, p
             dq = warpgroup_mma(ds, matrix(shared.k.index(part + k_first)), dq, use_acc=part > 0, is_async=True)
         dq = warpgroup_mma_wait(0, deps=(dq,))
         parts.ring.release(n)
-        place = n if adds_in_order(config) else consumer  # a buffer of its own, or the next in the order
-        add_part(config, dq_map, parts.sums, place, dq, block, 0, chain, row)
+        add_part(config, dq_map, parts.sums, _place_of_part(config, consumer, n), dq, block, 0, chain, row)
 
 
 @gluon.jit
-def _own_v(config: gl.constexpr, consumer: gl.constexpr, shared, seen):
+def _place_of_part(config: gl.constexpr, consumer, n):
+    """Which buffer takes dQ of block n: the next in the order, or in any order the consumer's own."""
+    if adds_in_order(config):
+        return n
+    elif config.shares_text:
+        return consumer + fresh_zero()  # worked out here, not held in a register
+    else:
+        return consumer
+
+
+@gluon.jit
+def _own_v(config: gl.constexpr, consumer, shared, seen):
     """This consumer's V as dP's operand from registers; 0 where it is read from shared memory."""
     if not _waits_late(config):
         mbarrier.wait(shared.v_full, seen & 1)
@@ -160,7 +178,7 @@ def _waits_late(config):
 
 
 @gluon.jit
-def _await_late(config: gl.constexpr, consumer: gl.constexpr, shared, seen, member):
+def _await_late(config: gl.constexpr, consumer, shared, seen, member):
     """Until K and V are there (of a group of heads each finds them there), and put them into their lines."""
     if _waits_late(config):
         mbarrier.wait(shared.k_full, seen & 1)
@@ -171,7 +189,7 @@ def _await_late(config: gl.constexpr, consumer: gl.constexpr, shared, seen, memb
 
 
 @gluon.jit
-def _issue_dp(config: gl.constexpr, consumer: gl.constexpr, shared, v, n):
+def _issue_dp(config: gl.constexpr, consumer, shared, v, n):
     """Start dP^T = V dO^T of block n."""
     shared.do_stream.wait(n)
     do = matrix(shared.do.index(shared.do_stream.slot(n)))
@@ -189,7 +207,7 @@ def _products_apart(config):
 
 @gluon.jit
 def _block(
-    config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, parts, score, own, n, row, block, state,
+    config: gl.constexpr, consumer, dq_map, shared, parts, score, own, n, row, block, state,
     MASKED: gl.constexpr,
 ):  # fmt: skip
     """One turn of the main loop: the rows from `row` on, which are row block `block` of the workspace."""
@@ -235,7 +253,7 @@ def _block(
 
 
 @gluon.jit
-def _pass_over(config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, parts, own, n, row, block):
+def _pass_over(config: gl.constexpr, consumer, dq_map, shared, parts, own, n, row, block):
     """A block that sees none of this consumer's keys: dS is 0, and its turn at dQ may come all the same."""
     rows: gl.constexpr = config.rows
     nothing = gl.zeros([M, rows], shared.q.dtype, accumulator_layout(rows))
@@ -260,7 +278,17 @@ def _seen_end(config: gl.constexpr, call, tile, first, begin, count):
 
 
 @gluon.jit
-def _main_loop(config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, parts, score, call, work, done, seen):
+def _with_bounds(config: gl.constexpr, call, tile, first, own):
+    """What a consumer has of its own, with its keys' bounds made anew where all run one text: the number that tells them apart is
+    one register more, so bounds are not to be held over the main loop."""
+    if config.shares_text:
+        _, v, k_place, chain = own
+        own = (key_bounds(config, call.band, tile.seq, of_first_lane(first)), v, k_place, chain)
+    return own
+
+
+@gluon.jit
+def _main_loop(config: gl.constexpr, consumer, dq_map, shared, parts, score, call, work, done, seen):
     """dK and dV of 64 keys: the sums over all blocks of rows of all query heads that share them. `work`: the tile, its first row
     block, how many. `done` blocks came before, and `seen` tiles that any row sees; both are returned with this tile's."""
     tile, begin, count = work
@@ -284,6 +312,7 @@ def _main_loop(config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, par
             scored = score_of_keys(config, score, tile.seq, tile.head * call.group + member, first)
             _await_late(config, consumer, shared, seen, member)
             place = first_place(config, call, tile, count)
+            own = _with_bounds(config, call, tile, first, own)
             for i in range(unseen):
                 at = place_of(config, place, i)
                 _pass_over(config, consumer, dq_map, shared, parts, own, n + i, row + at * rows, block + at)
@@ -312,7 +341,7 @@ def _main_loop(config: gl.constexpr, consumer: gl.constexpr, dq_map, shared, par
 
 
 @gluon.jit
-def _one_tile(config: gl.constexpr, consumer: gl.constexpr, dq_map, dk_map, dv_map, shared, parts, score, call):
+def _one_tile(config: gl.constexpr, consumer, dq_map, dk_map, dv_map, shared, parts, score, call):
     """dK and dV leave through V's and K's buffers."""
     tile = locate_keys(config, call, call.order.number)
     begin, count = row_blocks(config, call.band, tile.seq, tile.first)
@@ -326,7 +355,7 @@ def _one_tile(config: gl.constexpr, consumer: gl.constexpr, dq_map, dk_map, dv_m
 
 
 @gluon.jit
-def _store(config: gl.constexpr, consumer: gl.constexpr, dk_map, dv_map, parts, score, tile, dk, dv):
+def _store(config: gl.constexpr, consumer, dk_map, dv_map, parts, score, tile, dk, dv):
     """dK and dV through the buffer of this consumer's part of dQ."""
     row = tile.first + _piece(config, consumer) * M
     tma_store_wait(0)
@@ -335,7 +364,7 @@ def _store(config: gl.constexpr, consumer: gl.constexpr, dk_map, dv_map, parts, 
 
 
 @gluon.jit
-def _tile_after_tile(config: gl.constexpr, consumer: gl.constexpr, dq_map, dk_map, dv_map, shared, parts, draws, score, call):
+def _tile_after_tile(config: gl.constexpr, consumer, dq_map, dk_map, dv_map, shared, parts, draws, score, call):
     """The gradients leave through the buffer of this consumer's part of dQ: nobody waits for anybody at a tile's end."""
     number = draws.read_first(config, call.order.number)
     turn = 0
@@ -348,7 +377,7 @@ def _tile_after_tile(config: gl.constexpr, consumer: gl.constexpr, dq_map, dk_ma
         if adds_in_order(config):
             parts.sums.ring.acquire(_next_turn(config, consumer, done))
         if divides(config):
-            piece: gl.constexpr = _piece(config, consumer)
+            piece = _piece(config, consumer)
             dv, is_whole = joined(config, call, draws, 2 * piece, number, dv)
             dk, _ = joined(config, call, draws, 2 * piece + 1, number, dk)
             if is_whole:
@@ -360,7 +389,14 @@ def _tile_after_tile(config: gl.constexpr, consumer: gl.constexpr, dq_map, dk_ma
 
 
 @gluon.jit
-def consumer_in_turn(config: gl.constexpr, consumer: gl.constexpr, dq_map, dk_map, dv_map, shared, parts, draws, score, call):
+def consumers_in_turn(config: gl.constexpr, dq_map, dk_map, dv_map, shared, parts, draws, score, call):
+    """All of them by one text: see share_text."""
+    consumer_in_turn(config, begin_shared_text(), dq_map, dk_map, dv_map, shared, parts, draws, score, call)
+    end_shared_text()
+
+
+@gluon.jit
+def consumer_in_turn(config: gl.constexpr, consumer, dq_map, dk_map, dv_map, shared, parts, draws, score, call):
     if config.takes_tile_after_tile:
         _tile_after_tile(config, consumer, dq_map, dk_map, dv_map, shared, parts, draws, score, call)
     else:

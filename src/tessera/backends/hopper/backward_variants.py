@@ -33,6 +33,8 @@ def _named_problems() -> dict[str, Problem]:
     for dim, dim_v in ((64, 64), (128, 128), (256, 256), (192, 128), (64, 256)):
         name = f"d{dim}" if dim == dim_v else f"d{dim}/{dim_v}"
         found |= {f"{name} full": _problem(dim, dim_v), f"{name} causal": _problem(dim, dim_v, _CAUSAL)}
+    few = found["d64 causal"]
+    found |= {"d64 causal": replace(few, shape=replace(few.shape, seqlen_q=2048, seqlen_k=2048)), "d64 causal, few rows": few}
     for dim in (64, 128, 256):
         long = found[f"d{dim} full"]  # whose last tiles are divided
         found[f"d{dim} full"] = replace(long, shape=replace(long.shape, seqlen_q=2048, seqlen_k=2048))

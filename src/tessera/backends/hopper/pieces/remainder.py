@@ -6,7 +6,6 @@ its own. Who has a tile's last rows adds up what the others have, which lies in 
 gradients. It waits for lower shares alone, and for parts before which nobody waits: so every wait ends.
 """
 
-from tessera.backends.hopper.config import ROWS
 from tessera.backends.hopper.pieces.key_tiles import locate_keys
 from tessera.backends.hopper.pieces.row_ranges import row_blocks
 from tessera.backends.hopper.pieces.sums import await_mark, set_mark
@@ -100,14 +99,14 @@ def locate_work(config: gl.constexpr, call, draws, number):
         return tile, begin, count
 
 
-@gluon.constexpr_function
-def _begin_of(config, index):
+@gluon.jit
+def _begin_of(config: gl.constexpr, index):
     """Where gradient `index` lies in a share's place."""
-    return (index // 2 * (config.dim + config.dim_v) + index % 2 * config.dim_v) * ROWS
+    return (index // 2 * (config.dim + config.dim_v) + index % 2 * config.dim_v) * M
 
 
 @gluon.jit
-def _places(config: gl.constexpr, sums, share, index: gl.constexpr, gradient):
+def _places(config: gl.constexpr, sums, share, index, gradient):
     """Where gradient `index` of a share lies."""
     columns: gl.constexpr = gradient.shape[1]
     layout: gl.constexpr = gradient.type.layout
@@ -117,7 +116,7 @@ def _places(config: gl.constexpr, sums, share, index: gl.constexpr, gradient):
 
 
 @gluon.jit
-def joined(config: gl.constexpr, call, draws, index: gl.constexpr, number, gradient):
+def joined(config: gl.constexpr, call, draws, index, number, gradient):
     """(gradient `index` of the tile, whether this program stores it), when the number's rows are done: of the c-th 64 keys dV is
     2 c, dK 2 c + 1."""
     rest = draws.rest
