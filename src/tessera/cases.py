@@ -70,6 +70,8 @@ class Case:
         generator = None if on_meta else torch.Generator(draw_on).manual_seed(seed)
 
         def draw(shape: tuple[int, ...], like: torch.dtype = dtype) -> Tensor:
+            if on_meta:
+                return torch.empty(shape, device=device, dtype=like)
             drawn = torch.randn(shape, generator=generator, device=draw_on, dtype=torch.float32)
             return drawn.to(device=device, dtype=like)
 

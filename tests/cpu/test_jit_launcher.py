@@ -150,20 +150,7 @@ def test_errors_of_the_driver_say_where(cuda):
     assert error.value.status == driver.INVALID_VALUE
 
 
-def test_a_lost_context_is_found_again_once(cuda, monkeypatch):
-    entered = []
-
-    class Current:
-        def __init__(self, device: int):
-            entered.append(device)
-
-        def __enter__(self):
-            return None
-
-        def __exit__(self, *_):
-            return None
-
-    monkeypatch.setattr(driver, "current", Current)
+def test_a_lost_context_is_found_again_once(cuda, entered):
     kernel = Kernel(SPEC, a_binary(), 3)
     cuda.statuses = [driver.INVALID_CONTEXT]
     kernel(0, 1, 1, 1, 1, BLOB, 0, 1.0, 0)

@@ -165,20 +165,7 @@ def test_refusals_carry_their_reasons_and_leave_no_trace(cuda):
     assert len(cuda.encoded) == 1
 
 
-def test_a_thread_without_a_context_borrows_one(cuda, monkeypatch):
-    entered = []
-
-    class Current:
-        def __init__(self, device: int):
-            entered.append(device)
-
-        def __enter__(self):
-            return None
-
-        def __exit__(self, *_):
-            return None
-
-    monkeypatch.setattr(driver, "current", Current)
+def test_a_thread_without_a_context_borrows_one(cuda, entered, monkeypatch):
     monkeypatch.setattr(driver, "_retained", [5])
     cuda.statuses = [driver.INVALID_CONTEXT]
     assert len(TileEncoder(DESCRIPTOR)(4096, (1, 64, 64), (4096, 64, 1))) == 168

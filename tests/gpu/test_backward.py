@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from poison import NAN, poison_free_memory
 from torch import Tensor
 
 from tessera.backends.hopper import BACKEND, HopperRunner
@@ -18,7 +19,6 @@ from tessera.verify import Oracle
 if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
     pytest.skip("needs a Hopper GPU", allow_module_level=True)
 
-NAN = float("nan")
 LENGTHS = (100, 1, 700, 33, 512, 0, 257, 900, 64, 31, 5, 1000)
 MANY = {"batch": 3, "seqlen_q": 1100, "seqlen_k": 1100, "heads_q": 12, "heads_kv": 4}
 UNGROUPED = {"batch": 5, "seqlen_q": 1000, "seqlen_k": 1000, "heads_q": 9, "heads_kv": 9}
@@ -43,13 +43,6 @@ LONG = (
     Case("negative scale", softmax_scale=-0.2, softcap=10.0, seqlen_q=300, seqlen_k=300),
 )
 """Sequences of many blocks: rings go from lap to lap, tiles of keys begin and end inside the band."""
-
-
-def poison_free_memory() -> None:
-    """Leave NaN in what the allocator hands out next."""
-    sizes = (1 << 10, 1 << 16, 1 << 18, 1 << 20, 1 << 22)
-    blocks = [torch.full((n,), NAN, device="cuda", dtype=torch.float32) for n in (*sizes, *sizes)]
-    del blocks
 
 
 def trainable(case: Case, dtype: torch.dtype = torch.bfloat16) -> Request:

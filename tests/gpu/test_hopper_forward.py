@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from poison import NAN, poison_free_memory
 from references import far_below, rising
 from torch import Tensor
 
@@ -24,7 +25,6 @@ from tessera.verify import compare
 if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
     pytest.skip("needs a Hopper GPU", allow_module_level=True)
 
-NAN = float("nan")
 LENGTHS = (100, 1, 700, 33, 512, 0, 257, 900, 64, 31, 5, 1000)
 MANY = {"batch": 3, "seqlen_q": 1100, "seqlen_k": 1100, "heads_q": 24, "heads_kv": 8}
 PACKED = {"lengths_q": LENGTHS, "lengths_k": LENGTHS, "heads_q": 16, "heads_kv": 4}
@@ -74,13 +74,6 @@ def prepared(request: Request) -> tuple[Problem, Operands, Plan]:
         pytest.skip("; ".join(map(str, reasons)))
     choices = BACKEND.plan(problem, device)
     return problem, operands, Plan(problem, device, BACKEND.name, choices.forward, choices.backward, choices.workspace_bytes)
-
-
-def poison_free_memory() -> None:
-    """Leave NaN in what the allocator hands out next."""
-    sizes = (1 << 10, 1 << 16, 1 << 18, 1 << 20, 1 << 22)
-    blocks = [torch.full((n,), NAN, device="cuda", dtype=torch.float32) for n in (*sizes, *sizes)]
-    del blocks
 
 
 def run(request: Request) -> tuple[Tensor, Tensor]:

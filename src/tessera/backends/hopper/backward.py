@@ -233,11 +233,7 @@ def _load_k_onward(config: gl.constexpr, maps, shared, keys, call, tile, seen):
     place = seen & 1
     if seen > 1:
         mbarrier.wait(shared.k_free, seen & 1)
-    full = keys.index(4 + place)
-    mbarrier.expect(full, config.keys * 2 * shared.k.shape[-1])
-    rows = tile.seq.keys(call.pitch.k)
-    for half in gl.static_range(2):
-        load_rows((maps[1],), (shared.k,), place * 2 + half, full, rows, tile.head, tile.first + half * M)
+    _load_keys(config, maps[1], shared.k, 2 * place, keys.index(4 + place), tile.seq.keys(call.pitch.k), tile)
 
 
 @gluon.jit
@@ -256,8 +252,7 @@ def producer_onward(config: gl.constexpr, maps, stats_map, shared, keys, draws, 
     number = call.order.number
     let_next_begin()
     draws.post(0, number)
-    tile = locate_keys(config, call, gl.minimum(number, draws.tiles - 1))
-    begin, count = row_blocks(config, call.band, tile.seq, tile.first)
+    tile, begin, count = locate_work(config, call, draws, number)
     if (count > 0) & (number < draws.tiles):
         _load_k_onward(config, maps, shared, keys, call, tile, 0)
     wait_for_previous()
@@ -283,8 +278,7 @@ def producer_onward(config: gl.constexpr, maps, stats_map, shared, keys, draws, 
         number = draws.draw()
         turn += 1
         draws.post(turn, number)
-        tile = locate_keys(config, call, gl.minimum(number, draws.tiles - 1))
-        begin, count = row_blocks(config, call.band, tile.seq, tile.first)
+        tile, begin, count = locate_work(config, call, draws, number)
 
 
 @gluon.jit

@@ -148,17 +148,26 @@ def _parts_until(dims, part):
 
 
 @gluon.jit
+def _read(config: gl.constexpr, buffers, stream, n, part: gl.constexpr, turned: gl.constexpr):
+    """A part of a tile's keys (`turned`: columns before keys) or values as an operand. The tile is use n of the stream; where the
+    config says `early` it is released as soon as it has been read."""
+    tile = _by_warp(buffers[part].index(stream.slot(n)), config.warps)
+    if turned:
+        tile = tile.permute((0, 2, 1))
+    operand = tile.load(right_layout(config.warps))
+    if has(config, "early") and part == len(buffers) - 1:
+        stream.release_here(n)
+    return operand
+
+
+@gluon.jit
 def scores(config: gl.constexpr, q, buffers, stream, n):
-    """S = Q K^T of one tile, (warps, 16, keys a warp) float32. `q`: one operand a part and plane. The tile is use n of the
-    stream; where the config says `early` it is released as soon as it has been read."""
-    warps: gl.constexpr = config.warps
+    """S = Q K^T of one tile, (warps, 16, keys a warp) float32. `q`: one operand a part and plane."""
     planes: gl.constexpr = planes_of(config)
-    s = empty_sum(config, config.keys // warps)
+    s = empty_sum(config, config.keys // config.warps)
     operands = ()
     for part in gl.static_range(len(buffers)):
-        operands = operands + (_by_warp(buffers[part].index(stream.slot(n)), warps).permute((0, 2, 1)).load(right_layout(warps)),)
-        if has(config, "early") and part == len(buffers) - 1:
-            stream.release_here(n)
+        operands = operands + (_read(config, buffers, stream, n, part, True),)
         for ready in gl.static_range(_parts_until(config.dims, part - 1), _parts_until(config.dims, part)):
             k = _planes(config, operands[ready], q[0].dtype)
             for plane in gl.static_range(planes):
@@ -168,16 +177,13 @@ def scores(config: gl.constexpr, q, buffers, stream, n):
 
 @gluon.jit
 def add_values(config: gl.constexpr, p, buffers, stream, n, o, keep):
-    """O + P V of one tile, as one accumulator a part and plane; the tile is released as in `scores`. `keep` (warps, keys a warp,
-    1): rows of V that count, None for all; the others may hold anything, NaN too, and 0 NaN would be NaN."""
-    warps: gl.constexpr = config.warps
+    """O + P V of one tile, as one accumulator a part and plane. `keep` (warps, keys a warp, 1): rows of V that count, None for
+    all; the others may hold anything, NaN too, and 0 NaN would be NaN."""
     planes: gl.constexpr = planes_of(config)
     added = ()
     operands = ()
     for part in gl.static_range(len(buffers)):
-        operands = operands + (_by_warp(buffers[part].index(stream.slot(n)), warps).load(right_layout(warps)),)
-        if has(config, "early") and part == len(buffers) - 1:
-            stream.release_here(n)
+        operands = operands + (_read(config, buffers, stream, n, part, False),)
         for ready in gl.static_range(_parts_until(config.dims_v, part - 1), _parts_until(config.dims_v, part)):
             v = operands[ready]
             if keep is not None:
