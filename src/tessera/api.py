@@ -100,7 +100,8 @@ def attention(
     Args:
         q: (batch, seqlen_q, heads_q, head_dim), float16, bfloat16 or float32 (float64 too on the CPU).
         k: (batch, seqlen_k, heads_kv, head_dim); heads_kv divides heads_q (GQA, MQA).
-        v: (batch, seqlen_k, heads_kv, head_dim_v). Strides are free but for a last one of 1; head dims up to 256.
+        v: (batch, seqlen_k, heads_kv, head_dim_v). Strides are free but for a last one of 1; head dims up to 256, on a GPU
+            multiples of 8.
         causal: row i attends to keys j <= i + seqlen_k - seqlen_q (aligned to the bottom right).
         window: (left, right), keys at most so far before and after the diagonal; None or -1 for no limit.
         softmax_scale: multiplies q.k; None for head_dim ** -0.5.
