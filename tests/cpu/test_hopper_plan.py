@@ -15,7 +15,7 @@ import torch
 
 import tessera
 from tessera import calls, dispatch, jit, reference, verify
-from tessera.backends.hopper import HopperBackend, HopperRunner, backward_variants, choosable, variants, without_scores
+from tessera.backends.hopper import HopperBackend, HopperRunner, choosable, without_scores
 from tessera.backends.hopper.backward_plan import Adding, backward_config, backward_family
 from tessera.backends.hopper.config import ForwardConfig, Overlap, Pairing, Staging
 from tessera.backends.hopper.plan import LOW, SHARED_LIMIT, forward_config, forward_family, tall_blocks
@@ -23,6 +23,7 @@ from tessera.backends.hopper.serving import SERVING_BACKEND, kernels_of
 from tessera.cases import CASES, Case
 from tessera.device import KNOWN_DEVICES
 from tessera.dispatch import Upstream
+from tessera.jit import gate
 from tessera.operands import bind, describe
 from tessera.problem import Problem
 from tessera.serving import calls as serving_calls
@@ -256,11 +257,10 @@ def test_no_plan_has_the_form_that_ptxas_gets_wrong(window: tuple[int | None, in
 def test_choosable_forms_are_those_of_plans_that_the_gate_does_not_list(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choosable, "DIMS", ((64, 64), (96, 64)))
     monkeypatch.setattr(choosable, "KINDS", tuple(kind for kind in choosable.KINDS if kind.name in ("causal", "packed, window")))
+    monkeypatch.setattr(choosable, "CACHE_DIMS", ((96, 96),))
     found = choosable.variants()
     assert len({one.name for one in found}) == len({one.spec for one in found}) == len(found)
-    assert not {one.spec for one in found} & {one.spec for one in (*variants.variants(), *backward_variants.variants())}
-    functions = [one.spec.function for one in found]
-    assert set(functions) == set(choosable.MAIN)
-    assert functions == sorted(functions, reverse=True), "forwards first"
+    assert not {one.spec for one in found} & {one.spec for one in gate.collect()}
+    assert tuple(dict.fromkeys(one.spec.function for one in found)) == choosable.MAIN
     shapes = [(1, 4096, 2, dim) for dim in (96, 96, 64)]
     assert set(HopperBackend().kernels(tessera.plan(*shapes, device="h200", causal=True))) & {one.spec for one in found}

@@ -80,7 +80,7 @@ class CacheCase:
         return max(self.capacity, *self.totals, 1)
 
     def request(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0) -> CacheRequest:
-        """The case's tensors and options: N(0, 1), drawn on the CPU, the same on every device."""
+        """The case's tensors and options: N(0, 1), drawn on the CPU, the same on every device. Caches on meta are not drawn."""
         draw = _Draw(torch.Generator().manual_seed(seed), device, dtype)
         rows: tuple[int, ...] = (self.batch, self.seqlen_q) if self.lengths_q is None else (sum(self.lengths_q),)
         dim_v = self.head_dim if self.head_dim_v is None else self.head_dim_v
@@ -123,8 +123,10 @@ class CacheCase:
         size = self.page_size or self._rows
         spare = 3 if self.page_size is not None or self.indexed else 0
         entries = self.batch * -(-self._rows // size) + spare
-        keys, values = (torch.full((entries, size, self.heads_kv, dim), float("nan")) for dim in (dim_k, dim_v))
-        for b, length in enumerate(self.cached):
+        on_meta = torch.device(draw.device).type == "meta"
+        shapes = ((entries, size, self.heads_kv, dim) for dim in (dim_k, dim_v))
+        keys, values = (torch.full(shape, float("nan"), device="meta" if on_meta else "cpu") for shape in shapes)
+        for b, length in enumerate(() if on_meta else self.cached):
             first = 0 if self.leftpad is None else self.leftpad[b]
             for start in range(0, length, size):
                 held = slice(max(first - start, 0), min(length - start, size))
