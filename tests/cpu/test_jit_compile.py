@@ -281,9 +281,27 @@ def test_ptxas_speaks_through(monkeypatch, tmp_path):
     tool = tmp_path / "ptxas"
     tool.write_text("#!/bin/sh\necho 'something ptxas says' >&2\nexit 3\n")
     tool.chmod(0o755)
-    monkeypatch.setattr(compat, "get_ptxas", lambda _: type("Tool", (), {"path": str(tool)}))
+    monkeypatch.setattr(compat, "_ptxas", lambda _: type("Tool", (), {"path": str(tool), "version": "12.8"}))
     with pytest.raises(compat.AssemblerError, match="ended with 3\nsomething ptxas says"):
         jit.compile(SPEC)
+
+
+def test_hopper_has_the_assembler_of_cuda_12(monkeypatch):
+    from triton import knobs
+
+    from tessera.jit import compat
+
+    assert compat._ptxas(90).version.startswith("12.")
+    assert compat._ptxas(100).path == compat.get_ptxas(100).path
+
+    class Knobs:
+        @property
+        def ptxas(self):
+            raise RuntimeError("Cannot find ptxas")
+
+    monkeypatch.setattr(knobs, "nvidia", Knobs())
+    monkeypatch.setattr(compat, "get_ptxas", lambda capability: f"Triton's for {capability}")
+    assert compat._ptxas(90) == "Triton's for 90"  # a wheel without it
 
 
 def test_without_triton_the_reason_is_said():

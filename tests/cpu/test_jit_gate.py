@@ -137,11 +137,12 @@ def test_missing_instructions_and_sizes_are_faults(monkeypatch):
 
 @pytest.mark.parametrize(("before", "after", "expected"), [
     ("UIADD3.64 UR6", "UIADD3 UR6", 4),  # the pair's second half
+    ("UIADD3.64 UR6", "UIADD3.64 UP0, UR6", 0),
     ("FADD R3, R3, R4", "@P3 UMOV UR5, 0x4", 0),
     ("gdesc[UR4], RZ", "gdesc[UR6], RZ", 4),  # 8 and 9
     ("R24, gdesc[UR4], RZ", "R24, R88, gdesc[UR4], RZ", 0),
     ("R24, gdesc[UR4], RZ", "R24, R88, gdesc[UR2], RZ", 0),  # A's pair is idle
-], ids=["half a pair", "set again", "never", "A in registers", "idle"])  # fmt: skip
+], ids=["half a pair", "with a predicate", "set again", "never", "A in registers", "idle"])  # fmt: skip
 def test_registers_that_are_not_set(monkeypatch, before, after, expected):
     found = verdict(monkeypatch, GOOD.replace(before, after))
     assert len(found.unset) == expected

@@ -12,6 +12,7 @@ scratch) come last.
 from __future__ import annotations
 
 import ast
+import contextlib
 import os
 import subprocess
 import tempfile
@@ -22,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
+from triton.backends.nvidia.compiler import get_ptxas, ptx_get_version
 from triton.compiler.code_generator import CodeGenerator
 from triton.compiler.compiler import make_backend
 from triton.compiler.errors import CompilationError
@@ -267,14 +269,28 @@ class AssemblerError(RuntimeError):
     """ptxas refused its input, or crashed; the message holds its words."""
 
 
+def _ptxas(capability: int) -> knobs.NvidiaTool:
+    """The assembler; for Hopper CUDA 12's under every Triton. 3.9 takes CUDA 13.4's, and still ships 12.9's beside it: of the
+    same PTX the newer one makes main loops that spill (benchmarks/LOG.md)."""
+    if capability < 100:
+        with contextlib.suppress(RuntimeError):  # a Triton without it
+            return knobs.nvidia.ptxas
+    return get_ptxas(capability)
+
+
 def lower(spec: KernelSpec, function: Any) -> Lowered:
     """Takes a Gluon function to PTX for the spec's target. No GPU needed. Triton's own errors pass through."""
     from triton._C.libtriton import ir
 
     backend = make_backend(GPUTarget("cuda", spec.capability, 32))
     options = backend.parse_options(
-        # fp_fusion: 3.9 warns where it is left open, and its default flips in 3.10.
-        {"num_warps": spec.num_warps, "num_ctas": 1, "maxnreg": spec.maxnreg, "enable_fp_fusion": spec.fp_fusion}
+        {
+            "num_warps": spec.num_warps,
+            "num_ctas": 1,
+            "maxnreg": spec.maxnreg,
+            "enable_fp_fusion": spec.fp_fusion,  # 3.9 warns where it is left open, and its default flips in 3.10
+            "ptx_version": ptx_get_version(_ptxas(spec.capability).version),
+        }
     )
     source = _ast_source(spec, function)
     stages: dict[str, Callable[[Any, dict[str, Any]], Any]] = {}
@@ -354,11 +370,10 @@ def assemble(spec: KernelSpec, lowered: Lowered) -> Assembled:
         flags.append("--fmad=false")
     if VERSION >= (3, 7):
         flags.append("--regAllocOptLevel=2")  # as Triton passes it from 3.7 on, for an error of ptxas 13
-    ptxas = get_ptxas(spec.capability).path  # 3.9 takes the newer of its two for Hopper
     with tempfile.TemporaryDirectory(prefix="tessera-") as folder:
         text, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         text.write_text(lowered.ptx)
-        ran = subprocess.run([ptxas, *flags, str(text), "-o", str(binary)], capture_output=True, text=True)
+        ran = subprocess.run([_ptxas(spec.capability).path, *flags, str(text), "-o", str(binary)], capture_output=True, text=True)
         if ran.returncode != 0:
             raise AssemblerError(f"{spec.kernel}: ptxas ended with {ran.returncode}\n{ran.stderr[-4000:]}")
         return Assembled(binary.read_bytes(), ran.stderr.replace(folder + "/", ""))

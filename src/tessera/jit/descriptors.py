@@ -16,7 +16,7 @@ from operator import and_
 from tessera.jit.sass import WARPGROUP, Block, Code, Instruction
 
 _ALL = (1 << 64) - 1
-_WRITTEN = re.compile(r"(\S+)\s+UR(\d+)\b")
+_WRITTEN = re.compile(r"(\S+)\s+(?:UP\d, )?UR(\d+)\b")  # ULOP3.LUT UP0, UR35, ... makes a predicate as well
 _PAIR = re.compile(r"\.(64|WIDE)\b")
 _BRACKET = re.compile(r"\[[^\]]*\]")
 _READ = re.compile(r"\bUR(\d+)\b")

@@ -31,7 +31,7 @@ CODEGEN_VARIABLES = (
 """Environment variables by which a user changes the code that Triton 3.6 to 3.9 makes."""
 
 PTXAS = {"ptxas": "TRITON_PTXAS_PATH", "ptxas-blackwell": "TRITON_PTXAS_BLACKWELL_PATH"}
-"""The assemblers in Triton's wheel and the variables that replace them; Triton 3.9 uses the second for Hopper too."""
+"""The assemblers in Triton's wheel and the variables that replace them. Hopper's is the first, if it is there (compat.py)."""
 
 
 class NoTritonError(RuntimeError):
