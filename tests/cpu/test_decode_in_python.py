@@ -90,6 +90,17 @@ def test_turns(multiprocessors: int, turns: tuple[int, int]) -> None:
     check(ragged.request("cpu", torch.bfloat16), replace(FEW, multiprocessors=multiprocessors))
 
 
+@pytest.mark.parametrize(
+    ("heads", "multiprocessors", "teams"),
+    [(8, 33, (8, 8)), (6, 20, (3, 13)), (6, 19, (2, 19)), (3, 40, (3, 13)), (5, 7, (1, 14))],
+)
+def test_teams(heads: int, multiprocessors: int, teams: tuple[int, int]) -> None:
+    """Lengths that differ: programs go through the heads of the same rows side by side, as many as leave few without work."""
+    case = CacheCase("teams", cached=(700, 1, 0, 390), heads_q=2 * heads, heads_kv=heads, seqlen_q=9, schedule="stream_k")
+    plan = check(case.request("cpu", torch.bfloat16), replace(FEW, multiprocessors=multiprocessors))
+    assert (plan.team, plan.teams) == teams
+
+
 @pytest.mark.parametrize("heads_q", [2, 8, 16])
 @pytest.mark.parametrize("splits", [2 * PARTS_TOGETHER - 3, 40])
 def test_many_parts_are_added_in_two_steps(splits: int, heads_q: int) -> None:

@@ -69,8 +69,9 @@ def part_columns(dims, part):
 class Split:
     """How work is shared. split: parts of a sequence, and the fewest tiles of one. stream_k, where all items are equally long:
     `rounds` of items that programs have alone, and programs that share each of the others. `depth`: stages of the ring that are
-    used where programs go through memory side by side. `ahead`: tiles to bring into L2 while the kernel before ends. `line`:
-    programs that share the line of all tiles."""
+    used where programs go through memory side by side. `ahead`: tiles to bring into L2 while the kernel before ends. `team`:
+    programs that take the same stretch of the line of all tiles, each for its head; `teams` share the line, go through each
+    sequence `head_groups` times, and use `line_depth` stages."""
 
     splits: gl.tensor
     least: gl.tensor
@@ -78,7 +79,10 @@ class Split:
     rounds: gl.tensor
     depth: gl.tensor
     ahead: gl.tensor
-    line: gl.tensor
+    team: gl.tensor
+    teams: gl.tensor
+    head_groups: gl.tensor
+    line_depth: gl.tensor
 
 
 @aggregate
@@ -438,7 +442,7 @@ def decode(
     k_map, k_tail, v_map, v_tail, q_ptr, out_ptr, lse_ptr, partial_out, partial_lse, sinks, tickets,
     seqlens, cu_q, leftpad, batch_index, page_table,
     batch, heads_kv, group, seqlen_q, added, capacity, row_blocks, slot_rows, left, right, table_stride, page_shift,
-    tickets_per_item, entries, splits, least, crew, rounds, depth, ahead, line,
+    tickets_per_item, entries, splits, least, crew, rounds, depth, ahead, team, teams, head_groups, line_depth,
     q_batch, q_row, q_head, head_dim, head_dim_v, scale, inner, k_scales, v_scales,
     k_scale_sequence, k_scale_entry, k_scale_block, k_scale_rows, v_scale_sequence, v_scale_entry, v_scale_block, v_scale_rows,
     CONFIG: gl.constexpr,
@@ -454,7 +458,7 @@ def decode(
             batch, heads_kv, group, seqlen_q, added, capacity, row_blocks, slot_rows, left, right, table_stride, page_shift,
             tickets_per_item, entries,
         ),
-        Split(splits, least, crew, rounds, depth, ahead, line),
+        Split(splits, least, crew, rounds, depth, ahead, team, teams, head_groups, line_depth),
         CacheScales(
             Scales(k_scales, k_scale_sequence, k_scale_entry, k_scale_block, k_scale_rows),
             Scales(v_scales, v_scale_sequence, v_scale_entry, v_scale_block, v_scale_rows),

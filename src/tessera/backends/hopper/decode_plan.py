@@ -30,6 +30,8 @@ AHEAD, AHEAD_OF_MANY, MANY = 2, 3, 32
 has `MANY` tiles. Too many come late, and the first loads wait behind them (H200, 2026-11-22, microseconds): 1 x 8k with
 0, 1, 2, 4 tiles 11.8, 11.3, 11.2, 11.5; 4 x 8k with 2, 3, 4, 5 33.2, 33.0, 33.2, 33.4; 1 x 32k with 2, 3, 4 32.5, 32.2, 32.6;
 16 x 8k with 0, 2, 3, 4, 8 120.6, 119.9, 119.8, 120.2, 121.1; 1 x 128k with 0, 2, 3, 4, 6 120.3, 119.8, 119.4, 119.2, 119.7."""
+IDLE = 0.05
+"""Of a grid's programs that may be without work so that the others read memory in order: it is busy without them."""
 SHORT_SHARE = 64
 """Tiles of a program up to which it does even where programs begin as others end."""
 INVARIANT_KEYS = 1024
@@ -46,10 +48,9 @@ class DecodePlan:
     """One launch of the decode kernel: `programs` is its grid, `splits` and `least` are the split schedule's (parts of a
     sequence, fewest tiles of a part), `rounds` and `crew` stream-K's where all items are equally long (items that every
     program has alone, programs that share each of the others), `depth` the stages of the ring that are used then or by split
-    ones, `ahead` the tiles that a program brings into L2 while the kernel before ends, `line` the programs that share the tiles
-    where items differ, `row_blocks` blocks of query rows a
-    key/value head (packed: at most), `slots` what the workspace has room for, each `slot_rows` rows; `items` how many items
-    there can be."""
+    ones, `ahead` the tiles that a program brings into L2 while the kernel before ends; where items differ, `teams` of `team`
+    programs each share the tiles, by `line_depth` stages. `row_blocks`: blocks of query rows a key/value head (packed: at
+    most), `slots`: what the workspace has room for, each `slot_rows` rows; `items`: how many there can be."""
 
     config: DecodeConfig
     programs: tuple[int, int, int]
@@ -59,7 +60,9 @@ class DecodePlan:
     rounds: int
     depth: int
     ahead: int
-    line: int
+    team: int
+    teams: int
+    line_depth: int
     row_blocks: int
     slot_rows: int
     slots: int
@@ -132,10 +135,11 @@ def decode_plan(problem: CacheProblem, device: Device) -> DecodePlan:
             programs = (line := crew * items, 1, 1)
         else:
             programs = (line, 1, 1)
-        slots = 2 * line
+        slots, most_parts, team = 2 * line, line, _team(shape.heads_kv, line)
     else:
-        programs, line = (splits, shape.heads_kv * row_blocks, shape.batch), splits
+        programs, line = (splits, shape.heads_kv * row_blocks, shape.batch), 1
         slots, rounds, crew = items * splits if splits > 1 else 0, 0, 0
+        most_parts, team = splits, 1
     pages = problem.cache.pages
     slot_rows = ROWS if packed and invariant else min(ROWS, max(1, rows))  # packed rows are the batch's
     # ptxas spills a little at 255, and nothing at 240: 4 x 8k 35.2, 34.6
@@ -147,10 +151,11 @@ def decode_plan(problem: CacheProblem, device: Device) -> DecodePlan:
         storage=Storage.E4M3 if problem.cache.is_quantised else Storage.HALF,
         features=_features(problem, schedule, early),
     )  # fmt: skip
-    tickets = 1 + -(-line // PARTS_TOGETHER)  # as many parts an item has at most
+    tickets = 1 + -(-most_parts // PARTS_TOGETHER)
     depth = _depth(problem, sum(dims) + sum(dims_v), tile)
     share = items * tile.needed(shape.seqlen_k) / max(1, math.prod(programs))
-    shares = (splits, least, crew, rounds, depth, _ahead(schedule, share, items > device.multiprocessors), line)
+    ahead = _ahead(schedule, share, items > device.multiprocessors)
+    shares = (splits, least, crew, rounds, depth, ahead, team, line // team, _line_depth(team, depth, tile))
     return DecodePlan(config, programs, *shares, row_blocks, slot_rows, slots, items, tickets)
 
 
@@ -160,6 +165,13 @@ def _turns(items: int, programs: int) -> tuple[int, int]:
     rounds, rest = divmod(items, programs)
     crew = _in_one_step(programs // rest) if rest else 0
     return (rounds, crew) if 4 * crew * rest >= 3 * programs or not rest else (0, 0)
+
+
+def _team(heads_kv: int, programs: int) -> int:
+    """Heads that programs go through side by side where lengths differ: as many as leave few programs without work. 64 sequences
+    of 100 to 32k keys by 8 heads and by one 345.6, 352.7 microseconds, of 1k to 32k 16 147.0, 154.0 (H200, 2026-11-22)."""
+    divisors = (heads for heads in range(heads_kv, 0, -1) if heads_kv % heads == 0)
+    return next(heads for heads in divisors if programs % heads <= programs * IDLE)
 
 
 def _in_one_step(parts: int) -> int:
@@ -240,6 +252,13 @@ def _depth(problem: CacheProblem, words: int, tile: Tile) -> int:
     if pages is not None and pages.size <= tile.keys:
         few += 1  # small copies need one more on their way
     return min(few, tile.stages)
+
+
+def _line_depth(team: int, depth: int, tile: Tile) -> int:
+    """The same along the line of all tiles, where a program ends one item and begins another. H200, 2026-11-22, microseconds: 16
+    sequences of 1k to 32k keys by 6, 3, 2 stages 150.3, 149.4, 147.0; 64 of 100 to 32k, two blocks an SM, by 3, 2, 1 stages
+    347.1, 345.6, 347.8. Programs that go alone keep no step: as many bytes as there is room for."""
+    return min(max(depth, 2), tile.stages) if team > 1 else tile.stages
 
 
 def _schedule(problem: CacheProblem) -> Schedule:

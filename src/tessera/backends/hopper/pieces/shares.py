@@ -3,11 +3,12 @@
 split      (Flash-Decoding) one program a (part, item, sequence), an item being a key/value head and a block of query rows.
            A sequence's tiles are cut into `splits` equal parts, or fewer, of at least `least` tiles: by its own length alone.
 stream_k   (Lean Attention, arXiv 2405.10480) every program gets the same number of tiles, whatever the lengths: the tiles of all
-           sequences and items stand in one line, and each program takes its stretch of it, over the ends of items. But where
-           all items turn out to be equally long they are done in turns: in all but the last each program has an item alone, in
-           the last one each of the items that are left is shared by a crew of programs.
+           sequences stand in one line, and each program takes its stretch of it, over the ends of items. Programs of neighbouring
+           heads take the same stretch side by side, a team: memory opens a row once for all of them. But where all items turn
+           out to be equally long they are done in turns: in all but the last each program has an item alone, in the last one
+           each of the items that are left is shared by a crew of programs.
 
-In turns, and split, neighbours read neighbouring heads of the same rows at the same time, as far as they keep step: `depth`
+However it is done, neighbours read neighbouring heads of the same rows at the same time, as far as they keep step: `depth`
 bounds how far one can run ahead. A part of an item that is not all of it leaves a partial result in a slot; the last one to
 finish adds them up (pieces/parts.py).
 """
@@ -24,12 +25,13 @@ M = gl.constexpr(ROWS)
 
 @aggregate
 class Line:
-    """stream_k: `length` tiles in one line, shared by `programs` programs from number `begin` on: all tiles by all programs, or
-    one item's by its crew."""
+    """stream_k: `length` tiles in one line, shared by `programs` programs, of which this one is number `place`: all tiles by one
+    member of each team, or one item's by its crew. `slots`: the slots of these programs' partial results begin at 2 `slots`."""
 
     length: gl.tensor
-    begin: gl.tensor
+    slots: gl.tensor
     programs: gl.tensor
+    place: gl.tensor
 
 
 @aggregate
@@ -80,7 +82,7 @@ class Segment:
 
 @gluon.jit
 def slot_of(config: gl.constexpr, slots, part):
-    """The slot of an item's part. stream_k: program p has the slots 2 p and 2 p + 1, the second for an item that it begins."""
+    """The slot of an item's part. stream_k: each program has two, the second one for an item that it begins."""
     if has(config, "stream_k"):
         return slots + 2 * part + gl.where(part == 0, 1, 0)
     else:
@@ -94,10 +96,11 @@ def _add(a, b):
 
 @gluon.jit
 def _items_and_tiles(config: gl.constexpr, call, index):
-    """Items of sequence `index` (or of each of a vector of them), and tiles of an item; no items past the batch."""
+    """Items that a team goes through in sequence `index` (or in each of a vector of them), and tiles of an item; no items past
+    the batch."""
     seq = cached(config, call.places, call.sizes, index)
     begin, end = key_tiles(config, call.sizes, seq)
-    items = row_blocks(call.sizes, seq, M) * call.sizes.heads_kv
+    items = row_blocks(call.sizes, seq, M) * call.split.head_groups
     return gl.where(index < call.sizes.batch, items, 0), end - begin
 
 
@@ -109,7 +112,7 @@ def _tiles_of(config: gl.constexpr, call, index):
 
 @gluon.jit
 def _all_tiles(config: gl.constexpr, call, lane):
-    """Tiles of all items of all sequences."""
+    """Tiles of all items of all sequences, as a team counts them."""
     total = call.sizes.batch * 0
     for first in range(0, call.sizes.batch, SCANNED):
         total += gl.sum(_tiles_of(config, call, first + lane), axis=0)
@@ -152,12 +155,12 @@ def _find(config: gl.constexpr, call, lane, position):
 
 @gluon.jit
 def _find_item(config: gl.constexpr, call, lane, position):
-    """Sequence, row block and head that a tile of the line of all tiles is of, and the item's first tile."""
+    """Sequence, row block and the team's first head that a tile of the line of all tiles is of, and the item's first tile."""
     index, before = _find(config, call, lane, position)
     _, tiles = _items_and_tiles(config, call, index)
     number = (position - before) // tiles
-    block = number // call.sizes.heads_kv
-    return index, block, number - block * call.sizes.heads_kv, before + number * tiles
+    block = number // call.split.head_groups
+    return index, block, (number - block * call.split.head_groups) * call.split.team, before + number * tiles
 
 
 @gluon.jit
@@ -171,12 +174,14 @@ def _stretch(config: gl.constexpr, call, turn, warps: gl.constexpr):
     else:
         total = _all_tiles(config, call, lane)
         zero = total * 0
-        programs = call.split.line
-        position, stop = _part_of(total, programs, gl.minimum(gl.program_id(0), programs - 1))
-        stop = gl.where(gl.program_id(0) < programs, stop, position)
+        teams = call.split.teams
+        place = gl.program_id(0) // call.split.team
+        member = gl.program_id(0) - place * call.split.team
+        position, stop = _part_of(total, teams, gl.minimum(place, teams - 1))
+        stop = gl.where(place < teams, stop, position)
         index, block, head, first = _find_item(config, call, lane, position)
-        line = Line(total, zero, programs)
-        share = Share(position, stop, index, block, head, first, line, zero - 1, zero + config.stages)
+        line = Line(total, member * teams, teams, place)
+        share = Share(position, stop, index, block, head + member, first, line, zero - 1, call.split.line_depth)
     return share
 
 
@@ -210,9 +215,10 @@ def _turn(call, number):
 @gluon.jit
 def _share_of(call, turn, tiles):
     """What a program does in its turn, where all items have so many tiles."""
-    position, stop = _part_of(tiles, turn.crew, gl.program_id(0) - turn.begin)
+    place = gl.program_id(0) - turn.begin
+    position, stop = _part_of(tiles, turn.crew, place)
     stop = gl.where(turn.works > 0, stop, position)
-    line = Line(tiles, turn.begin, turn.crew)
+    line = Line(tiles, turn.begin, turn.crew, place)
     return Share(position, stop, turn.index, turn.block, turn.head, turn.index * 0, line, turn.number, call.split.depth)
 
 
@@ -253,7 +259,7 @@ def first_share(config: gl.constexpr, call, turn, warps: gl.constexpr):
         used = used & (turn.block < row_blocks(call.sizes, seq, M))
         zero = turn.number
         stop = gl.where(used, 1, zero)
-        return Share(zero, stop, turn.index, turn.block, turn.head, zero, Line(zero, zero, zero), zero, call.split.depth)
+        return Share(zero, stop, turn.index, turn.block, turn.head, zero, Line(zero, zero, zero, zero), zero, call.split.depth)
 
 
 @gluon.jit
@@ -265,16 +271,15 @@ def segment_of(config: gl.constexpr, call, share):
     item = (first_row_block(config, call.sizes, seq, M) + share.block) * call.sizes.heads_kv + share.head
     if has(config, "stream_k"):
         line = share.line
-        place = line.begin * 0
+        place = line.place * 0
         parts = gl.minimum(line.programs, tiles)
         if line.length != tiles:
             place = _place_of(line, share.first)
             parts = _place_of(line, share.first + tiles - 1) - place + 1
-        parts_begin = line.begin + place
-        part = gl.program_id(0) - parts_begin
+        part = line.place - place
         start = begin + share.position - share.first
         stop = begin + gl.minimum(share.stop - share.first, tiles)
-        slots = 2 * parts_begin
+        slots = 2 * (line.slots + place)
     else:
         length = _part_length(call.split, tiles)
         parts = (tiles + length - 1) // length
@@ -324,11 +329,11 @@ def _spent(share):
 def _next_item(config: gl.constexpr, call, share, segment):
     """Along the line of all tiles."""
     position = share.position + segment.end - segment.begin
-    head = share.head + 1
+    head = share.head + call.split.team
     block = share.block
     index = share.index
-    if head == call.sizes.heads_kv:
-        head = head * 0
+    if head >= call.sizes.heads_kv:
+        head -= call.sizes.heads_kv
         block += 1
     if has(config, "packed"):
         while (position < share.stop) & (block >= _blocks_of(config, call, index)):
