@@ -470,7 +470,14 @@ def _assembly(text: str, constraints: str, arguments: list[Any], dtype: Any, is_
         return drawn
     if text.startswith(("{ .reg .pred never;", "fence.")):  # softmax.finish_before
         return Integer(0)
-    if text.startswith("ld.acquire"):  # sums.read_mark: again and again, until another has set it
+    if wait := re.fullmatch(r"cp.async.bulk.wait_group (\d); mov.u32 \$0, 0;", text):  # counts.tell
+        _tma_store_wait(int(wait[1]))
+        return Integer(0)
+    if "red.release" in text:  # counts.count_tile: every warp
+        _tma_store_wait(0)
+        _store(arguments[0], _load(arguments[0]) + _here.threads // 32)
+        return Integer(0)
+    if "ld.acquire" in text:  # sums.read_mark, counts.await_tiles: again and again, until another has set it
         give_way()
         return _load(arguments[0])
     if "st.release" in text:  # sums.set_mark

@@ -110,7 +110,7 @@ def test_heads_come_in_stretches(seqlen_q: int, seqlen_k: int, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("dim", DIMS)
-@pytest.mark.parametrize(("programs", "seqlen_q", "tiles"), [(2, 700, 3), (4, 700, 5), (7, 1400, 9)])
+@pytest.mark.parametrize(("programs", "seqlen_q", "tiles"), [(2, 1300, 3), (4, 1300, 5), (7, 1400, 9)])
 def test_last_tiles_are_divided(dim: int, programs: int, seqlen_q: int, tiles: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer tiles than programs at the end: in two shares, in shares that reach into a second tile, in many."""
     monkeypatch.setitem(globals(), "FEW", programs)
@@ -133,6 +133,31 @@ def test_last_tiles_are_divided_under_dropout(dim: int, tiles: int, monkeypatch:
     problem = bind(request)[0]
     rest = Remainder.of(problem, backward_config(problem), 2)
     assert rest.whole < rest.numbers
+    check(request)
+
+
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize(("group", "heads"), [(1, 1), (2, 2), (1, 3)])
+def test_rows_are_rounded_as_their_tiles_are_done(dim: int, group: int, heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Head after head, two of three together, all: each row once, and never before its tiles have counted."""
+    monkeypatch.setattr(BackwardLaunch, "section", 150 * heads)
+    case = Case("counted", head_dim=dim, batch=2, seqlen_q=150, seqlen_k=230, heads_q=3 * group, heads_kv=3, window=(70, 0))
+    request = case.request("cpu", torch.bfloat16, requires_grad=True)
+    problem = bind(request)[0]
+    launch = BackwardLaunch(problem, backward_config(problem), FEW)
+    assert launch.config.counts_tiles
+    assert launch.counted[:2] == (group, group * heads)
+    check(request)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_last_tiles_leave_room_to_round(dim: int) -> None:
+    """Where more rows than few see a tile of full attention, the last tiles are not divided yet."""
+    case = Case("room", head_dim=dim, batch=1, seqlen_q=700, seqlen_k=600, heads_q=4, heads_kv=2)
+    request = case.request("cpu", torch.bfloat16, requires_grad=True)
+    config = backward_config(bind(request)[0])
+    assert config.counts_tiles
+    assert config.k_places == 1
     check(request)
 
 

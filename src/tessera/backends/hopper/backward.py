@@ -28,6 +28,7 @@ from tessera.backends.hopper.backward_products import consumer_of_dk, consumer_o
 from tessera.backends.hopper.backward_turns import consumer_in_turn, consumers_in_turn, make_parts
 from tessera.backends.hopper.backward_writer import writer_of_dq, writer_of_many
 from tessera.backends.hopper.pieces.channel import NAMED_BARRIER_K, NAMED_BARRIER_V, make_barriers, make_stream
+from tessera.backends.hopper.pieces.counts import count_tile, count_told, place_of_count, tells_producer
 from tessera.backends.hopper.pieces.draws import make_draws
 from tessera.backends.hopper.pieces.gradients import (
     Score,
@@ -192,7 +193,6 @@ def producer_of_many(config: gl.constexpr, maps, stats_map, shared, draws, call)
     """Tile after tile: the next one's first rows come while the consumers still work on this one, its K and V when no product
     reads those of this one any more."""
     number = call.order.number
-    let_next_begin()
     if adds_in_order(config):
         wait_for_previous()  # for the counter
         number = draws.draw()
@@ -201,9 +201,11 @@ def producer_of_many(config: gl.constexpr, maps, stats_map, shared, draws, call)
     if (count > 0) & (number < draws.tiles):
         _load_k(config, maps, shared, call, tile, 0)
     wait_for_previous()
+    let_next_begin()  # not before: it may read counts without waiting for this kernel
     done = 0  # blocks of rows
     seen = 0  # tiles that any row sees
     turn = 0
+    owed = number * 0 - 1  # where the tile before is counted
     while number < draws.tiles:
         uses = _uses(config, call, count)
         start = first_place(config, call, tile, count)
@@ -215,6 +217,12 @@ def producer_of_many(config: gl.constexpr, maps, stats_map, shared, draws, call)
             if (n == 0) & (count > 0):
                 _load_later_keys(config, maps, shared, call, tile, seen, turn)
             _load_do(config, maps, stats_map, shared, call, tile, done + n, member, row)
+            if n == config.q_stages:  # all consumers have left the tile before
+                count_told(config, draws, turn - 1, owed)
+        if uses <= config.q_stages:
+            count_told(config, draws, turn - 1, owed)
+        if tells_producer(config):
+            owed = place_of_count(call, tile)
         done += uses
         seen += gl.where(count > 0, 1, 0)
         number = number_after(config, call, draws, number)
@@ -225,6 +233,7 @@ def producer_of_many(config: gl.constexpr, maps, stats_map, shared, draws, call)
             _ask_for_keys(config, maps, shared, call, tile, (count > 0) & (number < draws.tiles))
         if config.swaps_keys:
             _load_early_k(config, maps, shared, call, tile, seen, (count > 0) & (number < draws.tiles))
+    count_told(config, draws, turn - 1, owed)
 
 
 @gluon.jit
@@ -250,15 +259,17 @@ def producer_onward(config: gl.constexpr, maps, stats_map, shared, keys, draws, 
     """The same for backward_onward.py: K before a tile's first rows, each consumer's half of V when that consumer has read the
     last one."""
     number = call.order.number
-    let_next_begin()
     draws.post(0, number)
     tile, begin, count = locate_work(config, call, draws, number)
     if (count > 0) & (number < draws.tiles):
         _load_k_onward(config, maps, shared, keys, call, tile, 0)
     wait_for_previous()
+    let_next_begin()
     done = 0  # blocks of rows
     seen = 0  # tiles that any row sees
     turn = 0
+    owed = number * 0 - 1  # where the tile is counted that is done when consumers leave the one before
+    last = owed  # the same of the last tile that any row sees
     while number < draws.tiles:
         uses = count * call.group
         if count > 0:
@@ -274,11 +285,25 @@ def producer_onward(config: gl.constexpr, maps, stats_map, shared, keys, draws, 
             member, row = _member_and_row(config, tile, begin, count, 0, n)
             _load_q(config, maps, stats_map, shared, call, tile, done + n, member, row)
             _load_do(config, maps, stats_map, shared, call, tile, done + n, member, row)
+            if n == config.q_stages:
+                count_told(config, draws, turn - 1, owed)
+        if uses <= config.q_stages:
+            count_told(config, draws, turn - 1, owed)
+        if tells_producer(config):
+            place = place_of_count(call, tile)
+            owed = gl.where(count > 0, last, -1)
+            if count > 0:
+                last = place
+            else:
+                count_tile(draws, place)
         done += uses
         number = draws.draw()
         turn += 1
         draws.post(turn, number)
         tile, begin, count = locate_work(config, call, draws, number)
+    count_told(config, draws, turn - 1, owed)
+    if tells_producer(config) and last >= 0:
+        count_tile(draws, last)
 
 
 @gluon.jit

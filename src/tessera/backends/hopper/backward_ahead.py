@@ -15,6 +15,7 @@ dK and dV leave through the buffers of dQ's parts, so that K, V and the rings ar
 """
 
 from tessera.backends.hopper.pieces.channel import make_barriers
+from tessera.backends.hopper.pieces.counts import tell
 from tessera.backends.hopper.pieces.gradients import (
     Score,
     Shared,
@@ -341,4 +342,5 @@ def consumer_ahead(config: gl.constexpr, index: gl.constexpr, dq_map, dk_map, dv
             _store(me, dk_map, dk * score.factor, tile, n + 1)
         turn += 1
         number = draws.read(turn)
+        tell(config, draws)
     tma_store_wait(0)

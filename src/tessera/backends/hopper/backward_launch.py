@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -23,10 +23,18 @@ from tessera.backends.hopper.backward_plan import (
     Adding,
     BackwardConfig,
     PartLayout,
-    RowsConfig,
     sees_few_keys,
 )
-from tessera.backends.hopper.backward_sizes import Remainder, bias_sums_shape, key_blocks, key_tiles, work_lines, work_words
+from tessera.backends.hopper.backward_rows_config import RowsConfig
+from tessera.backends.hopper.backward_sizes import (
+    Remainder,
+    bias_sums_shape,
+    key_blocks,
+    key_tiles,
+    spared_multiprocessors,
+    work_lines,
+    work_words,
+)
 from tessera.backends.hopper.config import Feature
 from tessera.backends.hopper.launch import ELEMENTS, L2_BYTES, WITHOUT_POINTERS, Copied, Rows, allocator
 from tessera.dispatch import InputGradients, Upstream
@@ -97,6 +105,7 @@ def prepare_spec(config: RowsConfig, dtype: torch.dtype) -> jit.KernelSpec:
     arguments |= {"do_pitch": jit.Scalar("i32"), "with_dlse": jit.Scalar("i32")}
     arguments |= {name: jit.Scalar("i64", align=8) for name in ("do_row", "do_head")}
     arguments |= {name: jit.Scalar("fp32") for name in ("unit", "share")}
+    config = replace(config, counts_tiles=False)  # all one to it
     return jit.KernelSpec.of("tessera.backends.hopper.backward_rows:prepare_rows", arguments, {"CONFIG": config})
 
 
@@ -108,6 +117,7 @@ def finish_spec(config: RowsConfig, dtype: torch.dtype) -> jit.KernelSpec:
     arguments |= {name: jit.Pointer("i32", align=4) for name in _LENGTHS}
     arguments |= {name: jit.Scalar("i32") for name in ("batch", "heads", "seqlen_q", "seqlen_k", "line")}
     arguments |= {"dim": jit.Scalar("i32", align=8), "factor": jit.Scalar("fp32")}
+    arguments |= {name: jit.Scalar("i32") for name in ("group", "together", "warps")}
     kernel = "tessera.backends.hopper.backward_rows:finish_queries"
     return jit.KernelSpec(kernel, tuple(arguments.items()), (("CONFIG", config),), early=True)
 
@@ -176,7 +186,10 @@ class BackwardLaunch:
     @cached_property
     def programs(self) -> int:
         """How many run: one a multiprocessor, where they take tile after tile, else one a tile."""
-        return min(self.tiles, self.multiprocessors) if self.config.takes_tile_after_tile else self.tiles
+        if not self.config.takes_tile_after_tile:
+            return self.tiles
+        spared = spared_multiprocessors(self.problem, self.tiles, self.multiprocessors) if self.config.counts_tiles else 0
+        return min(self.tiles, self.multiprocessors - spared)
 
     @cached_property
     def remainder(self) -> Remainder:
@@ -199,6 +212,14 @@ class BackwardLaunch:
         if self.config.sections_take_turns:
             rows = max(rows, shape.seqlen_q * -(-95 * rows // (100 * max(shape.seqlen_q, 1))))
         return 1 if self.config.takes_heads_apart and shape.group > 1 else max(fitting, rows)
+
+    @cached_property
+    def counted(self) -> tuple[int, int, int]:
+        """For finish_queries: heads of a group, heads that are done at about the same time, warps that count a tile."""
+        shape = self.problem.shape
+        heads = min(max(self.section // max(shape.seqlen_q, 1), 1), shape.heads_kv)
+        sections = -(-shape.heads_kv // heads)
+        return shape.group, shape.group * -(-shape.heads_kv // sections), self.config.counting_warps * self.blocks
 
     @cached_property
     def integers(self) -> tuple[int, ...]:
@@ -318,7 +339,7 @@ class BackwardLaunch:
                 for with_dlse in (0, 1)
             ),
             main.prepare((self.programs, 1, 1), () if self.is_modified else numbers),
-            finish[0].prepare((programs, 1, 1), (*sizes, shape.head_dim, self.scales[2])) if finish else None,
+            finish[0].prepare((programs, 1, 1), (*sizes, shape.head_dim, self.scales[2], *self.counted)) if finish else None,
         )
 
 

@@ -12,6 +12,7 @@ dK and dV leave through the buffer of dQ's parts, so that K, V and the rings are
 """
 
 from tessera.backends.hopper.backward_ahead import Pair, ds_of, hand_over, p_of
+from tessera.backends.hopper.pieces.counts import tell
 from tessera.backends.hopper.pieces.draws import Draws
 from tessera.backends.hopper.pieces.gradients import Score, Shared, issue_dp, issue_s
 from tessera.backends.hopper.pieces.key_tiles import Call, KeyTile, locate_keys
@@ -400,5 +401,8 @@ def consumer_onward(config: gl.constexpr, index: gl.constexpr, dq_map, dk_map, d
             number = following
         else:
             number = draws.read(turn)
+        if number < draws.tiles:
+            tell(config, draws)
     _sum_dq(me, dq_map, At(n, held, before, held))
     tma_store_wait(0)
+    tell(config, draws, 0)

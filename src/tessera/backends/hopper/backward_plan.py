@@ -28,6 +28,10 @@ FEW_ROWS = 1280
 start at head dim 128. The second place for K takes a buffer for parts of dQ, which long tiles miss: ours over FA3's time without
 and with, window 256 1.041 and 0.950, 1024 1.009 and 0.966, full 512 0.964 and 0.886, 1k 0.997 and 0.977, causal 1k 0.973 and
 0.946, 2k 0.971 and 0.962; but full 4k 0.985 and 0.996, 16k 0.98 and 1.03, GQA 32/8 1k 0.785 and 0.794 (H200, 2026-11-21)."""
+SOME_ROWS = 2560
+"""Up to so many rows full attention's last tiles are not divided: multiprocessors that are left round dQ meanwhile, which is 4%
+of the time at 2k (pieces/counts.py). Ours / FA3, divided and so: head dim 128 2k 1.038 and 1.066, 4k 1.060 and 1.063; 64 2k 1.036
+and 1.056, 4k 1.035 and 1.023; 256, in rows, 2k level, 4k 1.052 and 1.039 (H200, 2026-11-22)."""
 NARROW_WINDOW = 256
 APART = 32
 """In an order, under windows of up to NARROW_WINDOW keys, tiles of APART heads come in turn, of whose rows L2 holds what is at
@@ -67,6 +71,8 @@ class RowsSeen(Enum):
     """How many rows see a tile of keys: what its end may cost (`_short_form`)."""
 
     FEW = "few rows a tile"
+    SOME = "more rows a tile"
+    """Full attention at head dim 128 alone."""
     MANY = "many rows a tile"
 
 
@@ -138,6 +144,18 @@ class BackwardConfig:
         is_full = set(self.features) <= {Feature.SINKS, Feature.SCALE_FIRST, Feature.DROPOUT}
         many = self.rows_seen is RowsSeen.MANY
         return is_full and many and self.takes_tile_after_tile and self.adding is Adding.ANY_ORDER
+
+    @property
+    def counts_tiles(self) -> bool:
+        """Whether the tiles that have added to a head's rows are counted, so that these are rounded while others are at work
+        (pieces/counts.py)."""
+        in_any_order = self.takes_tile_after_tile and self.adding is Adding.ANY_ORDER
+        return in_any_order and not self.divides_remainder and Feature.VARLEN not in self.features
+
+    @property
+    def counting_warps(self) -> int:
+        """Warps that count each tile: all of the consumer that has dQ, or the producer."""
+        return 4 if self.division is Division.PRODUCTS else 1
 
     @property
     def gradients_of_tile(self) -> int:
@@ -260,7 +278,7 @@ class BackwardConfig:
 
     @property
     def part_layout(self) -> PartLayout:
-        long = self.division is Division.PRODUCTS and self.rows_seen is RowsSeen.MANY
+        long = self.division is Division.PRODUCTS and self.rows_seen is not RowsSeen.FEW
         return PartLayout.ROWS if long else PartLayout.REGISTERS
 
     @property
@@ -299,26 +317,6 @@ class BackwardConfig:
         return text + "".join(f", {feature.value}" for feature in self.features)
 
 
-@dataclass(frozen=True)
-class RowsConfig:
-    """What the small kernels of backward_rows.py are compiled for."""
-
-    dim: int
-    dim_v: int
-    adding: Adding
-    part_layout: PartLayout
-    features: tuple[Feature, ...]
-    subtracts_by_products: bool
-
-    @staticmethod
-    def of(config: BackwardConfig) -> RowsConfig:
-        """Of a configuration's features, those that say which rows there are, and the sinks. Who rounds is all one to them."""
-        wanted = {Feature.VARLEN, Feature.SEQUSED_Q, Feature.QUERY_END, Feature.SINKS}
-        features = tuple(x for x in config.features if x in wanted)
-        adding = Adding.ANY_ORDER if config.adding is Adding.ANY_ORDER else Adding.ORDER
-        return RowsConfig(config.dim, config.dim_v, adding, config.part_layout, features, config.subtracts_by_products)
-
-
 def backward_config(problem: Problem) -> BackwardConfig:
     """The configuration for a problem."""
     family = backward_family(problem)
@@ -355,7 +353,8 @@ def _short_form(problem: Problem, plain: BackwardConfig) -> BackwardConfig | Non
 def _few_rows_see(problem: Problem, config: BackwardConfig) -> bool:
     """Whether that form pays. At head dim 256 it depends on L2, so on all rows."""
     rows = _rows_of_a_tile(problem) if config.division is Division.AHEAD else problem.shape.group * problem.shape.seqlen_q
-    return rows <= FEW_ROWS
+    is_full = config.division is Division.TURNS and Feature.RIGHT not in config.features
+    return rows <= (SOME_ROWS if config.rows_seen is RowsSeen.SOME or is_full else FEW_ROWS)
 
 
 def _rows_of_a_tile(problem: Problem) -> int:
@@ -390,8 +389,10 @@ def backward_family(problem: Problem) -> tuple[BackwardConfig, ...]:
         rounded = replace(rounded, division=Division.TURNS)
     forms: tuple[BackwardConfig, ...] = (plain,)
     short = _short_form(problem, plain)
+    if plain.division is Division.AHEAD and plain.divides_remainder:
+        forms = (replace(plain, rows_seen=RowsSeen.SOME), plain)
     if short is not None:
-        forms = (short,) if mask.left is not None and _rows_of_a_window(problem) <= FEW_ROWS else (short, plain)
+        forms = (short,) if mask.left is not None and _rows_of_a_window(problem) <= FEW_ROWS else (short, *forms)
     is_fast = plain.division is Division.TURNS and plain.takes_tile_after_tile
     pays = not is_fast and (is_bitwise or (mask.right is not None and Feature.SOFTCAP not in plain.features))
     has_last_tile = problem.layout is Layout.DENSE and not mask.bounds and mask.left is None and (mask.right or 0) >= 0

@@ -6,6 +6,7 @@ then 0), D = rowsum(dO * O) - dlse, and zeros for dQ to be added to (or, where i
 scales it and rounds it.
 """
 
+from tessera.backends.hopper.pieces.counts import await_tiles
 from tessera.backends.hopper.pieces.epilogue import LOG2_E
 from tessera.backends.hopper.pieces.gradients import subtracts_by_products
 from tessera.backends.hopper.pieces.key_tiles import locate_rows
@@ -41,6 +42,21 @@ def _backwards(columns):
     number = gl.num_programs(0) - 1 - gl.program_id(0)
     block = number // columns
     return block, number - block * columns
+
+
+@gluon.jit
+def _as_they_are_done(blocks, heads, chunks, together):
+    """This program's (block, head, chunk): of a sequence's `blocks` those of `together` heads come before the next heads'."""
+    number = gl.program_id(0)
+    batch = number // (blocks * heads * chunks)
+    number -= batch * (blocks * heads * chunks)
+    section = number // (blocks * together * chunks)
+    number -= section * (blocks * together * chunks)
+    beside = gl.minimum(together, heads - section * together) * chunks
+    block = number // beside
+    number -= block * beside
+    head = number // chunks
+    return batch * blocks + block, section * together + head, number - head * chunks
 
 
 @gluon.jit
@@ -165,21 +181,31 @@ def _part_of_registers(begin, first_column, dim, is_written, factor, dtype: gl.c
 @gluon.jit
 def finish_queries(
     sum_ptr, marks_ptr, dq_ptr, cu_q, cu_k, used_q, used_k, key_start, key_end, query_end,
-    batch, heads, seqlen_q, seqlen_k, line, dim, factor,
+    batch, heads, seqlen_q, seqlen_k, line, dim, factor, group, together, warps,
     CONFIG: gl.constexpr,
 ):  # fmt: skip
-    """A program for each 64 rows of the workspace, head and 64 columns."""
+    """A program for each 64 rows of the workspace, head and 64 columns. Where tiles are counted (pieces/counts.py), `together`
+    heads are done at about the same time, in groups of `group`, and `warps` count for each."""
     config: gl.constexpr = CONFIG
     width: gl.constexpr = 64
     layout: gl.constexpr = _layout(width)
     lengths = Lengths(cu_q, cu_k, used_q, used_k, key_start, key_end, query_end)
     chunks = (dim + (width - 1)) // width
-    block, chunk = _backwards(heads * chunks)
-    head = chunk // chunks
+    if config.counts_tiles:
+        block, head, chunk = _as_they_are_done(line // PART_ROWS // batch, heads, chunks, together)
+    else:
+        block, chunk = _backwards(heads * chunks)
+        head = chunk // chunks
+        chunk -= head * chunks
     start = block * PART_ROWS
-    first_column = (chunk - head * chunks) * width
+    first_column = chunk * width
     place = head * (line // PART_ROWS) + block
-    wait_for_previous()
+    if config.counts_tiles:
+        blocks = line // PART_ROWS // batch
+        last = (head // group + 1) * group - 1
+        await_tiles(marks_ptr + 1 + last * (line // PART_ROWS) + block // blocks * blocks, warps)
+    else:
+        wait_for_previous()
     is_written = True
     if adds_in_order(config):  # rows that no tile has reached: nobody has written anything
         is_written = gl.load(marks_ptr + 1 + place) != 0
@@ -196,3 +222,5 @@ def finish_queries(
     wanted = (first + rows < seq.q_rows)[:, None] & (columns < dim)[None, :]
     token = (seq.batch * seqlen_q + seq.q_begin + first + rows).to(gl.int64)
     gl.store(dq_ptr + (token * heads + head)[:, None] * dim + columns[None, :], dq, mask=wanted)
+    if config.counts_tiles and gl.program_id(0) == gl.num_programs(0) - 1:
+        wait_for_previous()  # what comes after this kernel may count on the main one

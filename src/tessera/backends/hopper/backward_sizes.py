@@ -13,6 +13,12 @@ FEWER_BLOCKS = 4
 """Row blocks that the last round of tiles must lose for them to be divided by rows: a share's end costs about one."""
 
 
+SPARED = 33
+"""Of so many multiprocessors one is left to finish_queries below a diagonal."""
+SHORT = 4096 * 128
+"""Rows times head dim (at least 128) up to which that pays."""
+
+
 def work_lines(problem: Problem) -> int:
     """Rows of the workspace a head: every sequence's, rounded up to WORK_ROWS."""
     shape = problem.shape
@@ -33,6 +39,22 @@ def key_tiles(problem: Problem, config: BackwardConfig) -> int:
     """Key tiles of all heads and sequences."""
     copies = 1 if problem.layout is Layout.VARLEN else problem.shape.batch
     return key_blocks(problem, config) * problem.shape.heads_kv * copies
+
+
+def spared_multiprocessors(problem: Problem, tiles: int, multiprocessors: int) -> int:
+    """How many the main kernel leaves to finish_queries from its beginning, where tiles are counted (pieces/counts.py). Tiles of
+    equal length take as many rounds on fewer: 2048 of them 16 on 128 as on 132. Ours / FA3, full, before, beside all programs,
+    and so: head dim 256 1k 0.998, 1.025 and 1.040; 64 1k 1.035, 1.056 and 1.074; 128 512 1.116, 1.132 and 1.143, a window of 1024
+    1.044, 1.062 and 1.075. Below a diagonal one in 33 pays while sequences are short: head dim 64 512 1.187, 1.192 and 1.207, 1k
+    1.134, 1.136 and 1.162, 4k 1.047, 1.051 and 1.056; 256 1k 1.024, 1.037 and 1.045, 2k 1.031, 1.052 and 1.052, but 4k 1.010,
+    1.035 and 1.025; grouped 128 4k 1.121, 1.134 and 1.128 (H200, 2026-11-22)."""
+    shape, mask = problem.shape, problem.mask
+    if mask.bounds:
+        return 0
+    if mask.right is not None and mask.left is None:
+        return multiprocessors // SPARED if shape.group == 1 and shape.seqlen_q * max(shape.head_dim, 128) <= SHORT else 0
+    rounds = -(-tiles // multiprocessors)
+    return multiprocessors - -(-tiles // rounds)
 
 
 @dataclass(frozen=True)

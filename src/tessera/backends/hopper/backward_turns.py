@@ -11,6 +11,7 @@ with 160 registers reads them two by two into the same ones, and waits for each 
 
 from tessera.backends.hopper.pieces.chain import chain_of
 from tessera.backends.hopper.pieces.channel import Ring, make_barriers, named_barrier
+from tessera.backends.hopper.pieces.counts import tell
 from tessera.backends.hopper.pieces.gradients import (
     BARRIER_DS,
     BARRIER_K,
@@ -386,6 +387,7 @@ def _tile_after_tile(config: gl.constexpr, consumer, dq_map, dk_map, dv_map, sha
             _store(config, consumer, dk_map, dv_map, parts, score, work[0], dk, dv)
         turn += 1
         number = draws.read(turn)
+        tell(config, draws)
 
 
 @gluon.jit

@@ -8,7 +8,8 @@ import torch
 
 from tessera import jit
 from tessera.backends.hopper.backward_launch import finish_spec, main_spec, prepare_spec
-from tessera.backends.hopper.backward_plan import RowsConfig, backward_config
+from tessera.backends.hopper.backward_plan import backward_config
+from tessera.backends.hopper.backward_rows_config import RowsConfig
 from tessera.mask import MaskSpec
 from tessera.problem import Alibi, Bias, Gradients, Layout, Problem, Reproducibility, Score, Shape, Sinks
 
@@ -36,8 +37,9 @@ def _named_problems() -> dict[str, Problem]:
     few = found["d64 causal"]
     found |= {"d64 causal": replace(few, shape=replace(few.shape, seqlen_q=2048, seqlen_k=2048)), "d64 causal, few rows": few}
     for dim in (64, 128, 256):
-        long = found[f"d{dim} full"]  # whose last tiles are divided
-        found[f"d{dim} full"] = replace(long, shape=replace(long.shape, seqlen_q=2048, seqlen_k=2048))
+        full = found[f"d{dim} full"]
+        found[f"d{dim} full, few rows"] = full
+        found[f"d{dim} full"] = replace(full, shape=replace(full.shape, seqlen_q=4096, seqlen_k=4096))  # last tiles are divided
         found |= {
             f"d{dim} window": _problem(dim, dim, _WINDOW),
             f"d{dim} documents": _problem(dim, dim, _DOCUMENTS),
@@ -55,6 +57,8 @@ def _named_problems() -> dict[str, Problem]:
             found[f"d{dim} {name}, deterministic"] = replace(found[f"d{dim} {name}"], reproducibility=Reproducibility.BITWISE)
         short = found[f"d{dim} full, deterministic"]  # there the last tile rounds
         found[f"d{dim} full, deterministic"] = replace(short, shape=replace(short.shape, seqlen_q=512, seqlen_k=512))
+    full = found["d128 full"]
+    found["d128 full, more rows"] = replace(full, shape=replace(full.shape, seqlen_q=2048, seqlen_k=2048))
     return found
 
 

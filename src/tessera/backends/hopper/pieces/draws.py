@@ -6,7 +6,8 @@ and that has nothing but lower ones before it: so the lowest that is not done is
 however many programs the device runs at a time.
 """
 
-from tessera.backends.hopper.pieces.channel import Ring, make_ring
+from tessera.backends.hopper.pieces.channel import Ring, make_barriers, make_ring
+from tessera.backends.hopper.pieces.counts import tells_producer
 from tessera.backends.hopper.pieces.numbers import make_numbers, of_first_lane, read_number, write_number
 from tessera.backends.hopper.pieces.remainder import Remainder
 from tessera.backends.hopper.pieces.scheduler import take
@@ -19,7 +20,8 @@ _SLOTS = gl.constexpr(2)
 @aggregate
 class Draws:
     """`tiles` numbers in all, of which `given` are begun without a draw, and the last of which may stand for less than a tile
-    (`rest`: pieces/remainder.py); two of them, so that one can be posted before everybody has read the one before."""
+    (`rest`: pieces/remainder.py); two of them, so that one can be posted before everybody has read the one before. `told`: an
+    mbarrier for the consumers' words (pieces/counts.py)."""
 
     counter: gl.tensor
     tiles: gl.tensor
@@ -27,6 +29,7 @@ class Draws:
     numbers: gl.shared_memory_descriptor
     ring: Ring
     rest: Remainder
+    told: gl.shared_memory_descriptor
 
     @gluon.jit
     def draw(self):
@@ -64,4 +67,8 @@ def make_draws(config: gl.constexpr, counter, tiles, whole, share, shares):
     """For programs that take tile after tile. Behind the counter lie marks."""
     given = tiles * 0 if adds_in_order(config) else gl.num_programs(0) + tiles * 0
     ring = make_ring(_SLOTS, config.consumers + config.writers)
-    return Draws(counter, tiles, given, make_numbers(_SLOTS), ring, Remainder(whole, share, shares, counter + 1))
+    told = ring.full.index(0)  # stands for what nobody uses (see sums_in)
+    if tells_producer(config):
+        told = make_barriers(1, config.adders).index(0)
+    rest = Remainder(whole, share, shares, counter + 1)
+    return Draws(counter, tiles, given, make_numbers(_SLOTS), ring, rest, told)
