@@ -171,16 +171,6 @@ def test_long_in_a_fixed_order(dim: int, causal: bool) -> None:
     check(request)
 
 
-def test_consumers_with_texts_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At head dim 64 below a diagonal: where many rows see a tile."""
-    case = Case("long", head_dim=64, causal=True, **LONG)
-    request = case.request("cpu", torch.bfloat16, requires_grad=True)
-    assert backward_config(bind(request)[0]).shares_text
-    monkeypatch.setattr(backward_plan, "FEW_ROWS", 100)
-    assert not backward_config(bind(request)[0]).shares_text
-    check(request)
-
-
 @pytest.mark.parametrize("dim", DIMS)
 def test_in_float16(dim: int) -> None:
     check(Case("long", head_dim=dim, causal=True, **LONG).request("cpu", torch.float16, requires_grad=True))
@@ -211,7 +201,9 @@ def test_few_keys_are_added_in_order(in_order: bool) -> None:
 
 def test_every_division_is_covered() -> None:
     problems = [bind(case.request("cpu", torch.bfloat16))[0] for case in (*filter(is_served, CASES.values()), *MORE)]
-    assert {backward_config(problem).division for problem in problems} == set(Division)
+    configs = [backward_config(problem) for problem in problems]
+    assert {config.division for config in configs} == set(Division)
+    assert {config.shares_text for config in configs if config.division is Division.TURNS} == {True, False}
 
 
 @pytest.mark.parametrize("seqlen", [1024, 2048, 4096, 8192])

@@ -182,12 +182,12 @@ class BackwardConfig:
 
     @property
     def shares_text(self) -> bool:
-        """Whether the consumers run one text (jit/shared_text.py). Ours / FA3 at head dim 64 without and with: full 1k 1.037 and
-        1.044, 2k 1.039 and 1.055, 4k 1.033 and 1.051, 8k 1.040 and 1.055, 16k 1.037 and 1.054, causal 512 1.189 and 1.198, 1k
-        1.133 and 1.164 (H200, 2026-11-22); longer ones under a diagonal 0.98 to 0.99 of before."""
-        wanted = {Feature.SINKS, Feature.SCALE_FIRST}
-        if self.rows_seen is RowsSeen.FEW:
-            wanted |= {Feature.RIGHT}
+        """Whether three consumers run one text (jit/shared_text.py). Ours / FA3 at head dim 64 without and with: full 1k 1.037
+        and 1.044, 2k 1.039 and 1.055, 4k 1.033 and 1.051, 16k 1.037 and 1.054, causal 512 1.189 and 1.198, 1k 1.133 and 1.164, 2k
+        1.080 and 1.096, 4k 1.045 and 1.060, 16k 1.018 and 1.033, packed 1.105 and 1.138. Not where their number is the one
+        register too many: a window of 256 1.098 and 1.032, of 1024 1.054 and 1.016; dropout 1.01 of the time. (At head dim 128
+        full 1.01 of it, causal level; H200, 2026-11-22.)"""
+        wanted = {Feature.RIGHT, Feature.VARLEN, Feature.SINKS, Feature.SCALE_FIRST}
         return self.asks_early and set(self.features) <= wanted
 
     @property
@@ -339,15 +339,13 @@ def _short_form(problem: Problem, plain: BackwardConfig) -> BackwardConfig | Non
     """Where few rows see a tile, if that has a form of its own: turns that go on from tile to tile (head dim 128), last tiles not
     divided (64), parts of dQ as in registers, the next one's product under this one's way out (256: time over FA3's without and
     with it at 512 0.975 and 0.959, causal 0.985 and 0.965, 1k 1.013 and 1.006, 0.995 and 0.988, but 2k 0.964 and 0.984; H200,
-    2026-11-22). Under a diagonal at 64 the consumers run one text."""
+    2026-11-22)."""
     if plain.adding is not Adding.ANY_ORDER:
         return None
     parts = plain.division is Division.PRODUCTS and problem.shape.head_dim > 192  # the last part's box must begin in dQ
     of_parts = parts and set(plain.features) <= {Feature.RIGHT, Feature.SINKS, Feature.SCALE_FIRST}
-    short = replace(plain, rows_seen=RowsSeen.FEW)
-    in_turn = plain.division is Division.TURNS and (plain.divides_remainder or short.shares_text)
-    has_one = plain.division is Division.AHEAD or of_parts or in_turn
-    return short if has_one else None
+    has_one = plain.division is Division.AHEAD or of_parts or (plain.division is Division.TURNS and plain.divides_remainder)
+    return replace(plain, rows_seen=RowsSeen.FEW) if has_one else None
 
 
 def _few_rows_see(problem: Problem, config: BackwardConfig) -> bool:
