@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from tessera.jit import cache, ptx, shared_text
+from tessera.jit import cache, operand_places, ptx, shared_text
 from tessera.jit.binary import Binary
 from tessera.jit.spec import KernelSpec, parameter_layout
 from tessera.jit.toolchain import binary_key, hash_sources, source_key, toolchain_key, triton_version
@@ -107,7 +107,8 @@ def _compile(spec: KernelSpec) -> Binary:
     function = _function(spec)
     compat.hasten(reach.check(spec, function))
     lowered = compat.lower(spec, function)
-    lowered = replace(lowered, ptx=shared_text.merged(ptx.rewritten(lowered.ptx, 32 * spec.num_warps)))
+    text = shared_text.merged(ptx.rewritten(lowered.ptx, 32 * spec.num_warps))
+    lowered = replace(lowered, ptx=operand_places.added(text) if compat.ADDS_PLACES_IN_32_BITS else text)
     _check_parameters(spec, lowered.ptx)
     assembled = compat.assemble(spec, lowered)
     return Binary(
