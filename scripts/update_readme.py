@@ -121,9 +121,8 @@ def benchmarks() -> str:
         for path in sorted(RESULTS.glob(f"{direction}_*.json"))[-1:]:
             parts.append(_beside_peers(Report.read(path), path.name))
     for peer, about in ALONE.items():
-        parts += [
-            _beside(peer, about, json.loads(path.read_text()), path.name) for path in sorted(RESULTS.glob(f"{peer}-*.json"))
-        ]
+        paths = sorted(RESULTS.glob(f"{peer}-*.json"), key=lambda path: ("backward" in path.name, path.name))
+        parts += [_beside(peer, about, json.loads(path.read_text()), path.name) for path in paths]
     for path in sorted(RESULTS.glob("modifiers-forward_*.json"))[-1:]:
         parts.append(_modifiers(path, path.with_name(path.name.replace("forward", "backward"))))
     for path in sorted(RESULTS.glob("host_*.json"))[-1:]:

@@ -49,7 +49,7 @@ def bench(
     turns, so that they meet the same clock and the same neighbours; a ratio is the median of the rounds' own ratios, with its
     quartiles. A cell that fails or hangs costs that cell. The exit code is 1 when a cell of ours has no time.
 
-    Grids:  cpu-quick, cpu;  on a GPU: paper, paper-quick, gqa, window, varlen, dims, heads, modifiers; decode, chunk.
+    Grids:  cpu-quick, cpu;  on a GPU: paper, paper-quick, gqa, window, varlen, dims, heads, modifiers, variants; decode, chunk.
     Several are one report with a plus between: paper+gqa
 
     With --backward the peer deterministic is our own call in a fixed order; plain is it without bias, ALiBi and dropout. decode
