@@ -468,7 +468,7 @@ def _assembly(text: str, constraints: str, arguments: list[Any], dtype: Any, is_
         drawn = _load(arguments[0])
         _store(arguments[0], drawn + 1)
         return drawn
-    if text.startswith(("{ .reg .pred never;", "fence.")):  # softmax.finish_before
+    if text.startswith(("{ .reg .pred never;", "fence.")):  # softmax.finish_before, backward_bias._ask_before
         return Integer(0)
     if wait := re.fullmatch(r"cp.async.bulk.wait_group (\d); mov.u32 \$0, 0;", text):  # counts.tell
         _tma_store_wait(int(wait[1]))

@@ -7,7 +7,7 @@ import torch
 from gluon_in_python import in_python
 
 from tessera.backends.cpu import tiled, tiles_for
-from tessera.backends.hopper import BACKEND, backward_plan
+from tessera.backends.hopper import BACKEND, backward_plan, bias_planes
 from tessera.backends.hopper.backward_launch import BackwardLaunch
 from tessera.backends.hopper.backward_plan import Adding, Division, backward_config
 from tessera.backends.hopper.backward_sizes import Remainder
@@ -38,10 +38,15 @@ MORE = (
     *(Case(f"d{d} dropout", head_dim=d, dropout_p=0.3, **WIDE) for d in DIMS),
     *(Case(f"bias {shape}", bias=shape, causal=True, **WIDE)
       for shape in ((2, 4, 200, 330), (2, 1, 200, 330), (1, 1, 1, 330), (2, 1, 200, 1), (1, 4, 1, 1))),
+    *(Case(f"d64 bias, {name}", bias=(1, 4, 200, 330), **WIDE, **more)
+      for name, more in (("window", {"window": (90, 20)}), ("padding", {"key_end": (330, 71), "query_end": (200, 130)}))),
+    Case("d128 bias, documents", head_dim=128, batch=2, seqlen_q=200, seqlen_k=200, bias=(2, 1, 200, 200), documents=(70, 130)),
     *(Case(f"d{d} bias, softcap", head_dim=d, bias=(2, 1, 200, 330), softcap=15.0, **WIDE) for d in DIMS),
     *(Case(f"d128 constant bias, {name}", head_dim=128, bias=(1, 4, 200, 330), constant_bias=True, **WIDE, **more)
       for name, more in (("full", {}), ("window", {"window": (90, 20)}), ("padding", {"key_start": (37, 130)}))),
     Case("bias of rows, softcap", bias=(1, 4, 200, 1), softcap=15.0, causal=True, **WIDE),
+    *(Case(f"d{d} bias, alibi, dropout", head_dim=d, bias=(1, 4, 200, 330), alibi="head", dropout_p=0.3, causal=True, **WIDE)
+      for d in DIMS),
     Case("d256 bias of keys", head_dim=256, bias=(2, 1, 1, 330), dropout_p=0.3, **WIDE),
     Case("padding left, everything", alibi="head", bias=(2, 4, 200, 330), dropout_p=0.3, key_start=(37, 130), **WIDE),
 )  # fmt: skip
@@ -85,6 +90,29 @@ def test_cases(case: Case) -> None:
 def test_in_a_fixed_order(case: Case) -> None:
     """Tiles wait for one another: here one by one, so a tile that waited for a later one would wait for ever."""
     check(case.request("cpu", torch.bfloat16, requires_grad=True)._replace(deterministic=True))
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 200, 330), (1, 4, 200, 330)], ids=["own", "shared"])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_a_float32_bias_with_its_gradient(dim: int, shape: tuple[int, ...]) -> None:
+    """It is read where it lies, and its gradient made of dS in 16 bits."""
+    request = Case("float32", head_dim=dim, bias=shape, **WIDE).request("cpu", torch.bfloat16, requires_grad=True)
+    check(request._replace(bias=request.bias.detach().float().requires_grad_()))
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 200, 330), (2, 1, 1, 330), (1, 1, 200, 1)])
+def test_an_expanded_bias(shape: tuple[int, ...]) -> None:
+    """Strides of 0, which TMA does not take."""
+    request = Case("expanded", bias=(2, 4, 200, 330), **WIDE).request("cpu", torch.bfloat16, requires_grad=True)
+    check(request._replace(bias=torch.randn(shape).to(torch.bfloat16).expand(2, 4, 200, 330).requires_grad_()))
+
+
+@pytest.mark.parametrize("case", [case for case in MORE if case.bias and not case.constant_bias], ids=lambda case: case.name)
+def test_additions_to_a_biass_gradient(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32, as where dS would take too much room."""
+    monkeypatch.setattr(bias_planes, "KEPT_PLANES", 0)
+    monkeypatch.setattr(bias_planes, "KEPT_BYTES", 0)
+    check(case.request("cpu", torch.bfloat16, requires_grad=True))
 
 
 @pytest.mark.parametrize("heads_kv", [3, 6], ids=["grouped", "one a group"])

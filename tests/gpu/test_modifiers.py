@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tessera import attention, dropout_mask, verify
+from tessera.backends.hopper import bias_planes
 from tessera.cases import CASES, Case
 from tessera.operands import Request
 
@@ -23,6 +24,12 @@ MODIFIED = tuple(case for case in CASES.values() if case.dropout_p or case.bias 
 MORE = (
     *(Case(f"d{d} dropout", head_dim=d, dropout_p=0.2, **WIDE) for d in (64, 128, 192, 256)),
     *(Case(f"d{d} all three", head_dim=d, bias=(1, *PLANE[1:]), alibi="head", dropout_p=0.2, causal=True, **WIDE) for d in DIMS),
+    *(Case(f"d{d} bias {shape}, causal", head_dim=d, bias=shape, causal=True, **WIDE)
+      for d in DIMS for shape in (PLANE, (1, 1, 700, 900))),
+    *(Case(f"d{d} bias, window", head_dim=d, bias=(1, *PLANE[1:]), window=(200, 30), **WIDE) for d in (64, 128)),
+    Case("bias, odd keys", bias=(2, 4, 700, 901), **{**WIDE, "seqlen_k": 901}),
+    Case("bias, padding", bias=PLANE, key_end=(900, 333), query_end=(700, 111), **WIDE),
+    Case("bias, documents", bias=(1, 1, 700, 700), seqlen_q=700, seqlen_k=700, documents=(100, 350, 250)),
     Case("d128 bias", head_dim=128, bias=PLANE, **WIDE),
     *(Case(f"bias {shape}", bias=shape, **WIDE) for shape in ((1, 1, 1, 900), (2, 4, 1, 900), (1, 4, 700, 1), (1, 4, 1, 1))),
     *(Case(f"d{d} bias, softcap", head_dim=d, bias=(1, 1, 700, 900), softcap=20.0, **WIDE) for d in DIMS),
@@ -77,6 +84,14 @@ def check_request(request: Request) -> None:
     request = request._replace(backend="hopper")
     failed = [str(compared) for compared in verify.run(request) if not compared.ok]
     assert not failed, "; ".join(failed)
+
+
+@pytest.mark.parametrize("dim", DIMS)
+def test_additions_to_a_biass_gradient(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32, as where dS of all sequences and heads would take too much room."""
+    monkeypatch.setattr(bias_planes, "KEPT_PLANES", 0)
+    monkeypatch.setattr(bias_planes, "KEPT_BYTES", 0)
+    check(Case("added", head_dim=dim, bias=(1, 1, 690, 910), **{**WIDE, "seqlen_q": 690, "seqlen_k": 910}), torch.bfloat16)
 
 
 @pytest.mark.parametrize("shape", [PLANE, (1, 1, 700, 900), (2, 1, 1, 900)], ids=["own", "a plane for all", "of keys"])

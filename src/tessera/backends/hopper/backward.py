@@ -41,7 +41,7 @@ from tessera.backends.hopper.pieces.gradients import (
 from tessera.backends.hopper.pieces.key_tiles import Call, Order, first_place, locate_keys, nth_place
 from tessera.backends.hopper.pieces.kv_source import Lengths, Pitch, load_rows
 from tessera.backends.hopper.pieces.masking import Band
-from tessera.backends.hopper.pieces.modifiers import make_modifiers
+from tessera.backends.hopper.pieces.modifiers import load_bias, make_modifiers, staged_bias, stages_bias
 from tessera.backends.hopper.pieces.remainder import locate_work, number_after
 from tessera.backends.hopper.pieces.row_ranges import row_blocks
 from tessera.backends.hopper.pieces.sums import adds_in_order
@@ -96,8 +96,14 @@ def _load_q(config: gl.constexpr, maps, stats_map, shared, call, tile, n, member
         bar = _load_block(config, maps[0], shared.q, shared.q_stream, n, queries, head, row, 16)
         tma_load(stats_map, [8 * head, tile.work + row], bar, values)
     else:
-        bar = _load_block(config, maps[0], shared.q, shared.q_stream, n, queries, head, row, 4)
+        beside: gl.constexpr = 4 + (2 * config.keys if stages_bias(config) else 0)
+        bar = _load_block(config, maps[0], shared.q, shared.q_stream, n, queries, head, row, beside)
         tma_load(stats_map, [head, tile.work + row], bar, values)
+        if stages_bias(config):
+            count: gl.constexpr = config.keys // M
+            for part in gl.static_range(count):
+                place = shared.q_stream.slot(n) * count + part
+                load_bias(maps[4], shared.bias[0], place, 1, tile.seq, head, row, tile.first + part * M, bar)
 
 
 @gluon.jit
@@ -319,11 +325,14 @@ def _producer(config: gl.constexpr, maps, stats_map, shared, draws, call):
 
 @gluon.jit
 def _allocate(config: gl.constexpr, maps, stats_map):
-    q_map, k_map, v_map, do_map = maps
+    q_map, k_map, v_map, do_map = maps[0], maps[1], maps[2], maps[3]
     k = allocate_tiles(k_map, (2 if config.swaps_keys else config.k_places) * (config.keys // M))
     v = k if config.swaps_keys else allocate_tiles(v_map, config.keys // M)
     q = allocate_tiles(q_map, config.q_stages)
     do = allocate_tiles(do_map, config.do_stages)
+    bias = ()
+    if stages_bias(config):
+        bias = (allocate_tiles(maps[4].map[0], config.q_stages * (config.keys // M)),)
     if subtracts_by_products(config):
         lse = allocate_summands(config, stats_map)
         d = lse
@@ -339,7 +348,7 @@ def _allocate(config: gl.constexpr, maps, stats_map):
     q_stream = make_stream(config.q_stages, config.readers, NAMED_BARRIER_K)
     do_stream = make_stream(config.do_stages, config.readers, NAMED_BARRIER_V)
     return Shared(
-        k, v, q, do, lse, d, full.index(0), full.index(1), free.index(0), free.index(1), q_stream, do_stream
+        k, v, q, do, lse, d, full.index(0), full.index(1), free.index(0), free.index(1), q_stream, do_stream, bias
     )  # fmt: skip
 
 
@@ -449,12 +458,14 @@ def attention_backward(
     shares_ptr, batch, heads_kv, group, seqlen_q, seqlen_k, left, right, document_stride, blocks, section, line,
     q_pitch, k_pitch, v_pitch, do_pitch, dq_pitch, tiles, whole, share, scale, inner, factor,
     slopes, slopes_stride, bias, bias_batch, bias_head, bias_row, key_low, key_high, threshold, keep_scale,
-    dbias, dbias_batch, dbias_head, dbias_row,
+    bias_map, ds_map, dbias, dbias_batch, dbias_head, dbias_row,
     CONFIG: gl.constexpr,
 ):  # fmt: skip
     """`stats`: lse of every head, then D of each, a line a head. `dq`: float32, `out`: 16 bits. Unused pointers are not read."""
     config: gl.constexpr = CONFIG
     maps = (q_map, k_map, v_map, do_map)
+    if stages_bias(config):
+        maps = maps + (staged_bias(bias_map, bias_batch, bias_head),)
     call = Call(
         batch, heads_kv, group, seqlen_q, seqlen_k,
         Band(left, right, document_begin, document_end, document_stride),
@@ -464,7 +475,7 @@ def attention_backward(
     )  # fmt: skip
     modifiers = make_modifiers(
         config, (slopes, slopes_stride, bias, bias_batch, bias_head, bias_row, key_low, key_high, threshold, keep_scale),
-        (dbias, dbias_batch, dbias_head, dbias_row),
+        (ds_map, heads_kv * group, dbias, dbias_batch, dbias_head, dbias_row),
     )  # fmt: skip
     score = Score(scale, inner, factor, modifiers)
     out = (out_map, dq_pitch, factor)

@@ -11,18 +11,23 @@ Nothing is in flight at the end of a turn: a product carried over the loop's bac
 from tessera.backends.hopper.pieces.gradients import (
     BARRIER_DS,
     BARRIER_K,
+    allocate_ds,
     derivatives_of_kept,
     drawn,
     draws_by_words,
     issue_transposed,
+    keep_ds,
     kept_derivatives,
     kept_p,
     masks_of,
     meet,
     needs_slope_apart,
     probabilities,
+    put_ds,
     row_values,
+    rows_of_ds,
     scaled_dv,
+    score_of_block,
     score_of_keys,
     store_gradient,
 )
@@ -36,7 +41,6 @@ from tessera.backends.hopper.pieces.sums import Sums, add_part, make_sums, row_b
 from tessera.backends.hopper.pieces.tiles import M, accumulator_layout, empty_accumulator, fresh_zero, matrix, operand_layout
 from tessera.jit.compat import (
     aggregate,
-    fence_async_shared,
     gl,
     gluon,
     mbarrier,
@@ -57,10 +61,7 @@ class Halves:
 
 @gluon.jit
 def make_halves(config: gl.constexpr, dq_map, out_map, bar):
-    dtype: gl.constexpr = out_map.dtype
-    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, config.rows], dtype)
-    ds = gl.allocate_shared_memory(dtype, [4, M, config.rows], layout)
-    return Halves(ds, make_sums(config, dq_map, out_map, bar))
+    return Halves(allocate_ds(config, out_map.dtype, 4), make_sums(config, dq_map, out_map, bar))
 
 
 @gluon.jit
@@ -70,7 +71,7 @@ def _issue_dq(config: gl.constexpr, consumer: gl.constexpr, shared, ds, place, z
     dq = gl.zeros([M, columns], gl.float32, accumulator_layout(columns))
     for half in gl.static_range(2):
         k = matrix(shared.k.index(half + zero)).slice(consumer * columns, columns, dim=1)
-        dq = warpgroup_mma(ds.index(place + half).permute((1, 0)), k, dq, use_acc=half > 0, is_async=True)
+        dq = warpgroup_mma(rows_of_ds(config, ds.index(place + half)), k, dq, use_acc=half > 0, is_async=True)
     return dq
 
 
@@ -93,9 +94,10 @@ def _block(
     shared.do_stream.wait(n)
     dp = issue_transposed(matrix(shared.v.index(consumer + zero)), do)
 
+    block_score = score_of_block(config, score, shared, q_slot, consumer)
     s = warpgroup_mma_wait(1, deps=(s,))
     lse = row_values(shared.lse, q_slot, config.rows)
-    p, weight = probabilities(config, score, s, lse, bounds, row, MASKED)
+    p, weight = probabilities(config, block_score, s, lse, bounds, row, MASKED)
     if not draws_by_words(config):
         p = to_16_bit(p, dtype)
     dp = warpgroup_mma_wait(0, deps=(dp,))
@@ -112,9 +114,9 @@ def _block(
     # dV covers the way of dS through shared memory and the meeting: 1.04 of issuing it before dS is computed (H200, 2026-11-21)
     dv = warpgroup_mma(gl.convert_layout(p, operand_layout(config.dim_v)), do, dv, is_async=True)
     place = (n & 1) * 2
-    halves.ds.index(place + consumer).store(ds)
-    fence_async_shared()
+    put_ds(config, halves.ds.index(place + consumer), ds)
     meet("sync", BARRIER_DS, 256)
+    keep_ds(config, score.modifiers, halves.ds.index(place + consumer), row)
 
     dq = _issue_dq(config, consumer, shared, halves.ds, place, zero)
     dk = warpgroup_mma(gl.convert_layout(ds, operand_layout(config.dim)), q, dk, is_async=True)

@@ -35,6 +35,7 @@ from tessera.backends.hopper.backward_sizes import (
     work_lines,
     work_words,
 )
+from tessera.backends.hopper.bias_gradient import KeptScores
 from tessera.backends.hopper.config import Feature
 from tessera.backends.hopper.launch import ELEMENTS, L2_BYTES, WITHOUT_POINTERS, Copied, Rows, allocator
 from tessera.dispatch import InputGradients, Upstream
@@ -85,7 +86,8 @@ def main_spec(config: BackwardConfig, dtype: torch.dtype) -> jit.KernelSpec:
         arguments[name] = jit.Scalar("fp32")
     constants: dict[str, object] = {"CONFIG": config}
     modifiers.describe(config.features, element, arguments, constants)
-    modifiers.describe_gradient(config.features, arguments, constants)
+    modifiers.describe_staged(config.stages_bias, element, _PIECE, arguments, constants)
+    modifiers.describe_gradient(config.features, element, arguments, constants)
     kernel = "tessera.backends.hopper.backward:attention_backward"
     return jit.KernelSpec(kernel, tuple(arguments.items()), tuple(constants.items()), early=True)
 
@@ -124,7 +126,8 @@ def finish_spec(config: RowsConfig, dtype: torch.dtype) -> jit.KernelSpec:
 
 class Bound(NamedTuple):
     """What a runner's one set of shapes and strides decides: how dq, dk and dv are made from q, k and v, the places of the main
-    kernel's tensor maps, all its numbers, and the launches (the first without a gradient of lse, and with one)."""
+    kernel's tensor maps (without that of dS, which is by itself), all its numbers, and the launches (the first without a gradient
+    of lse, and with one; `add` makes a bias's gradient of dS)."""
 
     device: torch.device
     make: tuple[Callable[[Tensor], Tensor], ...]
@@ -133,6 +136,9 @@ class Bound(NamedTuple):
     prepare: tuple[Callable[..., None], ...]
     main: Callable[..., None]
     finish: Callable[..., None] | None
+    staged: modifiers.Staging | None
+    kept: jit.Place | None
+    add: Callable[..., None] | None
 
 
 @dataclass(frozen=True)
@@ -145,12 +151,23 @@ class BackwardLaunch:
     bound: dict[Copied, Bound] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
-    def specs(self) -> tuple[jit.KernelSpec, ...]:
-        """In the order in which they run."""
+    def own_specs(self) -> tuple[jit.KernelSpec, ...]:
+        """In the order in which they run, but for a bias's gradient."""
         config, dtype = self.config, self.problem.dtype
         rows = RowsConfig.of(config)
         last = () if config.adding is Adding.ROUNDED else (finish_spec(rows, dtype),)
         return prepare_spec(rows, dtype), main_spec(config, dtype), *last
+
+    @cached_property
+    def specs(self) -> tuple[jit.KernelSpec, ...]:
+        """All of them."""
+        adding = None if self.kept_scores is None else self.kept_scores.spec
+        return self.own_specs if adding is None else (*self.own_specs, adding)
+
+    @cached_property
+    def kept_scores(self) -> KeptScores | None:
+        """dS in memory, if it is kept."""
+        return KeptScores(self.problem, self.config) if Feature.KEPT_DS in self.config.features else None
 
     @cached_property
     def line(self) -> int:
@@ -265,7 +282,7 @@ class BackwardLaunch:
             addresses = tuple(row.address for row in rows)
             kept.tensors += [row.tensor for row in rows]
         (make_dq, make_dk, make_dv), device = bound.make, bound.device
-        dq, dk, dv, dbias = make_dq(q), make_dk(k), make_dv(v), self._bias_sums(operands)
+        dq, dk, dv, dbias = make_dq(q), make_dk(k), make_dv(v), self._bias_sums(operands)  # or what is kept for it
         sums, stats, shares, marks = self.work_words
         workspace = torch.empty(sums + stats + shares + marks, dtype=torch.int32, device=device)
         begin = workspace.data_ptr()
@@ -278,20 +295,28 @@ class BackwardLaunch:
         bound.main(work.stream, *maps, work.marks, *kept.lengths, *kept.documents, behind if shares else 0, *modified)
         if bound.finish is not None:
             bound.finish(work.stream, work.sums, work.marks, tensors[-1], *kept.lengths)
-        if operands.bias is not None and dbias is not None:
+        if self.kept_scores is not None and dbias is not None:
+            dbias = self.kept_scores.finish(bound.add, work.stream, dbias, kept.lengths[-2:], kept.documents)
+        elif operands.bias is not None and dbias is not None:
             dbias = dbias.sum_to_size(operands.bias.shape).to(operands.bias.dtype)
         return InputGradients(dq, dk, dv, dbias, dsinks)
 
     def _bias_sums(self, operands: Operands) -> Tensor | None:
-        """Zeros for the bias's gradient to be added to, if that is wanted."""
+        """Zeros for the bias's gradient to be added to, if that is wanted; or room for dS."""
+        if self.kept_scores is not None:
+            return self.kept_scores.room(operands)
         if Feature.BIAS_GRADIENT not in self.config.features:
             return None
         return torch.zeros(bias_sums_shape(self.problem), dtype=torch.float32, device=operands.q.device)
 
-    def _modified(self, bound: Bound, operands: Operands, dbias: Tensor | None, kept: Kept) -> tuple[int | float, ...]:
+    def _modified(self, bound: Bound, operands: Operands, dbias: Tensor | None, kept: Kept) -> tuple[int | float | bytes, ...]:
         """The main kernel's arguments behind the documents' bounds, where modifiers' tensors come after the numbers."""
-        own = modifiers.values(self.problem.score, operands, kept.tensors)
-        return (*bound.numbers, *own, *([] if dbias is None else modifiers.places(dbias)))
+        own = modifiers.values(self.problem.score, operands, kept.tensors, bound.staged)
+        if dbias is None:
+            return (*bound.numbers, *own)
+        if bound.kept is not None:
+            return (*bound.numbers, *own, bound.kept[dbias.data_ptr()])
+        return (*bound.numbers, *own, *modifiers.places(dbias))
 
     def _prepare(self, bound: Bound, work: Work, dout: int, given: tuple[Tensor | None, Upstream], kept: Kept) -> Tensor | None:
         """What the main kernel needs into the workspace; returns the sinks' gradient, if it is wanted."""
@@ -311,11 +336,13 @@ class BackwardLaunch:
     def _bind(self, operands: Operands, rows: tuple[Rows, ...]) -> Bound:
         """The kernels and their arguments for these strides of q, k, v and dout."""
         shape, device, (q, k, v) = self.problem.shape, operands.q.device, operands[:3]
-        prepare, main, *finish = (jit.load(spec, device.index) for spec in self.specs)
+        prepare, main, *finish = (jit.load(spec, device.index) for spec in self.own_specs)
         dq, dk, dv = (Rows.of(torch.empty(x.shape, dtype=x.dtype, device="meta")) for x in (q, k, v))
         stats = self.stats_shape
         maps = [(row.shape, row.strides) for row in (*rows, dk, dv, dq)]
         maps[4:4], maps[7:7] = [(stats, dense_strides(stats))], [(self.sums_shape, dense_strides(self.sums_shape))]
+        keeping = self.kept_scores
+        places = tuple(encode.bind(*form) for encode, form in zip(main.tiles, maps, strict=False))
         begin, rest = operands.mask.document_begin, self.remainder
         document_stride = shape.seqlen_q if begin is not None and begin.shape[0] > 1 else 0
         numbers = (
@@ -332,7 +359,7 @@ class BackwardLaunch:
         return Bound(
             device,
             (allocator(q, q.shape), make_keys or allocator(k, k.shape), make_keys or allocator(v, v.shape)),
-            tuple(encode.bind(*form) for encode, form in zip(main.tiles, maps, strict=True)),
+            places,
             numbers,
             tuple(
                 prepare.prepare((self.row_blocks * shape.heads_q, 1, 1), (*sizes, *dims, with_dlse, *steps, *shares))
@@ -340,6 +367,9 @@ class BackwardLaunch:
             ),
             main.prepare((self.programs, 1, 1), () if self.is_modified else numbers),
             finish[0].prepare((programs, 1, 1), (*sizes, shape.head_dim, self.scales[2], *self.counted)) if finish else None,
+            main.tiles[9] if self.config.stages_bias else None,
+            None if keeping is None else main.tiles[-1].bind(*keeping.map_form),
+            None if keeping is None else keeping.bind(device.index, document_stride),
         )
 
 

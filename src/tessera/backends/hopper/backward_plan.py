@@ -7,6 +7,7 @@ from enum import Enum
 
 import torch
 
+from tessera.backends.hopper.bias_planes import has_few_planes, has_room, keeps_ds, may_keep_ds
 from tessera.backends.hopper.config import ROWS, Feature
 from tessera.backends.hopper.plan import MODIFIERS, features_of
 from tessera.problem import Gradients, Layout, Problem, Reproducibility
@@ -158,6 +159,12 @@ class BackwardConfig:
         return 4 if self.division is Division.PRODUCTS else 1
 
     @property
+    def stages_bias(self) -> bool:
+        """Whether blocks of a bias come into shared memory with those of Q: where there is room."""
+        others = {Feature.FLOAT32_BIAS, Feature.DROPOUT} & set(self.features)  # dropout has keys in other lines
+        return self.division is Division.KEYS and Feature.BIAS in self.features and not others
+
+    @property
     def gradients_of_tile(self) -> int:
         """dK and dV of each 64 keys of a tile."""
         return 2 * (self.keys // ROWS)
@@ -267,8 +274,9 @@ class BackwardConfig:
 
     @property
     def part_buffers(self) -> int:
-        """Buffers for parts of dQ, over all adders. In turns there is one each, and where K has the memory of the second."""
-        return self.adders if self.division is Division.TURNS or self.k_places == 2 else 2 * self.adders
+        """Buffers for parts of dQ, over all adders: one each in turns, and where K or a bias has the memory of the second."""
+        alone = self.division is Division.TURNS or self.k_places == 2 or (self.stages_bias and self.dim == 128)
+        return self.adders if alone else 2 * self.adders
 
     @property
     def part_columns(self) -> int:
@@ -319,7 +327,7 @@ class BackwardConfig:
 
 def backward_config(problem: Problem) -> BackwardConfig:
     """The configuration for a problem."""
-    family = backward_family(problem)
+    family = _family(problem, keeps_ds(problem))
     rounded = next((config for config in family if config.adding is Adding.ROUNDED), None)
     if rounded is not None and _rounds(problem, rounded):
         return rounded
@@ -375,13 +383,19 @@ def sees_few_keys(problem: Problem) -> bool:
 
 
 def backward_family(problem: Problem) -> tuple[BackwardConfig, ...]:
-    """The configurations that problems like this one have at any length: one; or two, the first for few rows; or after them that
-    whose last tile rounds dQ. For that one tile of keys must be the last that adds to every row, whatever the data. (Under a
-    window each row has another, and tiles that look ahead for what they round wait for one another one by one: twice as slow at
-    16k, H200, 2026-11-21.)"""
+    """The configurations that problems like this one have at any length: `_family`, twice where it depends on the length whether
+    there is room for dS."""
+    kept = (True, False) if may_keep_ds(problem) and not has_few_planes(problem) else (keeps_ds(problem),)
+    return tuple(config for keeps in kept for config in _family(problem, keeps))
+
+
+def _family(problem: Problem, keeps: bool) -> tuple[BackwardConfig, ...]:
+    """The same, with dS kept or not: one; or two, the first for few rows; or after them that whose last tile rounds dQ. For that
+    one tile of keys must be the last that adds to every row, whatever the data. (Under a window each row has another, and tiles
+    that look ahead for what they round wait for one another one by one: twice as slow at 16k, H200, 2026-11-21.)"""
     is_bitwise, mask = problem.reproducibility is Reproducibility.BITWISE, problem.mask
-    ordered = _divided(problem, Adding.ORDER)
-    plain = ordered if is_bitwise else _divided(problem, Adding.ANY_ORDER)
+    ordered = _divided(problem, Adding.ORDER, keeps)
+    plain = ordered if is_bitwise else _divided(problem, Adding.ANY_ORDER, keeps)
     rounded = replace(ordered, adding=Adding.ROUNDED)
     if ordered.division is Division.AHEAD:
         rounded = replace(rounded, division=Division.TURNS)
@@ -399,19 +413,20 @@ def backward_family(problem: Problem) -> tuple[BackwardConfig, ...]:
     return forms
 
 
-def _divided(problem: Problem, adding: Adding) -> BackwardConfig:
+def _divided(problem: Problem, adding: Adding, keeps: bool) -> BackwardConfig:
     """The division of the work that a problem gets."""
     features = features_of(problem)
-    bias = problem.score.bias
-    if bias is not None and bias.gradients is Gradients.INPUTS:
-        features = (*features, Feature.BIAS_GRADIENT)
+    if problem.score.bias is not None and problem.score.bias.gradients is Gradients.INPUTS:
+        features = (*features, Feature.KEPT_DS if keeps else Feature.BIAS_GRADIENT)
     dim, dim_v = _padded(problem.shape.head_dim), _padded(problem.shape.head_dim_v)
     config = BackwardConfig(Division.KEYS, 64, 128, dim, dim_v, 2, 2, adding, features)
     if max(dim, dim_v) == 256:
         # One stage of dO leaves room to double the buffers of P, dS and dQ: 3 to 6% over two (H200, 4k and 16k, 2026-11-21).
         return replace(config, division=Division.PRODUCTS, keys=64, do_stages=1)
     kinds = (MODIFIERS - {Feature.SCALE_FIRST}) & set(features)
-    if max(dim, dim_v) == 128 and (len(kinds) > 1 or (Feature.BIAS in kinds and not _walks(features, adding))):
+    if max(dim, dim_v) == 128 and (
+        len(kinds) > 1 or (Feature.BIAS in kinds and not has_room(features, adding is not Adding.ANY_ORDER))
+    ):
         # The places of a bias, or two modifiers, do not fit beside dK and dV in one consumer (the compile gate).
         return replace(config, division=Division.PRODUCTS, keys=64)
     # of the modifiers, three consumers have registers for dropout alone, in bfloat16, where key tiles begin at a patch of draws
@@ -432,13 +447,6 @@ def _divided(problem: Problem, adding: Adding) -> BackwardConfig:
         # 2026-11-21). In any order in step is better: 0.99 to 1.04.
         return replace(config, division=Division.TURNS)
     return config
-
-
-def _walks(features: tuple[Feature, ...], adding: Adding) -> bool:
-    """Whether a bias of every score's own is read at head dim 128 by one pointer a key that walks along the rows: places of all
-    rows do not fit, nor do those of its gradient or a softcap's slope beside them. Over division by products the backward's time,
-    2.07 of none's, is 1.55 (H200, 4k, 2026-11-22; an order not tried)."""
-    return adding is Adding.ANY_ORDER and not {Feature.BIAS_GRADIENT, Feature.SOFTCAP} & set(features)
 
 
 def _padded(dim: int) -> int:

@@ -21,15 +21,19 @@ from tessera.backends.hopper.pieces.dropout import marked
 from tessera.backends.hopper.pieces.gradients import (
     BARRIER_K,
     BARRIER_V,
+    allocate_ds,
     derivatives,
     drawn,
     issue_transposed,
+    keep_ds,
     kept_p,
     masks_of,
     meet,
     needs_slope_apart,
     probabilities,
+    put_ds,
     row_values,
+    rows_of_ds,
     scaled_dv,
     score_of_keys,
     store_gradient,
@@ -80,7 +84,7 @@ def make_exchange(config: gl.constexpr, dq_map, out_map):
     dtype: gl.constexpr = out_map.dtype
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, config.rows], dtype)
     p = gl.allocate_shared_memory(dtype, [2, M, config.rows], layout)
-    ds = gl.allocate_shared_memory(dtype, [2, M, config.rows], layout)
+    ds = allocate_ds(config, dtype, 2)
     p_ring = make_ring(1 if needs_slope_apart(config) else 2, 1)
     return Exchange(p, ds, p_ring, make_ring(2, 1), make_sums(config, dq_map, out_map, p_ring.full))
 
@@ -337,9 +341,10 @@ def _next_ds(config: gl.constexpr, shared, exchange, score, dp, d, p, n, row):
     ds = to_16_bit(ds, shared.q.dtype)
     exchange.p_ring.release(n)
     exchange.ds_ring.acquire(n)
-    exchange.ds.index(exchange.ds_ring.slot(n)).store(ds)
-    fence_async_shared()
+    buffer = exchange.ds.index(exchange.ds_ring.slot(n))
+    put_ds(config, buffer, ds)
     exchange.ds_ring.publish(n)
+    keep_ds(config, score.modifiers, buffer, row)
     shared.do_stream.release(n)
     return ds
 
@@ -449,7 +454,7 @@ def _differentiate_q(config: gl.constexpr, dq_map, shared, exchange, draws, scor
             place = begin + at
             block = row_block(call, tile, member, place)
             exchange.ds_ring.wait(n)
-            ds = exchange.ds.index(exchange.ds_ring.slot(n)).permute((1, 0))
+            ds = rows_of_ds(config, exchange.ds.index(exchange.ds_ring.slot(n)))
             if lies_in_rows(config):
                 for j in gl.static_range(parts):
                     dq = warpgroup_mma_wait(0, deps=(_issue_part(config, shared, ds, j),))

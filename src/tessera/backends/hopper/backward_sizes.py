@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 
 from tessera.backends.hopper.backward_plan import WORK_ROWS, BackwardConfig, backward_config
-from tessera.backends.hopper.config import ROWS
+from tessera.backends.hopper.bias_gradient import KeptScores
+from tessera.backends.hopper.config import ROWS, Feature
 from tessera.problem import Gradients, Layout, Problem, Reproducibility
 
 FEWER_BLOCKS = 4
@@ -98,7 +99,9 @@ def work_words(problem: Problem, config: BackwardConfig, remainder: Remainder) -
 
 
 def workspace_bytes(problem: Problem, multiprocessors: int) -> int:
-    """`work_words`, and the bias's gradient in float32."""
+    """`work_words`, and the bias's gradient in float32, or dS where it is kept for that."""
     sums, config = bias_sums_shape(problem), backward_config(problem)
     words = work_words(problem, config, Remainder.of(problem, config, multiprocessors))
+    if Feature.KEPT_DS in config.features:
+        return 4 * sum(words) + KeptScores(problem, config).scratch
     return 4 * (sum(words) + (math.prod(sums) if sums else 0))

@@ -10,6 +10,8 @@ from tessera import jit
 from tessera.backends.hopper.backward_launch import finish_spec, main_spec, prepare_spec
 from tessera.backends.hopper.backward_plan import backward_config
 from tessera.backends.hopper.backward_rows_config import RowsConfig
+from tessera.backends.hopper.bias_gradient import KeptScores
+from tessera.backends.hopper.config import Feature
 from tessera.mask import MaskSpec
 from tessera.problem import Alibi, Bias, Gradients, Layout, Problem, Reproducibility, Score, Shape, Sinks
 
@@ -17,7 +19,8 @@ _FULL = MaskSpec()
 _CAUSAL = MaskSpec(right=0)
 _WINDOW = MaskSpec(left=128, right=0)
 _DOCUMENTS = MaskSpec(right=0, bounds=("document_begin", "document_end"))
-_PLANE = Bias((1, 8, 1024, 1024), torch.bfloat16, Gradients.INPUTS)
+_PLANE = Bias((1, 1, 1024, 1024), torch.bfloat16, Gradients.INPUTS)
+_CONSTANT = Bias((1, 8, 1024, 1024), torch.float32)
 _OF_KEYS = Bias((1, 1, 1, 1024), torch.bfloat16, Gradients.INPUTS)
 _PADDING = MaskSpec(bounds=("key_start", "key_end", "query_end"))
 
@@ -47,10 +50,13 @@ def _named_problems() -> dict[str, Problem]:
             f"d{dim} varlen": _problem(dim, dim, _CAUSAL, Layout.VARLEN),
             f"d{dim} dropout": _problem(dim, dim, _CAUSAL, dropout_p=0.1),
             f"d{dim} alibi": _problem(dim, dim, _CAUSAL, alibi=Alibi.PER_HEAD),
-            f"d{dim} bias": _problem(dim, dim, bias=replace(_PLANE, gradients=Gradients.NONE) if dim == 128 else _PLANE),
+            f"d{dim} bias": _problem(dim, dim, bias=_PLANE),
+            f"d{dim} constant bias in float32": _problem(dim, dim, bias=_CONSTANT),
             f"d{dim} bias of keys, dropout": _problem(dim, dim, bias=_OF_KEYS, dropout_p=0.1),
             f"d{dim} all modifiers": _problem(dim, dim, _CAUSAL, bias=_PLANE, alibi=Alibi.PER_HEAD, dropout_p=0.1),
         }
+        if dim < 256:
+            found[f"d{dim} bias, padding"] = _problem(dim, dim, _PADDING, bias=_PLANE)
         for name in ("full", "causal", "varlen"):
             found[f"d{dim} {name}, deterministic"] = replace(found[f"d{dim} {name}"], reproducibility=Reproducibility.BITWISE)
         short = found[f"d{dim} full, deterministic"]  # there the last tile rounds
@@ -70,6 +76,9 @@ def variants() -> tuple[jit.Variant, ...]:
         made.append(jit.Variant(f"bwd bf16 {name}", main_spec(config, problem.dtype)))
         small.setdefault(prepare_spec(rows, problem.dtype), f"bwd rows bf16 {name}")
         small.setdefault(finish_spec(rows, problem.dtype), f"bwd dq bf16 {name}")
+        adding = KeptScores(problem, config).spec if Feature.KEPT_DS in config.features else None
+        if adding is not None:
+            small.setdefault(adding, f"bwd dbias bf16 {name}")
     for name in ("d64 full", "d64 causal", "d64 window", "d128 causal", "d256 causal"):
         fp16 = replace(_named_problems()[name], dtype=torch.float16)
         made.append(jit.Variant(f"bwd fp16 {name}", main_spec(backward_config(fp16), fp16.dtype)))

@@ -34,7 +34,9 @@ class Feature(Enum):
     FLOAT32_BIAS = "float32 bias"
     """Any of these three in float32, not in q's dtype."""
     BIAS_GRADIENT = "bias gradient"
-    """In the backward."""
+    """In the backward: every block of dS is added to it in float32."""
+    KEPT_DS = "dS kept"
+    """In the backward too: dS of every sequence and head is stored in 16 bits, which a kernel of its own adds up."""
     DROPOUT = "dropout"
 
 
@@ -95,6 +97,9 @@ class ForwardConfig:
     """Parts of Q's head dim, the last ones, that consumers keep in registers over the main loop: shared memory then gives the
     tensor cores K alone for them, where blocks of 64 keys read as much Q as K."""
 
+    stages_bias: bool = False
+    """Blocks of a bias in q's type come into shared memory with those of K, by TMA."""
+
     pairing: Pairing | None = None
     """Programs work in pairs, which load K and V once for both."""
 
@@ -138,7 +143,8 @@ class ForwardConfig:
         """Shared memory of the tiles, in bytes (16-bit elements; barriers not counted)."""
         q, k, v = sum(self.dims) * self.rows * self.queries, sum(self.dims) * self.keys, sum(self.dims_v) * self.keys
         o = sum(self.staged) * self.rows
-        return 2 * (q + o + self.stages * (k + v))
+        bias = self.rows * self.keys if self.stages_bias else 0
+        return 2 * (q + o + self.stages * (k + v + bias))
 
     def __str__(self) -> str:
         dim = "+".join(map(str, self.dims))

@@ -46,7 +46,14 @@ from tessera.backends.hopper.pieces.masking import (
     share_of,
     tile_blocks,
 )
-from tessera.backends.hopper.pieces.modifiers import below_diagonal, falls_evenly, make_modifiers
+from tessera.backends.hopper.pieces.modifiers import (
+    below_diagonal,
+    falls_evenly,
+    load_bias,
+    make_modifiers,
+    staged_bias,
+    stages_bias,
+)
 from tessera.backends.hopper.pieces.scheduler import Schedule, ask, first_number, locate, next_number, take, taken
 from tessera.backends.hopper.pieces.scores import (
     Score,
@@ -103,7 +110,8 @@ class Call:
 
 @aggregate
 class Shared:
-    """Shared memory: tiles as one buffer a part of the head dim, and the rings that guard them."""
+    """Shared memory: tiles as one buffer a part of the head dim, and the rings that guard them. `bias`: of a block's, 64 rows
+    each, beside K's, or empty."""
 
     q: gl.tuple
     k: gl.tuple
@@ -114,6 +122,7 @@ class Shared:
     v_stream: Stream
     board: Board
     box: gl.tuple
+    bias: gl.tuple
 
 
 # ----------------------------------------------------------------------------------------------------------- producer
@@ -151,9 +160,26 @@ def _load_block(stream, maps, buffers, n, count: gl.constexpr, span, head, row):
         load_rows(maps, buffers, stream.slot(n), bar, span, head, row, "multicast 3")
 
 
+@gluon.constexpr_function
+def _key_bytes(config):
+    """Of a block of K, and of the bias that comes with it."""
+    beside = 2 * config.rows if config.stages_bias else 0
+    return (head_bytes(config.dims) + beside) * config.keys
+
+
 @gluon.jit
-def producer(config: gl.constexpr, q_maps, k_maps, v_maps, shared, modifiers, call):
-    k_bytes: gl.constexpr = head_bytes(config.dims) * config.keys
+def _load_bias(config: gl.constexpr, bias, shared, tile, n, key):
+    """The bias of a tile's rows and of block n of K, from key `key` on, beside which it lies."""
+    if stages_bias(config):
+        consumers: gl.constexpr = config.consumers
+        slot = shared.k_stream.slot(n)
+        place = slot * consumers
+        load_bias(bias, shared.bias[0], place, consumers, tile.seq, tile.head, tile.first, key, shared.k_stream.full.index(slot))
+
+
+@gluon.jit
+def producer(config: gl.constexpr, q_maps, k_maps, v_maps, bias, shared, modifiers, call):
+    k_bytes: gl.constexpr = _key_bytes(config)
     v_bytes: gl.constexpr = head_bytes(config.dims_v) * config.keys
     n = 0
     turn = 0
@@ -166,11 +192,13 @@ def producer(config: gl.constexpr, q_maps, k_maps, v_maps, shared, modifiers, ca
         values = seq.keys(call.pitch.v)
         begin, end = tile_blocks(config, call.band, tile)
         _load_block(shared.k_stream, k_maps, shared.k, n, k_bytes, keys, head, (end - 1) * config.keys)
+        _load_bias(config, bias, shared, tile, n, (end - 1) * config.keys)
         _load_q(config, q_maps, shared, call, tile, turn)
         for i in range(end - 1 - begin):
             n += 1
             block = end - 2 - i
             _load_block(shared.k_stream, k_maps, shared.k, n, k_bytes, keys, head, block * config.keys)
+            _load_bias(config, bias, shared, tile, n, block * config.keys)
             _load_block(shared.v_stream, v_maps, shared.v, n - 1, v_bytes, values, head, (block + 1) * config.keys)
         answer = ask(config, call.schedule)
         _load_block(shared.v_stream, v_maps, shared.v, n, v_bytes, values, head, begin * config.keys)
@@ -416,7 +444,7 @@ def _allocate(maps, count: gl.constexpr):
 
 
 @gluon.jit
-def _allocate_all(config: gl.constexpr, q_maps, k_maps, v_maps, o_maps):
+def _allocate_all(config: gl.constexpr, q_maps, k_maps, v_maps, o_maps, bias_map):
     q = _allocate(q_maps, config.consumers * config.queries)
     k = _allocate(k_maps, config.stages)
     v = _allocate(v_maps, config.stages)
@@ -431,7 +459,10 @@ def _allocate_all(config: gl.constexpr, q_maps, k_maps, v_maps, o_maps):
     fence_async_shared()
     if is_pair(config):
         meet_cluster()
-    return Shared(q, k, v, o, q_ring, k_stream, v_stream, board, box)
+    bias = ()
+    if stages_bias(config):
+        bias = (allocate_tiles(bias_map, config.stages * config.consumers),)
+    return Shared(q, k, v, o, q_ring, k_stream, v_stream, board, box, bias)
 
 
 @gluon.jit
@@ -449,6 +480,7 @@ def attention_forward(
     batch, heads, group, seqlen_q, seqlen_k, left, right, document_stride, tiles, blocks, tall, section,
     q_pitch, k_pitch, v_pitch, o_pitch, scale, inner,
     slopes, slopes_stride, bias, bias_batch, bias_head, bias_row, key_low, key_high, threshold, keep_scale,
+    bias_map,
     CONFIG: gl.constexpr,
 ):  # fmt: skip
     """`*_tail`: the second part of a head dim that is no power of two, else None. Pointers that no feature needs are never
@@ -469,23 +501,26 @@ def attention_forward(
         config, (slopes, slopes_stride, bias, bias_batch, bias_head, bias_row, key_low, key_high, threshold, keep_scale), ()
     )
     score = Score(scale, inner, sinks_ptr, modifiers)
-    shared = _allocate_all(config, q_maps, k_maps, v_maps, o_maps)
+    shared = _allocate_all(config, q_maps, k_maps, v_maps, o_maps, bias_map)
+    bias_blocks = 0
+    if stages_bias(config):
+        bias_blocks = staged_bias(bias_map, bias_batch, bias_head)
     if not shares_text(config):
         gl.warp_specialize([
             (lone_consumer, (config, 0, shared, score, call, o_maps, lse_ptr)),
             (lone_consumer, (config, 1, shared, score, call, o_maps, lse_ptr)),
-            (producer, (config, q_maps, k_maps, v_maps, shared, modifiers, call)),
+            (producer, (config, q_maps, k_maps, v_maps, bias_blocks, shared, modifiers, call)),
         ], [4, 1], [config.consumer_registers, config.producer_registers])  # fmt: skip
     elif config.consumers == 2:
         gl.warp_specialize([
             (share_text, ()),
             (consumer, (config, shared, score, call, o_maps, lse_ptr)),
-            (producer, (config, q_maps, k_maps, v_maps, shared, modifiers, call)),
+            (producer, (config, q_maps, k_maps, v_maps, bias_blocks, shared, modifiers, call)),
         ], [4, 1], [config.consumer_registers, config.producer_registers])  # fmt: skip
     else:
         gl.warp_specialize([
             (share_text, ()),
             (consumer, (config, shared, score, call, o_maps, lse_ptr)),
             (share_text, ()),
-            (producer, (config, q_maps, k_maps, v_maps, shared, modifiers, call)),
+            (producer, (config, q_maps, k_maps, v_maps, bias_blocks, shared, modifiers, call)),
         ], [4, 4, 1], [config.consumer_registers, config.consumer_registers, config.producer_registers])  # fmt: skip

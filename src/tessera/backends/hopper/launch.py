@@ -54,6 +54,7 @@ def kernel_spec(config: ForwardConfig, dtype: torch.dtype) -> jit.KernelSpec:
         arguments[name] = jit.Scalar("i32")
     arguments["scale"] = arguments["inner"] = jit.Scalar("fp32")
     modifiers.describe(config.features, element, arguments, constants)
+    modifiers.describe_staged(config.stages_bias, element, config.keys, arguments, constants)
     spec = jit.KernelSpec.of("tessera.backends.hopper.forward:attention_forward", arguments, constants)
     return replace(spec, cluster=config.cluster)
 
@@ -75,13 +76,15 @@ _AS_THEY_ARE = (False,) * 3
 
 class Bound(NamedTuple):
     """What a runner's one set of shapes and strides decides: how out is made from q, the tensor maps of q, k, v and out, all the
-    kernel's numbers, and its launch on `device`, called with a stream, the maps, lse, a counter, and what `_more` gives."""
+    kernel's numbers, its launch on `device`, called with a stream, the maps, lse, a counter, and what `_more` gives; and what
+    makes the map of a bias, where TMA reads that."""
 
     device: int
     allocate: Callable[[Tensor], Tensor]
     maps: tuple[jit.Maps, ...]
     numbers: tuple[int | float, ...]
     launch: Callable[..., None]
+    staged: modifiers.Staging | None
 
 
 @dataclass(frozen=True)
@@ -166,7 +169,7 @@ class ForwardLaunch:
         bound = self.bound.get(_AS_THEY_ARE)
         if self.takes_more or bound is None or is_captured(jit.current_stream(bound.device)):
             return None
-        device, allocate, (q_maps, k_maps, v_maps, out_maps), _, launch = bound
+        device, allocate, (q_maps, k_maps, v_maps, out_maps), _, launch, _ = bound
         current_stream, counter, of_default_stream = jit.current_stream, counters.address, counters.address(device, 0)
 
         def output(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -208,18 +211,19 @@ class ForwardLaunch:
         ]
         numbers = (*self._integers(operands), *(row.pitch for row in rows), *score_scales(self.problem.score))
         launch = kernel.prepare((self.programs, 1, 1), () if self.takes_more else (*_NO_POINTERS, *numbers))
-        return Bound(kernel.device, allocator(operands.q, self.problem.out_shape), (*maps,), numbers, launch)
+        staged = kernel.tiles[-1] if self.config.stages_bias else None
+        return Bound(kernel.device, allocator(operands.q, self.problem.out_shape), (*maps,), numbers, launch, staged)
 
     @property
     def takes_more(self) -> bool:
         """Whether a launch has tensors beside q, k, v, out and lse."""
         return self.has_pointers or self.is_modified
 
-    def _more(self, operands: Operands, bound: Bound, kept: list[Tensor | None]) -> tuple[int | float, ...]:
+    def _more(self, operands: Operands, bound: Bound, kept: list[Tensor | None]) -> tuple[int | float | bytes, ...]:
         """The arguments behind the counter, where they are not the same in every call."""
         if not self.takes_more:
             return ()
-        modified = modifiers.values(self.problem.score, operands, kept) if self.is_modified else ()
+        modified = modifiers.values(self.problem.score, operands, kept, bound.staged) if self.is_modified else ()
         return (*self._pointers(operands, kept), *bound.numbers, *modified)
 
     def _pointers(self, operands: Operands, kept: list[Tensor | None]) -> Sequence[int]:

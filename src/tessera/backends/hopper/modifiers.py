@@ -6,11 +6,13 @@ aligned is copied first, as are keys that do not follow one another in memory.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 from torch.nn.functional import pad
 
 from tessera import jit
-from tessera.backends.hopper.config import Feature
+from tessera.backends.hopper.config import ROWS, Feature
 from tessera.dropout import DRAWS, keep_scale, threshold
 from tessera.operands import Operands
 from tessera.problem import Score
@@ -53,32 +55,68 @@ def describe(
         constants |= {} if wanted else dict.fromkeys(group)
 
 
-def describe_gradient(
-    features: tuple[Feature, ...], arguments: dict[str, jit.Tiles | jit.Pointer | jit.Scalar], constants: dict[str, object]
+def describe_staged(
+    stages: bool,
+    element: str,
+    keys: int,
+    arguments: dict[str, jit.Tiles | jit.Pointer | jit.Scalar],
+    constants: dict[str, object],
 ) -> None:
-    """The same for the bias's gradient, a dense float32 tensor that is added to."""
+    """The same for a bias that TMA reads, in blocks of 64 rows and `keys` keys."""
+    if stages:
+        arguments["bias_map"] = jit.Tiles(element, (1, 1, ROWS, keys))
+    else:
+        constants["bias_map"] = None
+
+
+def describe_gradient(
+    features: tuple[Feature, ...],
+    element: str,
+    arguments: dict[str, jit.Tiles | jit.Pointer | jit.Scalar],
+    constants: dict[str, object],
+) -> None:
+    """The same for the bias's gradient: blocks of dS as TMA keeps them, or a dense float32 tensor that is added to."""
     strides = dict.fromkeys(("dbias_batch", "dbias_head", "dbias_row"), jit.Scalar("i64"))
+    if Feature.KEPT_DS in features:
+        arguments["ds_map"] = jit.Tiles(element, (1, ROWS, ROWS))
+    else:
+        constants["ds_map"] = None
     if Feature.BIAS_GRADIENT in features:
         arguments |= {"dbias": jit.Pointer("fp32"), **strides}
     else:
         constants |= dict.fromkeys(("dbias", *strides))
 
 
-def values(score: Score, operands: Operands, kept: list[Tensor | None]) -> list[int | float]:
-    """The arguments of one call. `kept`: copies that must live until the kernel is in the stream."""
-    found: list[int | float] = []
+Staging = Callable[[int, tuple[int, ...], tuple[int, ...]], bytes]
+"""What makes TMA's map of an address, sizes and strides."""
+
+
+def values(score: Score, operands: Operands, kept: list[Tensor | None], staging: Staging | None) -> list[int | float | bytes]:
+    """The arguments of one call. `kept`: copies that must live until the kernel is in the stream. `staging`: where TMA reads the
+    bias."""
+    found: list[int | float | bytes] = []
+    maps: list[bytes] = []
     if operands.alibi_slopes is not None:
         slopes = operands.alibi_slopes.contiguous()
         kept.append(slopes)
         found += [slopes.data_ptr(), slopes.shape[1] if slopes.dim() == 2 else 0]
     if operands.bias is not None:
         bias = readable(operands.bias)
+        if staging is not None:
+            bias = _with_rows(bias)
+            sizes = tuple(1 if step == 0 else size for size, step in zip(bias.shape, bias.stride(), strict=True))
+            maps.append(staging(bias.data_ptr(), sizes, bias.stride()))
         kept.append(bias)
         found += places(bias)
     if score.dropout_p:
         seed = operands.seed
         found += [seed & 0xFFFFFFFF, seed >> 32, _threshold(score.dropout_p), keep_scale(score.dropout_p)]
-    return found
+    return found + maps
+
+
+def _with_rows(bias: Tensor) -> Tensor:
+    """The bias, or a copy if its rows are one row in memory."""
+    return bias if bias.stride(2) or bias.shape[2] == 1 else readable(bias.contiguous())
 
 
 def _threshold(dropout_p: float) -> int:

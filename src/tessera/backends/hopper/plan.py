@@ -179,6 +179,7 @@ def _with_modifiers(pairs: ForwardConfig, keys: float, exact: bool) -> ForwardCo
     if widest > 128:
         narrow = widest == 256 and len(kinds) > 1
         return replace(pairs, keys=32 if narrow else 64, overlap=Overlap.NONE)
+    stages = Feature.BIAS in kinds and Feature.FLOAT32_BIAS not in pairs.features
     if len(kinds) > 1:
         return replace(pairs, keys=64)
     triples = replace(pairs, consumers=3, consumer_registers=160, producer_registers=32, overlap=Overlap.NONE)
@@ -188,6 +189,12 @@ def _with_modifiers(pairs: ForwardConfig, keys: float, exact: bool) -> ForwardCo
         if widest > 64 or not (even or (causal and keys > 640)):
             return replace(pairs, overlap=Overlap.AT_ONCE)
         return triples if exact else replace(triples, overlap=Overlap.SCORES)
+    if kinds == {Feature.BIAS} and stages:
+        # full and causal, times of none, by TMA: d64 1.54 and 1.54 (64 keys 1.70, 1.65; two consumers 1.83, 1.74; read by
+        # threads 2.40, 2.48), d128 1.40 and 1.36 (without overlap 1.51, 1.52; two consumers 1.64, 1.55; by threads 1.83, 2.03;
+        # H200, 2026-11-22)
+        long = replace(triples, keys=128) if widest <= 64 else replace(triples, keys=64, overlap=Overlap.MAXIMA)
+        return replace(long, stages_bias=True)
     if kinds == {Feature.BIAS} and even:
         return replace(triples, keys=64)
     # P dies before the exponentials are taken: at d128 ALiBi 1.11 of none for 1.14, a bias of keys 1.23 for 1.28;

@@ -137,7 +137,7 @@ def _first_block(me, n, q, bounds, first_key, HALF: gl.constexpr = None):
     s = _issue_scores(me, n, q, HALF)
     if takes_turns(me.config):
         pass_turn(me.index, me.config.consumers)
-    bias, kept = beside_product(me.config, me.score, first_key, "upper")
+    bias, kept = beside_product(me, n, first_key, "upper")
     s = warpgroup_mma_wait(0, deps=(s,))
     me.shared.k_stream.release(n)
     s = finish_scores(me.config, me.score, s, bias, bounds, first_key, "upper")
@@ -177,7 +177,7 @@ def _overlapped_block(me, n, q, bounds, first_key, state, CUT: gl.constexpr, HAL
     products = issue_values(me, n - 1, p, o)
     if takes_turns(me.config):
         pass_turn(me.index, me.config.consumers)
-    bias, kept = beside_product(me.config, me.score, first_key, CUT)
+    bias, kept = beside_product(me, n, first_key, CUT)
     s = warpgroup_mma_wait(len(products), deps=(s,))
     me.shared.k_stream.release(n)
     s = finish_scores(me.config, me.score, s, bias, bounds, first_key, CUT)
@@ -214,7 +214,7 @@ def _lone_block(me, n, q, bounds, first_key, state, CUT: gl.constexpr):
     o, m, l = state
     me.shared.k_stream.wait(n)
     s = _issue_scores(me, n, q)
-    bias, kept = beside_product(me.config, me.score, first_key, CUT)
+    bias, kept = beside_product(me, n, first_key, CUT)
     s = warpgroup_mma_wait(0, deps=(s,))
     me.shared.k_stream.release(n)
     s = finish_scores(me.config, me.score, s, bias, bounds, first_key, CUT)

@@ -5,9 +5,10 @@ from tessera.backends.hopper.pieces.dropout import draw_transposed, drawn_deriva
 from tessera.backends.hopper.pieces.epilogue import LOG2_E
 from tessera.backends.hopper.pieces.kv_source import store_rows
 from tessera.backends.hopper.pieces.lines import exchanged
-from tessera.backends.hopper.pieces.modifiers import Modifiers, add_to_transposed, of_keys
+from tessera.backends.hopper.pieces.modifiers import Modifiers, add_to_transposed, keeps_ds, of_keys, stages_bias, with_bias
 from tessera.backends.hopper.pieces.row_ranges import mask_rows
 from tessera.backends.hopper.pieces.softmax import exp2, tanh, to_16_bit, to_32_bit, to_32_bit_behind
+from tessera.backends.hopper.pieces.sums import adds_in_order
 from tessera.backends.hopper.pieces.tiles import (
     M,
     accumulator_layout,
@@ -18,7 +19,16 @@ from tessera.backends.hopper.pieces.tiles import (
     matrix,
     operand_layout,
 )
-from tessera.jit.compat import aggregate, fence_async_shared, gl, gluon, reinterpret, warpgroup_mma
+from tessera.jit.compat import (
+    aggregate,
+    fence_async_shared,
+    gl,
+    gluon,
+    reinterpret,
+    tma_store,
+    tma_store_wait,
+    warpgroup_mma,
+)
 
 # Hardware's named barriers that channel.py leaves free.
 BARRIER_DS = gl.constexpr(7)
@@ -44,7 +54,8 @@ class Score:
 @aggregate
 class Shared:
     """K and V of the tile in pieces of 64 keys (in one buffer of two tiles, where they change places); rings of Q with lse, of
-    dO with D (or of Q with both: allocate_summands). `k_free`, `v_free`: their readers are done with the tile's K, and its V."""
+    dO with D (or of Q with both: allocate_summands); `bias`: of its blocks, 64 keys each, with Q, or empty. `k_free`, `v_free`:
+    their readers are done with the tile's K, and its V."""
 
     k: gl.shared_memory_descriptor
     v: gl.shared_memory_descriptor
@@ -58,6 +69,7 @@ class Shared:
     v_free: gl.shared_memory_descriptor
     q_stream: Stream
     do_stream: Stream
+    bias: gl.tuple
 
 
 @gluon.jit
@@ -189,6 +201,17 @@ def score_of_keys(config: gl.constexpr, score, seq, head, first):
 
 
 @gluon.jit
+def score_of_block(config: gl.constexpr, score, shared, slot, part):
+    """The same with a block's bias, of the tile's `part`-th 64 keys, where that has come with Q."""
+    if stages_bias(config):
+        block = matrix(shared.bias[0].index(slot * (config.keys // M) + part))
+        values = block.permute((1, 0)).load(accumulator_layout(config.rows))
+        return Score(score.scale, score.inner, score.factor, with_bias(score.modifiers, values))
+    else:
+        return score
+
+
+@gluon.jit
 def probabilities(config: gl.constexpr, score, s, lse, bounds, first_row, masked):
     """(P^T, what (dP^T - D) is multiplied with): the same but for a softcap, whose slope 1 - tanh^2 comes on top."""
     if has(config, "softcap"):
@@ -274,6 +297,51 @@ def kept_derivatives(config: gl.constexpr, p, weight, drawn, dp, d, dtype: gl.co
 def needs_slope_apart(config):
     """Whether dS is wanted without the softcap's slope too: the bias is added after the softcap."""
     return has(config, "softcap") and has(config, "bias gradient")
+
+
+@gluon.jit
+def allocate_ds(config: gl.constexpr, dtype: gl.constexpr, count: gl.constexpr):
+    """`count` blocks of dS of 64 keys in shared memory: (64, rows) transposed, as it is computed; (rows, 64) where it is kept."""
+    rows: gl.constexpr = config.rows
+    shape: gl.constexpr = [1, rows, M] if keeps_ds(config) else [M, rows]
+    return gl.allocate_shared_memory(dtype, [count] + shape, gl.NVMMASharedLayout.get_default_for(shape, dtype))
+
+
+@gluon.jit
+def put_ds(config: gl.constexpr, buffer, ds):
+    """dS^T (64 keys, rows) in 16 bits into its buffer, for products and TMA to read."""
+    if keeps_ds(config):
+        matrix(buffer).permute((1, 0)).store(ds)
+    else:
+        buffer.store(ds)
+    fence_async_shared()
+
+
+@gluon.jit
+def rows_of_ds(config: gl.constexpr, buffer):
+    """dS (rows, 64 keys) where it lies."""
+    if keeps_ds(config):
+        return matrix(buffer)
+    else:
+        return buffer.permute((1, 0))
+
+
+@gluon.constexpr_function
+def _stores_ds_alone(config):
+    """Whether who computes dS has no other stores under way in the main loop: parts of dQ are another warpgroup's, or a
+    writer's."""
+    return config.division.value == "products" or adds_in_order(config)
+
+
+@gluon.jit
+def keep_ds(config: gl.constexpr, modifiers, buffer, row):
+    """Start the copy of dS of the rows from `row` on from its buffer to memory, once the whole warpgroup has put it. Of older
+    ones the last alone goes beside it, so their buffers may be written (where this warpgroup adds dQ too, add_part waits)."""
+    if keeps_ds(config):
+        kept = modifiers.dbias[0]
+        tma_store(kept.map[0], [kept.plane, row, kept.key], buffer)
+        if _stores_ds_alone(config):
+            tma_store_wait(1)
 
 
 @gluon.jit

@@ -152,10 +152,15 @@ def _dense_tile(config: gl.constexpr, number, call):
     heads = call.batch * call.heads_kv
     section = gl.minimum(_heads_together(call, call.seqlen_q), heads)
     block, pair, falls, stretch = _ordered(config, number, call.order.blocks, heads, section)
-    batch = pair // call.heads_kv
+    if has(config, "bias"):  # the sequences of a head, which may share its bias, come together: it then comes from memory once
+        head = pair // call.batch
+        batch = pair - head * call.batch
+    else:
+        batch = pair // call.heads_kv
+        head = pair - batch * call.heads_kv
     seq = dense_sequence(config, call.lengths, batch, call.seqlen_q, call.seqlen_k)
     written = Span(batch * call.seqlen_k + seq.k_begin, call.seqlen_k - seq.k_begin)
-    head, work = pair - batch * call.heads_kv, batch * _padded(call.seqlen_q)
+    work = batch * _padded(call.seqlen_q)
     return KeyTile(seq, head, block * config.keys, written, work, falls, stretch)
 
 

@@ -12,7 +12,7 @@ from tessera.backends.hopper.pieces.epilogue import LOG2_E
 from tessera.backends.hopper.pieces.lines import keys_of_lines
 from tessera.backends.hopper.pieces.softmax import GROWTH, exp2
 from tessera.backends.hopper.pieces.tiles import M, accumulator_layout, has, has_bias, row_layout
-from tessera.jit.compat import aggregate, gl, gluon
+from tessera.jit.compat import aggregate, gl, gluon, tma_load
 
 NEARLY_LOWEST = gl.constexpr(-2e38)
 """Natural scores below this times log2(e) are not finite in float32."""
@@ -45,6 +45,16 @@ class Bias:
     def of_head(self, seq, head):
         """Where the plane (rows, keys) of a head begins, at the first key that the sequence sees."""
         return self.pointer + (seq.number * self.batch + head * self.head + seq.k_begin)
+
+
+@aggregate
+class StagedBias:
+    """A bias of every score's own that comes by TMA: the map of (batch, heads, rows, keys), and 1 where it has batch entries and
+    heads of its own, else 0."""
+
+    map: gl.tuple
+    batch: gl.tensor
+    head: gl.tensor
 
 
 @aggregate
@@ -83,10 +93,27 @@ class KeyBias:
 
 
 @aggregate
+class Planes:
+    """Where dS is kept: TMA's map of (planes, rows, keys), a plane for each sequence and head; and how many heads there are."""
+
+    map: gl.tuple
+    heads: gl.tensor
+
+
+@aggregate
+class KeptScores:
+    """The same of 64 keys of a head: their place there, without the rows'."""
+
+    map: gl.tuple
+    plane: gl.tensor
+    key: gl.tensor
+
+
+@aggregate
 class Modifiers:
     """What happens to scores beside scale, softcap and mask, and where the bias's gradient goes: each a tuple of one, or empty
-    where it is absent. Of a launch: Slopes, Bias, Dropout, Bias; of a tile's rows: RowSlopes, RowBias, Plane; of its keys:
-    KeySlopes, KeyBias, Plane, KeyBias."""
+    where it is absent. Of a launch: Slopes, Bias, Dropout, and Bias or Planes; of a tile's rows: RowSlopes, RowBias, Plane; of
+    its keys: KeySlopes, KeyBias, Plane, and KeyBias or KeptScores."""
 
     alibi: gl.tuple
     bias: gl.tuple
@@ -94,9 +121,30 @@ class Modifiers:
     dbias: gl.tuple
 
 
+@gluon.constexpr_function
+def keeps_ds(config):
+    """Whether dS is kept for the bias's gradient."""
+    return has(config, "dS kept")
+
+
+@gluon.jit
+def staged_bias(bias_map, batch, head):
+    """From a kernel's arguments; `batch` and `head` are the bias's strides."""
+    return StagedBias((bias_map,), gl.where(batch == 0, 0, 1), gl.where(head == 0, 0, 1))
+
+
+@gluon.jit
+def load_bias(bias, buffer, first, count: gl.constexpr, seq, head, row, key, bar):
+    """Start the copies of `count` blocks of the bias to places from `first` on, of 64 rows each from `row` on, at key `key`."""
+    for i in gl.static_range(count):
+        where = [seq.number * bias.batch, head * bias.head, row + i * M, seq.k_begin + key]
+        tma_load(bias.map[0], where, bar, buffer.index(first + i))
+
+
 @gluon.jit
 def make_modifiers(config: gl.constexpr, arguments, gradient):
-    """From a kernel's arguments, those of the bias's gradient by themselves; those that no feature needs are None."""
+    """From a kernel's arguments, those of the bias's gradient by themselves (first TMA's map of kept dS, and how many heads
+    there are); those that no feature needs are None."""
     slopes, slopes_stride, bias, bias_batch, bias_head, bias_row, key_low, key_high, threshold, keep_scale = arguments
     made_alibi = ()
     made_bias = ()
@@ -109,8 +157,10 @@ def make_modifiers(config: gl.constexpr, arguments, gradient):
         made_dropout = (Dropout(key_low, key_high, threshold, keep_scale),)
     made_dbias = ()
     if has(config, "bias gradient"):
-        dbias, dbias_batch, dbias_head, dbias_row = gradient
+        _, _, dbias, dbias_batch, dbias_head, dbias_row = gradient
         made_dbias = (Bias(dbias, dbias_batch, dbias_head, dbias_row),)
+    if keeps_ds(config):
+        made_dbias = (Planes((gradient[0],), gradient[1]),)
     return Modifiers(made_alibi, made_bias, made_dropout, made_dbias)
 
 
@@ -143,7 +193,7 @@ def of_rows(config: gl.constexpr, modifiers, tile, row):
         alibi = (RowSlopes(slope, (rows + seq.diagonal).to(gl.float32)),)
     if has(config, "bias of keys"):
         bias = (RowBias(modifiers.bias[0].of_head(seq, head), seq.k_rows),)
-    elif has(config, "bias") or has(config, "bias of rows"):
+    elif (has(config, "bias") and not stages_bias(config)) or has(config, "bias of rows"):
         plane = modifiers.bias[0]
         inside = gl.minimum(rows, seq.q_rows - 1)
         bias = (RowBias(plane.of_head(seq, head) + inside * plane.row, seq.k_rows),)
@@ -166,10 +216,13 @@ def of_keys(config: gl.constexpr, modifiers, seq, head, first):
         alibi = (KeySlopes(slope, (keys - seq.diagonal).to(gl.float32)),)
     dbias = ()
     inside = gl.minimum(keys, seq.k_rows - 1)
-    if has_bias(config):
+    if has_bias(config) and not stages_bias(config):
         bias = (KeyBias(modifiers.bias[0].of_head(seq, head), inside, modifiers.bias[0].row, seq.q_rows),)
     if has(config, "bias gradient"):
         dbias = (KeyBias(modifiers.dbias[0].of_head(seq, head), inside, modifiers.dbias[0].row, seq.q_rows),)
+    if keeps_ds(config):
+        kept = modifiers.dbias[0]
+        dbias = (KeptScores(kept.map, seq.number * kept.heads + head, first),)
     if has(config, "dropout"):
         key = _first_key(config, seq) + first
         dropout = (plane_of_keys(config, modifiers.dropout[0], seq.number.to(gl.uint32), head.to(gl.uint32), key),)
@@ -183,11 +236,25 @@ def add_to_transposed(config: gl.constexpr, modifiers, x, first_row):
         alibi = modifiers.alibi[0]
         rows = first_row + gl.arange(0, config.rows, gl.SliceLayout(0, accumulator_layout(config.rows)))
         x = x - alibi.slope * gl.abs(rows.to(gl.float32)[None, :] - alibi.place[:, None])
-    if _walks_along_bias(config):
+    if stages_bias(config):
+        x = x + modifiers.bias[0].to(gl.float32)
+    elif _walks_along_bias(config):
         x = x + _plane_of_bias(config, modifiers.bias[0], first_row)
     elif has_bias(config):
         x = x + gl.load(_places_in_bias(config, modifiers.bias[0], first_row)).to(gl.float32)
     return x
+
+
+@gluon.constexpr_function
+def stages_bias(config):
+    """Whether blocks of the bias come into shared memory; Modifiers.bias is then the block's values."""
+    return getattr(config, "stages_bias", False)
+
+
+@gluon.jit
+def with_bias(modifiers, values):
+    """Modifiers of 64 keys with a block's bias, (64 keys, rows)."""
+    return Modifiers(modifiers.alibi, (values,), modifiers.dropout, modifiers.dbias)
 
 
 @gluon.constexpr_function

@@ -179,9 +179,14 @@ def _dense_tile(config: gl.constexpr, number, call, member):
         first = block * config.rows
     if is_pair_of_heads(config):
         pair = pair * SIZE + member
-    batch = pair // call.heads
+    if has(config, "bias") and not is_pair_of_heads(config):  # see key_tiles._dense_tile
+        head = pair // call.batch
+        batch = pair - head * call.batch
+    else:
+        batch = pair // call.heads
+        head = pair - batch * call.heads
     seq = dense_sequence(config, call.lengths, batch, call.seqlen_q, call.seqlen_k)
-    return Tile(seq, pair - batch * call.heads, first, gl.minimum(rows, call.seqlen_q - first), ())
+    return Tile(seq, head, first, gl.minimum(rows, call.seqlen_q - first), ())
 
 
 @gluon.jit

@@ -15,9 +15,10 @@ from tessera.backends.hopper.pieces.modifiers import (
     natural_exponentials,
     of_rows,
     scales_first,
+    stages_bias,
 )
 from tessera.backends.hopper.pieces.softmax import exponentials, move_reference, outgrown, tanh, to_16_bit
-from tessera.backends.hopper.pieces.tiles import has, has_bias, masks_by_words
+from tessera.backends.hopper.pieces.tiles import accumulator_layout, has, has_bias, masks_by_words, matrix
 from tessera.jit.compat import aggregate, gl, gluon
 
 
@@ -87,18 +88,28 @@ def probabilities(config: gl.constexpr, score, s, m, first_key, CUT: gl.constexp
 
 
 @gluon.jit
-def beside_product(config: gl.constexpr, score, first_key, CUT: gl.constexpr):
-    """What of a block does not depend on S, and can be had while that is under way: its biases, 0 without; and what dropout's
+def beside_product(me, n, first_key, CUT: gl.constexpr):
+    """What of block n does not depend on S, and can be had while that is under way: its biases, 0 without; and what dropout's
     draws begin with (see pieces/dropout.py)."""
-    bias = bias_of_block(config, score.modifiers, first_key, CUT)
+    if stages_bias(me.config):
+        bias = _staged_block(me.config, me.shared, n, me.index)
+    else:
+        bias = bias_of_block(me.config, me.score.modifiers, first_key, CUT)
     kept = 0
-    if has(config, "dropout"):
-        plane = score.modifiers.dropout[0]
-        if has(config, "key_start"):
+    if has(me.config, "dropout"):
+        plane = me.score.modifiers.dropout[0]
+        if has(me.config, "key_start"):
             kept = first_key
         else:
-            kept = key_of_block(config, plane, first_key)
+            kept = key_of_block(me.config, plane, first_key)
     return bias, kept
+
+
+@gluon.jit
+def _staged_block(config: gl.constexpr, shared, n, index):
+    """The bias of block n for a consumer's rows, (64, keys)."""
+    block = shared.bias[0].index(shared.k_stream.slot(n) * config.consumers + index)
+    return matrix(block).load(accumulator_layout(config.keys))
 
 
 @gluon.jit

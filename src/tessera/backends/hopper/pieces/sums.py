@@ -111,7 +111,8 @@ def _as_it_lies(part):
 
 @gluon.constexpr_function
 def _in_flight(config):
-    return config.part_buffers // config.adders - 1
+    """Stores that may be under way when a part's buffer is to be written: of later parts, and of the block's dS."""
+    return config.part_buffers // config.adders - 1 + (has(config, "dS kept") and config.division.value == "keys")
 
 
 @gluon.jit
