@@ -44,6 +44,7 @@ from tessera.backends.hopper.pieces.parts import (
     Results,
     accumulators,
     columns_of_sum,
+    make_exchange,
     merge_warps,
     settle,
     write_part,
@@ -71,7 +72,7 @@ class Split:
     `rounds` of items that programs have alone, and programs that share each of the others. `depth`: stages of the ring that are
     used where programs go through memory side by side. `ahead`: tiles to bring into L2 while the kernel before ends. `team`:
     programs that take the same stretch of the line of all tiles, each for its head; `teams` share the line, go through each
-    sequence `head_groups` times, and use `line_depth` stages."""
+    sequence `head_groups` times, and have `line_depth` stages and `line_ahead` tiles in place of the two above."""
 
     splits: gl.tensor
     least: gl.tensor
@@ -79,6 +80,7 @@ class Split:
     rounds: gl.tensor
     depth: gl.tensor
     ahead: gl.tensor
+    line_ahead: gl.tensor
     team: gl.tensor
     teams: gl.tensor
     head_groups: gl.tensor
@@ -333,10 +335,10 @@ def _scaled_values(config: gl.constexpr, call, segment, sums):
 
 
 @gluon.jit
-def _finish(config: gl.constexpr, results, call, segment, state):
+def _finish(config: gl.constexpr, results, exchange, call, segment, state):
     """Results of a segment: of the whole item, or its part of them."""
     o, m, l = state
-    sums = _scaled_values(config, call, segment, merge_warps(config, o, m, gl.sum(l, axis=2)))
+    sums = _scaled_values(config, call, segment, merge_warps(config, exchange, o, m, gl.sum(l, axis=2)))
     layout: gl.constexpr = sums[1].type.layout
     rows = gl.arange(0, max(config.rows, M // 2), layout)
     if segment.parts == 1:
@@ -361,7 +363,7 @@ def _settle_parts(config: gl.constexpr, results, call, first, last):
 
 
 @gluon.jit
-def consumer(config: gl.constexpr, shared, call, queries, results):
+def consumer(config: gl.constexpr, shared, exchange, call, queries, results):
     turn = first_turn(config, call)
     wait_for_previous()
     n = 0
@@ -387,7 +389,7 @@ def consumer(config: gl.constexpr, shared, call, queries, results):
             if more:  # the next item's Q comes while this one's results are written
                 segment = segment_of(config, call, share)
                 q = _load_queries(config, queries, call, segment)
-        _finish(config, results, call, done, state)
+        _finish(config, results, exchange, call, done, state)
     if works:  # the segment is still the last one
         _settle_parts(config, results, call, first, segment)
 
@@ -441,8 +443,8 @@ def _maps(whole, tail, parts: gl.constexpr):
 def decode(
     k_map, k_tail, v_map, v_tail, q_ptr, out_ptr, lse_ptr, partial_out, partial_lse, sinks, tickets,
     seqlens, cu_q, leftpad, batch_index, page_table,
-    batch, heads_kv, group, seqlen_q, added, capacity, row_blocks, slot_rows, left, right, table_stride, page_shift,
-    tickets_per_item, entries, splits, least, crew, rounds, depth, ahead, team, teams, head_groups, line_depth,
+    batch, heads_kv, group, seqlen_q, added, capacity, row_blocks, slot_rows, slots, left, right, table_stride, page_shift,
+    tickets_per_item, entries, splits, least, crew, rounds, depth, ahead, line_ahead, team, teams, head_groups, line_depth,
     q_batch, q_row, q_head, head_dim, head_dim_v, scale, inner, k_scales, v_scales,
     k_scale_sequence, k_scale_entry, k_scale_block, k_scale_rows, v_scale_sequence, v_scale_entry, v_scale_block, v_scale_rows,
     CONFIG: gl.constexpr,
@@ -455,10 +457,10 @@ def decode(
     call = Call(
         Places(seqlens, cu_q, leftpad, batch_index, page_table),
         Sizes(
-            batch, heads_kv, group, seqlen_q, added, capacity, row_blocks, slot_rows, left, right, table_stride, page_shift,
-            tickets_per_item, entries,
+            batch, heads_kv, group, seqlen_q, added, capacity, row_blocks, slot_rows, slots, left, right, table_stride,
+            page_shift, tickets_per_item, entries,
         ),
-        Split(splits, least, crew, rounds, depth, ahead, team, teams, head_groups, line_depth),
+        Split(splits, least, crew, rounds, depth, ahead, line_ahead, team, teams, head_groups, line_depth),
         CacheScales(
             Scales(k_scales, k_scale_sequence, k_scale_entry, k_scale_block, k_scale_rows),
             Scales(v_scales, v_scale_sequence, v_scale_entry, v_scale_block, v_scale_rows),
@@ -472,6 +474,6 @@ def decode(
     )  # fmt: skip
     fence_async_shared()
     gl.warp_specialize([
-        (consumer, (config, shared, call, queries, results)),
+        (consumer, (config, shared, make_exchange(config), call, queries, results)),
         (producer, (config, k_maps, v_maps, shared, call)),
     ], [1], [producer_registers(config)])  # fmt: skip

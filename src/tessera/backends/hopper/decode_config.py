@@ -61,8 +61,8 @@ class DecodeConfig:
     features: tuple[DecodeFeature, ...] = ()
 
     def shared_bytes(self) -> int:
-        """Shared memory of the ring and of the exchange between warps, in bytes (barriers not counted)."""
-        return 2 * self.stages * self.keys * (sum(self.dims) + sum(self.dims_v)) + 4 * self.warps * ROWS * COLUMNS
+        """Shared memory of the ring and of the exchange of O, m and l between warps, in bytes (barriers not counted)."""
+        return 2 * self.stages * self.keys * (sum(self.dims) + sum(self.dims_v)) + 4 * self.warps * ROWS * (COLUMNS + 2)
 
     def __str__(self) -> str:
         dim = "+".join(map(str, self.dims))

@@ -27,9 +27,9 @@ from tessera.serving.problem import CacheProblem
 KERNEL = "tessera.backends.hopper.decode:decode"
 _PLACES = ("seqlens", "cu_q", "leftpad", "batch_index", "page_table")
 _SIZES = (
-    "batch", "heads_kv", "group", "seqlen_q", "added", "capacity", "row_blocks", "slot_rows", "left", "right", "table_stride",
-    "page_shift", "tickets_per_item", "entries", "splits", "least", "crew", "rounds", "depth", "ahead", "team",
-    "teams", "head_groups", "line_depth",
+    "batch", "heads_kv", "group", "seqlen_q", "added", "capacity", "row_blocks", "slot_rows", "slots", "left", "right",
+    "table_stride", "page_shift", "tickets_per_item", "entries", "splits", "least", "crew", "rounds", "depth", "ahead",
+    "line_ahead", "team", "teams", "head_groups", "line_depth",
 )  # fmt: skip
 _SCALES = tuple(f"{name}_scale_{step}" for name in ("k", "v") for step in ("sequence", "entry", "block", "rows"))
 
@@ -158,10 +158,10 @@ class DecodeLaunch:
         added = 0 if problem.append is None else problem.append.seqlen
         return (
             shape.batch, shape.heads_kv, shape.group, shape.seqlen_q, added, shape.seqlen_k, plan.row_blocks, plan.slot_rows,
-            *reach(mask), 0 if table is None or shape.batch == 1 else table.stride(0),
+            plan.slots, *reach(mask), 0 if table is None or shape.batch == 1 else table.stride(0),
             0 if pages is None else pages.size.bit_length() - 1, plan.tickets_per_item, operands.k_cache.shape[0], plan.splits,
-            plan.least, plan.crew, plan.rounds, plan.depth, plan.ahead, plan.team, plan.teams, shape.heads_kv // plan.team,
-            plan.line_depth,
+            plan.least, plan.crew, plan.rounds, plan.depth, plan.ahead, plan.line_ahead, plan.team, plan.teams,
+            shape.heads_kv // plan.team, plan.line_depth,
         )  # fmt: skip
 
 

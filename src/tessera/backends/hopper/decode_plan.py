@@ -29,6 +29,7 @@ AHEAD, AHEAD_OF_MANY, MANY = 2, 3, 32
 """Tiles that a program brings into L2 while the kernel before ends: more by stream-K, whose first loads come later, and where it
 has `MANY` tiles. Too many come late, and the first loads wait behind them (H200, 2026-11-22, microseconds): 1 x 8k with
 0, 1, 2, 4 tiles 11.8, 11.3, 11.2, 11.5; 4 x 8k with 2, 3, 4, 5 33.2, 33.0, 33.2, 33.4; 1 x 32k with 2, 3, 4 32.5, 32.2, 32.6;
+FP8 1 x 32k with 2, 3, 4 18.9, 18.8, 19.0; 64 sequences of 100 to 32k keys with 0, 2 346.6, 344.3;
 16 x 8k with 0, 2, 3, 4, 8 120.6, 119.9, 119.8, 120.2, 121.1; 1 x 128k with 0, 2, 3, 4, 6 120.3, 119.8, 119.4, 119.2, 119.7."""
 IDLE = 0.05
 """Of a grid's programs that may be without work so that the others read memory in order: it is busy without them."""
@@ -49,8 +50,9 @@ class DecodePlan:
     sequence, fewest tiles of a part), `rounds` and `crew` stream-K's where all items are equally long (items that every
     program has alone, programs that share each of the others), `depth` the stages of the ring that are used then or by split
     ones, `ahead` the tiles that a program brings into L2 while the kernel before ends; where items differ, `teams` of `team`
-    programs each share the tiles, by `line_depth` stages. `row_blocks`: blocks of query rows a key/value head (packed: at
-    most), `slots`: what the workspace has room for, each `slot_rows` rows; `items`: how many there can be."""
+    programs each share the tiles, by `line_depth` stages and with `line_ahead` tiles early. `row_blocks`: blocks of query rows
+    a key/value head (packed: at most), `slots`: what the workspace has room for, each `slot_rows` rows; `items`: how many there
+    can be."""
 
     config: DecodeConfig
     programs: tuple[int, int, int]
@@ -60,6 +62,7 @@ class DecodePlan:
     rounds: int
     depth: int
     ahead: int
+    line_ahead: int
     team: int
     teams: int
     line_depth: int
@@ -154,9 +157,11 @@ def decode_plan(problem: CacheProblem, device: Device) -> DecodePlan:
     tickets = 1 + -(-most_parts // PARTS_TOGETHER)
     depth = _depth(problem, sum(dims) + sum(dims_v), tile)
     share = items * tile.needed(shape.seqlen_k) / max(1, math.prod(programs))
-    ahead = _ahead(schedule, share, items > device.multiprocessors)
-    shares = (splits, least, crew, rounds, depth, ahead, team, line // team, _line_depth(team, depth, tile))
-    return DecodePlan(config, programs, *shares, row_blocks, slot_rows, slots, items, tickets)
+    ahead = _ahead(problem, schedule, share, items > device.multiprocessors)
+    return DecodePlan(
+        config, programs, splits, least, crew, rounds, depth, ahead, max(ahead, AHEAD), team, line // team,
+        _line_depth(team, depth, tile), row_blocks, slot_rows, slots, items, tickets,
+    )  # fmt: skip
 
 
 def _turns(items: int, programs: int) -> tuple[int, int]:
@@ -200,7 +205,7 @@ class Tile:
     @staticmethod
     def of(words: int, keys: int, warps: int, blocks: int) -> Tile:
         """With as many stages as there is room for. `words`: 16-bit words of a key and its value."""
-        exchange = 4 * warps * ROWS * COLUMNS
+        exchange = 4 * warps * ROWS * (COLUMNS + 2)
         stages = (SHARED_OF_SM // blocks - RESERVED - exchange) // (2 * keys * words)
         threads = 32 * (warps + 4)  # the producer's warp brings three idle ones
         return Tile(keys, warps, min(stages, MOST_STAGES), blocks, min(255, REGISTERS // (blocks * threads) // 8 * 8))
@@ -225,22 +230,25 @@ def _tile(problem: CacheProblem, words: int, crowded: bool, whole: bool) -> Tile
     H200, 2026-11-21, bf16 d128, microseconds. Where programs go through memory side by side (equal lengths) one block of 64 keys
     and 4 warps is best: 16 x 32k with 2, 3, 6 stages 474.6, 483.2, 485.8 (128 keys and 8 warps 487.3). Where items follow one
     another a second block works while the first goes from one to the next: ragged 64 x 100..32k one block 371.6, two 359.5;
-    256 x 512 of 2 heads 38.9, 35.3. FP8 is computed on for longer: 16 x 32k with 64 keys 331, with 128 and 8 warps 248.
+    256 x 512 of 2 heads 38.9, 35.3. FP8 is computed on for longer: 16 x 32k with 64 keys 331, with 128 and 8 warps 248. Since its
+    unpacking became shorter 4 warps are enough for 128 keys, and sooner merged: 1 x 32k 19.11 by 8, 18.92, 16 x 32k 244.2, 243.7.
     """
     short = problem.shape.seqlen_k <= SHORT
     tiny_pages = problem.cache.pages is not None and problem.cache.pages.size < 16  # many boxes a tile: fewer, larger tiles
     pair = Tile.of(words, 64, 4, 2)
     if crowded and pair.stages >= 3 and (short or not problem.cache.is_quantised):
         return pair
-    large = Tile.of(words, 128, 8, 1)
+    light = problem.cache.is_quantised and not _has_scales_of_blocks(problem) and words <= 2 * COLUMNS
+    large = Tile.of(words, 128, 4 if light else 8, 1)
     return large if problem.cache.is_quantised or tiny_pages or (whole and large.stages >= 3) else Tile.of(words, 64, 4, 1)
 
 
-def _ahead(schedule: Schedule, share: float, waves: bool) -> int:
+def _ahead(problem: CacheProblem, schedule: Schedule, share: float, waves: bool) -> int:
     """Tiles that a program with a share of so many brings into L2 early. `waves`: some programs begin as others end."""
     if waves and share > SHORT_SHARE:
         return 0
-    return AHEAD_OF_MANY if schedule is Schedule.STREAM_K or share >= MANY else AHEAD
+    many = schedule is Schedule.STREAM_K or share >= MANY or problem.cache.is_quantised
+    return AHEAD_OF_MANY if many else AHEAD
 
 
 def _depth(problem: CacheProblem, words: int, tile: Tile) -> int:
@@ -308,9 +316,11 @@ def _features(problem: CacheProblem, schedule: Schedule, early: bool) -> tuple[D
         DecodeFeature.SINKS: score.sinks is not None,
         DecodeFeature.K_SCALES: problem.cache.k_descale is not None,
         DecodeFeature.V_SCALES: problem.cache.v_descale is not None,
-        DecodeFeature.BLOCK_SCALES: any(
-            descale is not None and descale.granularity is Granularity.BLOCK
-            for descale in (problem.cache.k_descale, problem.cache.v_descale)
-        ),
+        DecodeFeature.BLOCK_SCALES: _has_scales_of_blocks(problem),
     }
     return tuple(feature for feature, needed in wanted.items() if needed)
+
+
+def _has_scales_of_blocks(problem: CacheProblem) -> bool:
+    descales = (problem.cache.k_descale, problem.cache.v_descale)
+    return any(descale is not None and descale.granularity is Granularity.BLOCK for descale in descales)

@@ -69,7 +69,10 @@ def _foresee(config: gl.constexpr, k_maps, v_maps, shared, call, turn):
     """This program's first tiles, as far as can be told before the kernel before this one has ended, into L2."""
     share = first_share(config, call, turn, 1)
     segment = segment_of(config, call, share)
-    count = gl.where(share.position < share.stop, call.split.ahead, 0)
+    ahead = call.split.ahead
+    if has(config, "stream_k"):
+        ahead = gl.where(share.turn < 0, call.split.line_ahead, ahead)
+    count = gl.where(share.position < share.stop, ahead, 0)
     begin = gl.maximum(segment.begin, 0)  # what lengths say before they are written can be anything
     entry = cache_entry(config, call.places, segment.seq.index)
     k_bar = shared.k_stream.full.index(0)

@@ -25,7 +25,7 @@ class Places:
 class Sizes:
     """Numbers that no tensor holds. `seqlen_q`: query rows of a sequence (packed: of all); `added`: keys that were appended
     (packed: as many as query rows, where it is not 0); `capacity`: rows that a sequence can have; `row_blocks`: blocks of query
-    rows a head (packed: at most); `slot_rows`: rows of a partial result; `left`, `right`: the window;
+    rows a head (packed: at most); `slot_rows`: rows of a partial result, of which there are `slots`; `left`, `right`: the window;
     `table_stride`, `page_shift`: page_table's rows, log2 of a page's; `tickets`: an item's;
     `entries`: how many the cache or the pool has."""
 
@@ -37,6 +37,7 @@ class Sizes:
     capacity: gl.tensor
     row_blocks: gl.tensor
     slot_rows: gl.tensor
+    slots: gl.tensor
     left: gl.tensor
     right: gl.tensor
     table_stride: gl.tensor

@@ -1,6 +1,6 @@
 """Partial results of a split sequence, and their sum: the formula of tessera.partial, over any number of parts.
 
-A part leaves out, normalised by its own softmax, float32 (slots, rows, columns), and its log-sum-exp in base 2, (slots, rows).
+A part leaves out, normalised by its own softmax, float32 (rows, slots, columns), and its log-sum-exp in base 2, (rows, slots).
 With w = 2^(lse - max lse), out = sum(w out) / sum(w). Parts are taken in their order, whoever adds them, so that the result
 is the same bit for bit. More than 2 FAN parts are added in two steps, groups of FAN first.
 """
@@ -34,11 +34,10 @@ class Results:
 
 @aggregate
 class Span:
-    """Parts begin, begin + step, ... before `end`."""
+    """Parts begin, begin + STEP, ... before `end`."""
 
     begin: gl.tensor
     end: gl.tensor
-    step: gl.tensor
 
 
 @gluon.constexpr_function
@@ -71,25 +70,65 @@ def _live_rows(config: gl.constexpr, x):
         return gl.split(gl.permute(gl.reshape(x, [config.warps, 2, half, x.shape[2]]), (0, 2, 3, 1)))[0]
 
 
+@gluon.constexpr_function
+def _rows_kept(config):
+    """Rows of a warp's results that are looked at: see `_live_rows`."""
+    return ROWS // 2 if config.rows <= ROWS // 2 else ROWS
+
+
+@gluon.constexpr_function
+def _fits(config):
+    """Whether all that the warps found fits into shared memory at once, beside the ring."""
+    return accumulators(config) * _rows_kept(config) <= ROWS and len(set(config.dims_v)) == 1
+
+
 @gluon.jit
-def merge_warps(config: gl.constexpr, o, m, l):
+def make_exchange(config: gl.constexpr):
+    """Shared memory where the warps' m, l and O meet, a buffer each, so that one barrier is enough; none where they don't fit."""
+    buffers = ()
+    if _fits(config):
+        shape: gl.constexpr = [1, config.warps, _rows_kept(config)]
+        flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+        columns: gl.constexpr = columns_of_sum(config, 0)
+        wide: gl.constexpr = gl.SwizzledSharedLayout(8, 1, columns // 8, [2, 1, 0])  # eight rows' columns are in different banks
+        buffers = (gl.allocate_shared_memory(gl.float32, shape, flat), gl.allocate_shared_memory(gl.float32, shape, flat))
+        for i in gl.static_range(accumulators(config)):
+            buffers = buffers + (gl.allocate_shared_memory(gl.float32, shape + [columns], wide),)
+    return buffers
+
+
+@gluon.jit
+def merge_warps(config: gl.constexpr, exchange, o, m, l):
     """What the warps found, as one: (o (rows, columns) a part and plane, float32 and not normalised; m, l (rows,) in base 2)."""
     layout: gl.constexpr = merged_layout(config.warps, columns_of_sum(config, 0))
-    tops = gl.convert_layout(_live_rows(config, m), gl.SliceLayout(2, layout))
+    found = (_live_rows(config, m), _live_rows(config, l))
+    for i in gl.static_range(len(o)):
+        found = found + (_live_rows(config, o[i]),)
+    for i in gl.static_range(len(exchange)):
+        exchange[i].index(0).store(found[i])
+    tops = _from_warps(exchange, found, 0, gl.SliceLayout(2, layout))
     top = gl.max(tops, axis=0)
     weight = exp2(tops - gl.expand_dims(gl.where(top == float("-inf"), 0.0, top), 0))
     outs = ()
     for i in gl.static_range(len(o)):
-        outs = outs + (_weighted_sum(config, _live_rows(config, o[i]), weight),)
-    return outs, top, gl.sum(gl.convert_layout(_live_rows(config, l), gl.SliceLayout(2, layout)) * weight, axis=0)
+        outs = outs + (_weighted_sum(exchange, found, 2 + i, merged_layout(config.warps, o[i].shape[2]), weight),)
+    return outs, top, gl.sum(_from_warps(exchange, found, 1, gl.SliceLayout(2, layout)) * weight, axis=0)
 
 
 @gluon.jit
-def _weighted_sum(config: gl.constexpr, o, weight):
-    """(warps, rows, columns) summed over the warps."""
-    layout: gl.constexpr = merged_layout(config.warps, o.shape[2])
+def _weighted_sum(exchange, found, i: gl.constexpr, layout: gl.constexpr, weight):
+    """The i-th of what the warps found, (warps, rows, columns), summed over the warps."""
     weight = gl.convert_layout(weight, gl.SliceLayout(2, layout))
-    return gl.sum(gl.convert_layout(o, layout) * gl.expand_dims(weight, 2), axis=0)
+    return gl.sum(_from_warps(exchange, found, i, layout) * gl.expand_dims(weight, 2), axis=0)
+
+
+@gluon.jit
+def _from_warps(exchange, found, i: gl.constexpr, layout: gl.constexpr):
+    """The i-th of what the warps found, all warps' in one thread."""
+    if len(exchange) > 0:
+        return exchange[i].index(0).load(layout)
+    else:
+        return gl.convert_layout(found[i], layout)
 
 
 @gluon.jit
@@ -159,14 +198,14 @@ def slot_columns(config):
 
 
 @gluon.jit
-def _write_slot(config: gl.constexpr, results, slot_rows, slot, rows, sums):
+def _write_slot(config: gl.constexpr, results, sizes, slot, rows, sums):
     """The partial result of rows `rows` of an item, in a slot."""
     o, m, l = sums
-    live = rows < slot_rows
+    live = rows < sizes.slot_rows
     empty = m == float("-inf")
     lse = gl.where(empty, float("-inf"), m + log2(l))
     factor = gl.where(empty, 0.0, 1.0 / l)
-    line = slot * slot_rows + rows
+    line = rows * sizes.slots + slot
     gl.store(results.partial_lse + line, lse, mask=live)
     row = line.to(gl.int64) * slot_columns(config)
     for i in gl.static_range(len(o)):
@@ -188,7 +227,7 @@ def _comes_last(ticket, count):
 @gluon.jit
 def write_part(config: gl.constexpr, results, sizes, segment, rows, sums):
     """The partial result of a segment, into its slot."""
-    _write_slot(config, results, sizes.slot_rows, slot_of(config, segment.slots, segment.part), rows, sums)
+    _write_slot(config, results, sizes, slot_of(config, segment.slots, segment.part), rows, sums)
 
 
 @gluon.jit
@@ -196,21 +235,30 @@ def settle(config: gl.constexpr, results, sizes, segment):
     """The segment's part of its item is in its slot. Who comes last of a group of parts adds them up into the slot of the first;
     who comes last of the groups adds those up into out and lse."""
     slot_rows = gl.minimum(segment.seq.q_rows * sizes.group - segment.block * M, sizes.slot_rows)
-    fan = gl.where(segment.parts <= 2 * FAN, 2 * FAN, FAN)
-    group = segment.part // fan
-    groups = (segment.parts + fan - 1) // fan
+    few = segment.parts <= 2 * FAN
+    group = gl.where(few, 0, segment.part // FAN)
+    groups = gl.where(few, 1, (segment.parts + FAN - 1) // FAN)
     ticket = results.tickets + segment.item * sizes.tickets
-    span = Span(group * fan, gl.minimum(segment.parts, (group + 1) * fan), groups * 0 + 1)
+    span = Span(group * FAN, gl.where(few, segment.parts, gl.minimum(segment.parts, (group + 1) * FAN)))
     last = _comes_last(ticket + 1 + group, span.end - span.begin)
-    if last & (groups > 1):
-        for first in range(0, slot_rows, rows_at_once(config)):
-            own, found = _sum_parts(config, results, sizes, segment, first, span)
-            _write_slot(config, results, sizes.slot_rows, slot_of(config, segment.slots, span.begin), own, found)
-        last = _comes_last(ticket, groups)
-        span = Span(groups * 0, segment.parts, groups * 0 + FAN)
     if last:
         for first in range(0, slot_rows, rows_at_once(config)):
-            own, found = _sum_parts(config, results, sizes, segment, first, span)
+            own, found = _sum_parts(config, results, sizes, segment, first, span, 1)
+            if groups == 1:
+                write_rows(config, results, sizes, segment, segment.block * M + own, found)
+            else:
+                _write_slot(config, results, sizes, slot_of(config, segment.slots, span.begin), own, found)
+        if groups > 1:
+            _settle_groups(config, results, sizes, segment, ticket, groups)
+
+
+@gluon.jit
+def _settle_groups(config: gl.constexpr, results, sizes, segment, ticket, groups):
+    """The sum of a group's parts is in the slot of its first one."""
+    slot_rows = gl.minimum(segment.seq.q_rows * sizes.group - segment.block * M, sizes.slot_rows)
+    if _comes_last(ticket, groups):
+        for first in range(0, slot_rows, rows_at_once(config)):
+            own, found = _sum_parts(config, results, sizes, segment, first, Span(groups * 0, segment.parts), FAN)
             write_rows(config, results, sizes, segment, segment.block * M + own, found)
 
 
@@ -234,18 +282,19 @@ def _sum_layout(config, columns):
 
 
 @gluon.jit
-def _add_chunk(config: gl.constexpr, results, slot_rows, slots, rows, span, sums):
+def _add_chunk(config: gl.constexpr, results, sizes, slots, rows, span, STEP: gl.constexpr, sums):
     """(o, m, l) of some rows of an item with `_together` more parts, the first ones of the span."""
     o, m, l = sums
     flat: gl.constexpr = gl.SliceLayout(2, _sum_layout(config, columns_of_sum(config, 0)))
-    part = span.begin + span.step * gl.arange(0, _together(config), gl.SliceLayout(0, flat))[None, :]
     row = gl.convert_layout(rows, gl.SliceLayout(1, flat))[:, None]
-    there = (part < span.end) & (row < slot_rows)
-    line = slot_of(config, slots, part) * slot_rows + row
-    lse = gl.load(results.partial_lse + line, mask=there, other=float("-inf"), cache_modifier=".cg")
+    number = gl.arange(0, _together(config), gl.SliceLayout(0, flat))[None, :]
+    there = (number * STEP < span.end - span.begin) & (row < sizes.slot_rows)
+    line = row.to(gl.int64) * sizes.slots + slots + _slots_a_part(config) * span.begin
+    at = results.partial_lse + line + _steps(config, span, number, STEP)
+    lse = gl.load(at, mask=there, other=float("-inf"), cache_modifier=".cg")
     outs = ()  # asked for before the weights are known: one way to memory instead of two
     for i in gl.static_range(len(o)):
-        outs = outs + (_load_parts(config, results, line, there, i),)
+        outs = outs + (_load_parts(config, results, line, span, there, STEP, i),)
     top = gl.maximum(m, gl.max(lse, axis=1))
     shift = gl.where(top == float("-inf"), 0.0, top)
     weight = exp2(lse - shift[:, None])
@@ -258,14 +307,31 @@ def _add_chunk(config: gl.constexpr, results, slot_rows, slots, rows, span, sums
     return added, top, l * alpha + gl.sum(weight, axis=1)
 
 
+@gluon.constexpr_function
+def _slots_a_part(config):
+    return 2 if has(config, "stream_k") else 1
+
+
 @gluon.jit
-def _load_parts(config: gl.constexpr, results, line, there, i: gl.constexpr):
-    """The i-th accumulator of the partial results `line` (rows, parts): (rows, parts, columns)."""
+def _steps(config: gl.constexpr, span, number, STEP: gl.constexpr):
+    """Slots from where a span begins to its part `number`, counted in `STEP`s (shares.slot_of). Numbers are constants of a
+    thread, so it works out one address, and its instructions have the rest."""
+    steps = _slots_a_part(config) * STEP * number
+    if has(config, "stream_k"):
+        steps = steps + gl.where((number == 0) & (span.begin == 0), 1, 0)
+    return steps
+
+
+@gluon.jit
+def _load_parts(config: gl.constexpr, results, line, span, there, STEP: gl.constexpr, i: gl.constexpr):
+    """The i-th accumulator of partial results (rows, parts): (rows, parts, columns)."""
     layout: gl.constexpr = _sum_layout(config, columns_of_sum(config, i))
     flat: gl.constexpr = gl.SliceLayout(2, layout)
     columns: gl.constexpr = columns_of_sum(config, i)
     column = place_in_slot(config, i) + gl.arange(0, columns, gl.SliceLayout(0, gl.SliceLayout(0, layout)))[None, :]
-    at = gl.expand_dims(gl.convert_layout(line, flat).to(gl.int64) * slot_columns(config), 2) + gl.expand_dims(column, 0)
+    number = gl.arange(0, _together(config), gl.SliceLayout(0, flat))[None, :]
+    at = gl.expand_dims(gl.convert_layout(line, flat) * slot_columns(config), 2) + gl.expand_dims(column, 0)
+    at = at + gl.expand_dims(_steps(config, span, number, STEP) * slot_columns(config), 2)
     keep = gl.expand_dims(gl.convert_layout(there, flat), 2) & (gl.expand_dims(column, 0) >= 0)
     return gl.load(results.partial_out + at, mask=keep, other=0.0, cache_modifier=".cg")
 
@@ -284,7 +350,7 @@ def _no_sum(config: gl.constexpr, columns: gl.constexpr):
 
 
 @gluon.jit
-def _sum_parts(config: gl.constexpr, results, sizes, segment, first, span):
+def _sum_parts(config: gl.constexpr, results, sizes, segment, first, span, STEP: gl.constexpr):
     """Some rows of an item, from row `first` on, and their (o, m, l) over a span of parts."""
     layout: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, _sum_layout(config, columns_of_sum(config, 0))))
     count: gl.constexpr = rows_at_once(config)
@@ -293,6 +359,6 @@ def _sum_parts(config: gl.constexpr, results, sizes, segment, first, span):
     for i in gl.static_range(accumulators(config)):
         o = o + (_no_sum(config, columns_of_sum(config, i)),)
     sums = (o, gl.full([count], float("-inf"), gl.float32, layout), gl.zeros([count], gl.float32, layout))
-    for begin in range(span.begin, span.end, span.step * _together(config)):
-        sums = _add_chunk(config, results, sizes.slot_rows, segment.slots, rows, Span(begin, span.end, span.step), sums)
+    for begin in range(span.begin, span.end, STEP * _together(config)):
+        sums = _add_chunk(config, results, sizes, segment.slots, rows, Span(begin, span.end), STEP, sums)
     return rows, sums
