@@ -7,7 +7,7 @@ import torch
 from gluon_in_python import in_python
 
 from tessera.backends.cpu import tiled, tiles_for
-from tessera.backends.hopper import BACKEND, backward_plan, bias_planes
+from tessera.backends.hopper import BACKEND, backward_sizes, bias_planes
 from tessera.backends.hopper.backward_launch import BackwardLaunch
 from tessera.backends.hopper.backward_plan import Adding, Division, backward_config
 from tessera.backends.hopper.backward_sizes import Remainder
@@ -115,25 +115,30 @@ def test_additions_to_a_biass_gradient(case: Case, monkeypatch: pytest.MonkeyPat
     check(case.request("cpu", torch.bfloat16, requires_grad=True))
 
 
+@pytest.mark.parametrize("dim", [128, 256])
 @pytest.mark.parametrize("heads_kv", [3, 6], ids=["grouped", "one a group"])
-def test_sections_take_turns(heads_kv: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sections_take_turns(dim: int, heads_kv: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a fixed order, below a diagonal: one pair of heads a section, so that both orders of tiles, and of rows, come."""
     monkeypatch.setattr(BackwardLaunch, "section", 1)
-    case = Case("sections", head_dim=128, batch=2, seqlen_q=700, seqlen_k=740, heads_q=6, heads_kv=heads_kv, causal=True)
+    sizes = {"seqlen_q": 700, "seqlen_k": 740} if dim == 128 else {"seqlen_q": 430, "seqlen_k": 470}
+    case = Case("sections", head_dim=dim, batch=2, heads_q=6, heads_kv=heads_kv, causal=True, **sizes)
     request = case.request("cpu", torch.bfloat16, requires_grad=True)._replace(deterministic=True)
     assert backward_config(bind(request)[0]).sections_take_turns
     check(request)
 
 
+@pytest.mark.parametrize("mask", [{}, {"causal": True}], ids=["full", "causal"])
 @pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(530, 600), (600, 330), (130, 500)])
-def test_heads_come_in_stretches(seqlen_q: int, seqlen_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a fixed order at head dim 256: all heads' first keys before any head's later ones, whose last tiles see no row."""
-    monkeypatch.setattr(backward_plan, "STRETCH", 3)
+def test_two_sums_of_dq(seqlen_q: int, seqlen_k: int, mask: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a fixed order at head dim 256: tiles add to one and to the other, whose last ones see no row."""
+    monkeypatch.setattr(backward_sizes, "TURNS_ROWS", 64)
+    monkeypatch.setattr(backward_sizes, "FULL_ROWS", 64)
     monkeypatch.setattr(BackwardLaunch, "section", 1)
-    case = Case("stretches", head_dim=256, batch=2, seqlen_q=seqlen_q, seqlen_k=seqlen_k, heads_q=2, heads_kv=1, causal=True,
-                key_start=(0, 70), key_end=(seqlen_k, 260), query_end=(seqlen_q, 100))  # fmt: skip
+    case = Case("two sums", head_dim=256, batch=2, seqlen_q=seqlen_q, seqlen_k=seqlen_k, heads_q=2, heads_kv=2 if mask else 1,
+                key_start=(0, 70), key_end=(seqlen_k, 260), query_end=(seqlen_q, 100), **mask)  # fmt: skip
     request = case.request("cpu", torch.bfloat16, requires_grad=True)._replace(deterministic=True)
-    assert backward_config(bind(request)[0]).stretch == 3
+    problem = bind(request)[0]
+    assert backward_sizes.strands(problem, backward_config(problem)) == 2
     check(request)
 
 

@@ -192,7 +192,20 @@ REPEATED = (
     *(Case(f"d{d} window", head_dim=d, window=(200, 30), **MANY) for d in (64, 128, 256)),
     *(Case(f"d{d} packed", head_dim=d, causal=True, **PACKED) for d in (64, 128, 256)),
     Case("sinks, softcap", head_dim=128, softcap=20.0, sinks=True, causal=True, **MANY),
-    Case("d256 stretches", head_dim=256, causal=True, batch=2, seqlen_q=2500, seqlen_k=3000, heads_q=8, heads_kv=4),
+    *(
+        Case(
+            f"d256 sections, {heads} heads",
+            head_dim=256,
+            causal=True,
+            batch=2,
+            seqlen_q=2500,
+            seqlen_k=3000,
+            heads_q=heads,
+            heads_kv=4,
+        )
+        for heads in (4, 8)
+    ),
+    Case("d256 two sums", head_dim=256, batch=1, seqlen_q=4200, seqlen_k=4300, heads_q=4, heads_kv=2),
 )
 """More tiles of keys than multiprocessors, many to each row."""
 
@@ -220,9 +233,10 @@ def test_a_thousand_deterministic_runs_agree_in_every_bit(case: Case) -> None:
     assert not _differing(request, 1000).any()
 
 
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("dim", [64, 128, 256])
-def test_long_deterministic_runs_agree_in_every_bit(dim: int) -> None:
-    case = Case("16k", head_dim=dim, seqlen_q=16384, seqlen_k=16384, heads_q=8, heads_kv=4, batch=1, causal=True)
+def test_long_deterministic_runs_agree_in_every_bit(dim: int, causal: bool) -> None:
+    case = Case("16k", head_dim=dim, seqlen_q=16384, seqlen_k=16384, heads_q=8, heads_kv=4, batch=1, causal=causal)
     assert not _differing(trainable(case)._replace(deterministic=True), 5).any()
 
 

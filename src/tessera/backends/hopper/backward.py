@@ -456,7 +456,7 @@ def attention_backward(
     q_map, k_map, v_map, do_map, stats_map, dk_map, dv_map, dq_map, out_map,
     marks_ptr, cu_q, cu_k, used_q, used_k, key_start, key_end, query_end, document_begin, document_end,
     shares_ptr, batch, heads_kv, group, seqlen_q, seqlen_k, left, right, document_stride, blocks, section, line,
-    q_pitch, k_pitch, v_pitch, do_pitch, dq_pitch, tiles, whole, share, scale, inner, factor,
+    q_pitch, k_pitch, v_pitch, do_pitch, dq_pitch, tiles, whole, share, scale, inner, factor, strands,
     slopes, slopes_stride, bias, bias_batch, bias_head, bias_row, key_low, key_high, threshold, keep_scale,
     bias_map, ds_map, dbias, dbias_batch, dbias_head, dbias_row,
     CONFIG: gl.constexpr,
@@ -471,7 +471,7 @@ def attention_backward(
         Band(left, right, document_begin, document_end, document_stride),
         Lengths(cu_q, cu_k, used_q, used_k, key_start, key_end, query_end),
         Pitch(q_pitch, k_pitch, v_pitch, do_pitch),
-        Order(gl.program_id(0), blocks, section, line),
+        Order(gl.program_id(0), blocks, section, line, strands),
     )  # fmt: skip
     modifiers = make_modifiers(
         config, (slopes, slopes_stride, bias, bias_batch, bias_head, bias_row, key_low, key_high, threshold, keep_scale),

@@ -32,6 +32,7 @@ from tessera.backends.hopper.backward_sizes import (
     key_blocks,
     key_tiles,
     spared_multiprocessors,
+    strands,
     work_lines,
     work_words,
 )
@@ -84,6 +85,7 @@ def main_spec(config: BackwardConfig, dtype: torch.dtype) -> jit.KernelSpec:
         arguments[name] = jit.Scalar("i32")
     for name in ("scale", "inner", "factor"):
         arguments[name] = jit.Scalar("fp32")
+    arguments["strands"] = jit.Scalar("i32")
     constants: dict[str, object] = {"CONFIG": config}
     modifiers.describe(config.features, element, arguments, constants)
     modifiers.describe_staged(config.stages_bias, element, _PIECE, arguments, constants)
@@ -102,7 +104,7 @@ def prepare_spec(config: RowsConfig, dtype: torch.dtype) -> jit.KernelSpec:
         "marks_ptr": jit.Pointer("i32"), "dsinks_ptr": jit.Pointer("fp32", align=4),
     }  # fmt: skip
     arguments |= {name: jit.Pointer("i32", align=4) for name in _LENGTHS}
-    arguments |= {name: jit.Scalar("i32") for name in ("batch", "heads", "seqlen_q", "seqlen_k", "line")}
+    arguments |= {name: jit.Scalar("i32") for name in ("batch", "heads", "seqlen_q", "seqlen_k", "line", "strands")}
     arguments |= {name: jit.Scalar("i32", align=8) for name in ("dim", "dim_v")}
     arguments |= {"do_pitch": jit.Scalar("i32"), "with_dlse": jit.Scalar("i32")}
     arguments |= {name: jit.Scalar("i64", align=8) for name in ("do_row", "do_head")}
@@ -117,7 +119,7 @@ def finish_spec(config: RowsConfig, dtype: torch.dtype) -> jit.KernelSpec:
         "sum_ptr": jit.Pointer("fp32"), "marks_ptr": jit.Pointer("i32"), "dq_ptr": jit.Pointer(ELEMENTS[dtype]),
     }  # fmt: skip
     arguments |= {name: jit.Pointer("i32", align=4) for name in _LENGTHS}
-    arguments |= {name: jit.Scalar("i32") for name in ("batch", "heads", "seqlen_q", "seqlen_k", "line")}
+    arguments |= {name: jit.Scalar("i32") for name in ("batch", "heads", "seqlen_q", "seqlen_k", "line", "strands")}
     arguments |= {"dim": jit.Scalar("i32", align=8), "factor": jit.Scalar("fp32")}
     arguments |= {name: jit.Scalar("i32") for name in ("group", "together", "warps")}
     kernel = "tessera.backends.hopper.backward_rows:finish_queries"
@@ -178,13 +180,18 @@ class BackwardLaunch:
         """dQ in float32 in the workspace, as the main kernel's TMA sees it."""
         shape = self.problem.shape
         if self.config.part_layout is PartLayout.ROWS:
-            return (shape.heads_q * self.line, shape.head_dim)
-        return (shape.heads_q * self.line // _PIECE, shape.head_dim // 4, PART_LINE)
+            return (self.strands * shape.heads_q * self.line, shape.head_dim)
+        return (self.strands * shape.heads_q * self.line // _PIECE, shape.head_dim // 4, PART_LINE)
 
     @cached_property
     def work_words(self) -> tuple[int, int, int, int]:
         """The parts of the workspace in words of four bytes: sums, lse and D of each row, shares of a divided tile, marks."""
         return work_words(self.problem, self.config, self.remainder)
+
+    @cached_property
+    def strands(self) -> int:
+        """Sums of dQ in the workspace."""
+        return strands(self.problem, self.config)
 
     @cached_property
     def stats_shape(self) -> tuple[int, int]:
@@ -223,8 +230,8 @@ class BackwardLaunch:
         if self.config.writers == 2 and self.config.dim < 256 and sees_few_keys(self.problem):
             return min(APART * shape.seqlen_q, _FAR)
         narrow = 1 if shape.group > 1 else self.config.sections_in_share
-        share = L2_BYTES // 2 if self.config.stretch else L2_BYTES
-        fitting = share // (shape.group * (6 * shape.head_dim + 2 * shape.head_dim_v) * narrow)
+        row = (2 + 4 * self.strands) * shape.head_dim + 2 * shape.head_dim_v
+        fitting = L2_BYTES // (shape.group * row * narrow)
         rows = self.multiprocessors * self.config.keys // min(narrow, 2)
         if self.config.sections_take_turns:
             rows = max(rows, shape.seqlen_q * -(-95 * rows // (100 * max(shape.seqlen_q, 1))))
@@ -347,9 +354,9 @@ class BackwardLaunch:
         document_stride = shape.seqlen_q if begin is not None and begin.shape[0] > 1 else 0
         numbers = (
             *self.integers, document_stride, self.blocks, self.section, self.line, *(row.pitch for row in rows), dq.pitch,
-            rest.numbers, rest.whole, rest.share, *self.scales,
+            rest.numbers, rest.whole, rest.share, *self.scales, self.strands,
         )  # fmt: skip
-        sizes, dout = (shape.batch, shape.heads_q, shape.seqlen_q, shape.seqlen_k, self.line), rows[3]
+        sizes, dout = (shape.batch, shape.heads_q, shape.seqlen_q, shape.seqlen_k, self.line, self.strands), rows[3]
         score = self.problem.score
         unit = 1 / score.scale if self.config.subtracts_by_products else score_unit(score)
         shares = (unit, 1 / keep_scale(score.dropout_p))

@@ -22,8 +22,6 @@ FEW_KEYS = 512
 """Up to so many keys dQ's zeros and the kernel that rounds it cost more than that the last tile rounds: by default under a
 diagonal at head dim 128 (ours / FA3 at 512 1.146 and 1.002; at 64 tile after tile is faster, 1.146 and 1.093), and where an order
 is kept anyway (over order alone 1.03 under a diagonal, 0.99 without; at 1k 0.98 and 0.92; H200, 2026-11-21)."""
-STRETCH = 32
-"""Key tiles of a head that come together, where its tiles come in stretches (BackwardConfig.stretch)."""
 FEW_ROWS = 1280
 """Where a tile of keys sees up to so many rows, over all heads of a group, its end costs enough to run it under the next one's
 start at head dim 128. The second place for K takes a buffer for parts of dQ, which long tiles miss: ours over FA3's time without
@@ -237,22 +235,22 @@ class BackwardConfig:
     def sections_take_turns(self) -> bool:
         """Whether sections of heads take turns at two orders of tiles, the longest last and the longest first, so that the grid
         ends evenly: below a diagonal alone a tile's rows are among those of the tile before it, in either order. An order's cost
-        at head dim 128, causal, without and with: 16k 1.07 and 1.03, 4k 1.04 and 1.00 (GQA: key_tiles.nth_place). Divided by
-        products it is 1.21 and 1.29 at 16k: tiles of 64 keys follow one another by one block of rows, sooner than marks do. At
-        head dim 64 both are 0.99 (H200, 2026-11-21)."""
+        at head dim 128, causal, without and with: 16k 1.07 and 1.03, 4k 1.04 and 1.00 (GQA: key_tiles.nth_place); at 256 with two
+        sums of dQ (may_have_two_sums) 16k 1.15 and 1.08, 8k 1.10 and 1.02, 4k 1.08 and 1.01. At head dim 64 both are 0.99 (H200,
+        2026-11-22)."""
         others = {Feature.LEFT, Feature.DOCUMENTS, Feature.VARLEN} & set(self.features)
-        is_ordered = self.adding is Adding.ORDER and self.division is Division.AHEAD
+        follows = self.division is Division.AHEAD or self.division is Division.PRODUCTS
+        is_ordered = self.adding is Adding.ORDER and follows and self.takes_tile_after_tile
         return is_ordered and Feature.RIGHT in self.features and not others
 
     @property
-    def stretch(self) -> int:
-        """So many key tiles of every head come before the next ones of any; 0 where a head's come all at once. In a fixed order
-        below a diagonal the longest tile of a head comes last, and so ended the grid; now that of the shortest stretch does. An
-        order's cost at head dim 256, without and with: 1k 1.079 and 1.029, 2k 1.103 and 1.069, 4k 1.085 and 1.082, 8k 1.095 and
-        1.082, 16k 1.160 and 1.089 (H200, 2026-11-22). At head dim 64 1k is slower."""
+    def may_have_two_sums(self) -> bool:
+        """Whether the tiles of a head may add to two sums of dQ in turn, each in an order of its own. Divided by products tiles
+        of 64 keys follow one another by one block of rows, sooner than a mark is set and seen; those of different sums need not
+        wait for one another. What that is worth: backward_sizes.FULL_ROWS."""
         others = {Feature.LEFT, Feature.DOCUMENTS, Feature.VARLEN} & set(self.features)
-        is_ordered = self.adding is Adding.ORDER and self.division is Division.PRODUCTS and self.takes_tile_after_tile
-        return STRETCH if is_ordered and Feature.RIGHT in self.features and not others else 0
+        is_ordered = self.adding is Adding.ORDER and self.division is Division.PRODUCTS
+        return is_ordered and self.takes_tile_after_tile and not others
 
     @property
     def takes_heads_apart(self) -> bool:
@@ -305,7 +303,8 @@ class BackwardConfig:
     @property
     def swaps_keys(self) -> bool:
         """Whether K and V have one buffer of two tiles and change places from tile to tile: V is in registers as soon as a tile
-        begins, so the next K comes where it was, while this tile's rows still do. (In an order not tried on a GPU.)"""
+        begins, so the next K comes where it was, while this tile's rows still do. (In an order a window of 256 keys at 16k then
+        took 1.13 of FA3's time for 0.98, others 0.97 to 0.99 of what they had; H200, 2026-11-22.)"""
         return self.keeps_v and self.takes_tile_after_tile and self.adding is Adding.ANY_ORDER
 
     @property

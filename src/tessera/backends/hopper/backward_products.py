@@ -38,7 +38,7 @@ from tessera.backends.hopper.pieces.gradients import (
     score_of_keys,
     store_gradient,
 )
-from tessera.backends.hopper.pieces.key_tiles import first_place, locate_keys
+from tessera.backends.hopper.pieces.key_tiles import first_place, locate_keys, nth_place
 from tessera.backends.hopper.pieces.lines import part_neighbours
 from tessera.backends.hopper.pieces.modifiers import add_to_dbias
 from tessera.backends.hopper.pieces.remainder import divides, joined, locate_work
@@ -213,6 +213,13 @@ def _next_block(config: gl.constexpr, block, member, count, start, n):
 
 
 @gluon.jit
+def _row_of(config: gl.constexpr, tile, rows, n):
+    """The first row of the n-th of a tile's blocks, `rows` being (begin, count) of them."""
+    begin, count = rows
+    return (begin + nth_place(config, tile, count, n)) * config.rows
+
+
+@gluon.jit
 def _issue_s(shared, n):
     shared.q_stream.wait(n)
     return issue_transposed(matrix(shared.k.index(fresh_zero())), matrix(shared.q.index(shared.q_stream.slot(n))))
@@ -262,7 +269,8 @@ def _sum_dv(config: gl.constexpr, shared, exchange, score, call, tile, rows, don
         s, lse = _finished_s(config, shared, _issue_s(shared, done), done)
         scored = score_of_keys(config, score, tile.seq, tile.head * call.group, tile.first)
         start = first_place(config, call, tile, count)
-        p = _next_p(config, shared, exchange, scored, bounds, s, lse, done, (begin + start) * config.rows, True)
+        row = _row_of(config, tile, rows, start)
+        p = _next_p(config, shared, exchange, scored, bounds, s, lse, done, row, True)
         block = start
         member = 0
         for n in range(done, last):
@@ -274,8 +282,9 @@ def _sum_dv(config: gl.constexpr, shared, exchange, score, call, tile, rows, don
             s, lse = _finished_s(config, shared, s, n + 1)
             block, member = _next_block(config, block, member, count, start, n + 1 - done)
             scored = score_of_keys(config, score, tile.seq, tile.head * call.group + member, tile.first)
-            is_cut = (block < cut) | (block >= cut + full)
-            p = _next_p(config, shared, exchange, scored, bounds, s, lse, n + 1, (begin + block) * config.rows, is_cut)
+            place = nth_place(config, tile, count, block)
+            is_cut = (place < cut) | (place >= cut + full)
+            p = _next_p(config, shared, exchange, scored, bounds, s, lse, n + 1, (begin + place) * config.rows, is_cut)
         _let_go(config, shared.k_free)
         shared.do_stream.wait(last)
         dv = warpgroup_mma_wait(0, deps=(_issue_sum(p, _do_of(config, shared, last), dv),))
@@ -367,7 +376,7 @@ def _sum_dk(config: gl.constexpr, shared, exchange, score, call, tile, rows, don
         dp, d, p = _finished_dp(config, shared, exchange, _issue_dp(config, shared, done), done)
         scored = score_of_keys(config, score, tile.seq, tile.head * call.group, tile.first)
         start = first_place(config, call, tile, count)
-        ds = _next_ds(config, shared, exchange, scored, dp, d, p, done, (begin + start) * config.rows)
+        ds = _next_ds(config, shared, exchange, scored, dp, d, p, done, _row_of(config, tile, rows, start))
         block = start
         member = 0
         for n in range(done, last):
@@ -379,7 +388,7 @@ def _sum_dk(config: gl.constexpr, shared, exchange, score, call, tile, rows, don
             dp, d, p = _finished_dp(config, shared, exchange, dp, n + 1)
             block, member = _next_block(config, block, member, count, start, n + 1 - done)
             scored = score_of_keys(config, score, tile.seq, tile.head * call.group + member, tile.first)
-            ds = _next_ds(config, shared, exchange, scored, dp, d, p, n + 1, (begin + block) * config.rows)
+            ds = _next_ds(config, shared, exchange, scored, dp, d, p, n + 1, _row_of(config, tile, rows, block))
         _let_go(config, shared.v_free)
         shared.q_stream.wait(last)
         dk = warpgroup_mma_wait(0, deps=(_issue_sum(ds, matrix(shared.q.index(shared.q_stream.slot(last))), dk),))
@@ -451,7 +460,7 @@ def _differentiate_q(config: gl.constexpr, dq_map, shared, exchange, draws, scor
         at = start
         member = 0
         for n in range(done, end):
-            place = begin + at
+            place = begin + nth_place(config, tile, count, at)
             block = row_block(call, tile, member, place)
             exchange.ds_ring.wait(n)
             ds = rows_of_ds(config, exchange.ds.index(exchange.ds_ring.slot(n)))

@@ -3,7 +3,7 @@
 `prepare_rows` writes, for every row of the workspace, lse in base 2 (+inf for a row that sees no key, and for padding: its P is
 then 0), D = rowsum(dO * O) - dlse, and zeros for dQ to be added to (or, where its first part is stored, for the marks).
 `finish_queries`, where the main kernel does not do that, takes dQ from the order in which its parts lie there (pieces/sums.py),
-scales it and rounds it.
+adds its sums up where there are several, scales it and rounds it.
 """
 
 from tessera.backends.hopper.pieces.counts import await_tiles
@@ -70,7 +70,7 @@ def _sink_gradient(sink, lse, d):
 def prepare_rows(
     out_ptr, do_ptr, lse_ptr, dlse_ptr, sinks_ptr, stats_ptr, sum_ptr, marks_ptr, dsinks_ptr,
     cu_q, cu_k, used_q, used_k, key_start, key_end, query_end,
-    batch, heads, seqlen_q, seqlen_k, line, dim, dim_v, do_pitch, with_dlse, do_row, do_head, unit, share,
+    batch, heads, seqlen_q, seqlen_k, line, strands, dim, dim_v, do_pitch, with_dlse, do_row, do_head, unit, share,
     CONFIG: gl.constexpr,
 ):  # fmt: skip
     """A program for each block of rows of the workspace and head. dsinks: one partial sum a program. `unit`: a score of 1 in the
@@ -114,7 +114,7 @@ def prepare_rows(
         gl.store(stats_ptr + heads.to(gl.int64) * line + place, d)
     if head + start == 0:
         gl.store(marks_ptr, 0)  # the counter of tiles, before all marks
-    _clear_marks(marks_ptr, head, line, start)
+    _clear_marks(config, marks_ptr, heads, head, line, strands, start)
     if not adds_in_order(config):
         _clear_sums(config, sum_ptr, head.to(gl.int64) * line + start, dim)
 
@@ -141,10 +141,16 @@ def _store_summands(begin, line, lse, d):
 
 
 @gluon.jit
-def _clear_marks(marks_ptr, head, line, start):
-    """The marks of these rows."""
+def _clear_marks(config: gl.constexpr, marks_ptr, heads, head, line, strands, start):
+    """The marks of these rows, of each sum."""
     if start % PART_ROWS == 0:
-        gl.store(marks_ptr + 1 + head * (line // PART_ROWS) + start // PART_ROWS, 0)
+        blocks = line // PART_ROWS
+        first = marks_ptr + 1 + head * blocks + start // PART_ROWS
+        if adds_in_order(config):
+            for strand in range(strands):
+                gl.store(first + strand * heads * blocks, 0)
+        else:
+            gl.store(first, 0)
 
 
 @gluon.jit
@@ -157,31 +163,50 @@ def _clear_sums(config: gl.constexpr, sum_ptr, first, dim):
 
 
 @gluon.jit
-def _part_in_rows(begin, first_column, dim, is_written, factor, dtype: gl.constexpr):
-    """64 columns of a row block that lies in rows."""
-    layout: gl.constexpr = _layout(64)
-    rows = gl.arange(0, PART_ROWS, gl.SliceLayout(1, layout))
-    columns = first_column + gl.arange(0, 64, gl.SliceLayout(0, layout))
-    there = (columns < dim) & is_written
-    part = gl.load(begin + rows[:, None] * dim + columns[None, :], mask=there[None, :], other=0.0)
-    return (part * factor).to(dtype)
+def _places(config: gl.constexpr, first_column, dim):
+    """64 columns of a row block, from its first value on, and which of them there are."""
+    if lies_in_rows(config):
+        layout: gl.constexpr = _layout(64)
+        rows = gl.arange(0, PART_ROWS, gl.SliceLayout(1, layout))
+        columns = first_column + gl.arange(0, 64, gl.SliceLayout(0, layout))
+        return rows[:, None] * dim + columns[None, :], (columns < dim)[None, :]
+    else:
+        lines = gl.arange(0, 16, gl.SliceLayout(1, _lines_layout())) + first_column // 4
+        within = gl.arange(0, LINE, gl.SliceLayout(0, _lines_layout()))
+        return lines[:, None] * LINE + within[None, :], (lines < dim // 4)[:, None]
 
 
 @gluon.jit
-def _part_of_registers(begin, first_column, dim, is_written, factor, dtype: gl.constexpr):
-    """The same where (group, warp, lane / 4, lane % 4, half, side) is the order: see pieces/sums.py."""
-    lines = gl.arange(0, 16, gl.SliceLayout(1, _lines_layout())) + first_column // 4
-    within = gl.arange(0, LINE, gl.SliceLayout(0, _lines_layout()))
-    there = (lines < dim // 4) & is_written
-    part = gl.load(begin + lines[:, None] * LINE + within[None, :], mask=there[:, None], other=0.0)
-    apart = gl.reshape((part * factor).to(dtype), [8, 4, 8, 4, 2, 2])
-    return gl.convert_layout(gl.reshape(gl.permute(apart, (1, 4, 2, 0, 3, 5)), [PART_ROWS, 64]), _layout(64))
+def _in_rows(config: gl.constexpr, part):
+    """The same as rows, where (group, warp, lane / 4, lane % 4, half, side) is the order: see pieces/sums.py."""
+    if lies_in_rows(config):
+        return part
+    else:
+        apart = gl.reshape(part, [8, 4, 8, 4, 2, 2])
+        return gl.convert_layout(gl.reshape(gl.permute(apart, (1, 4, 2, 0, 3, 5)), [PART_ROWS, 64]), _layout(64))
+
+
+@gluon.jit
+def _summed(config: gl.constexpr, sum_ptr, marks_ptr, place, step, strands, first_column, dim):
+    """64 columns of dQ's row block `place` in float32: of the sums that there are in an order, `step` row blocks apart, all that
+    any tile has reached, for else nobody has written anything."""
+    places, there = _places(config, first_column, dim)
+    begin = sum_ptr + place.to(gl.int64) * PART_ROWS * dim
+    if adds_in_order(config):
+        dq = gl.load(begin + places, mask=there & (gl.load(marks_ptr + 1 + place) != 0), other=0.0)
+        for strand in range(1, strands):
+            is_written = gl.load(marks_ptr + 1 + place + strand * step) != 0
+            begin += step.to(gl.int64) * PART_ROWS * dim
+            dq += gl.load(begin + places, mask=there & is_written, other=0.0)
+        return dq
+    else:
+        return gl.load(begin + places, mask=there, other=0.0)
 
 
 @gluon.jit
 def finish_queries(
     sum_ptr, marks_ptr, dq_ptr, cu_q, cu_k, used_q, used_k, key_start, key_end, query_end,
-    batch, heads, seqlen_q, seqlen_k, line, dim, factor, group, together, warps,
+    batch, heads, seqlen_q, seqlen_k, line, strands, dim, factor, group, together, warps,
     CONFIG: gl.constexpr,
 ):  # fmt: skip
     """A program for each 64 rows of the workspace, head and 64 columns. Where tiles are counted (pieces/counts.py), `together`
@@ -199,22 +224,15 @@ def finish_queries(
         chunk -= head * chunks
     start = block * PART_ROWS
     first_column = chunk * width
-    place = head * (line // PART_ROWS) + block
+    blocks = line // PART_ROWS
     if config.counts_tiles:
-        blocks = line // PART_ROWS // batch
         last = (head // group + 1) * group - 1
-        await_tiles(marks_ptr + 1 + last * (line // PART_ROWS) + block // blocks * blocks, warps)
+        of_sequence = blocks // batch
+        await_tiles(marks_ptr + 1 + last * blocks + block // of_sequence * of_sequence, warps)
     else:
         wait_for_previous()
-    is_written = True
-    if adds_in_order(config):  # rows that no tile has reached: nobody has written anything
-        is_written = gl.load(marks_ptr + 1 + place) != 0
-    begin = sum_ptr + place.to(gl.int64) * PART_ROWS * dim
-    dtype: gl.constexpr = dq_ptr.dtype.element_ty
-    if lies_in_rows(config):
-        dq = _part_in_rows(begin, first_column, dim, is_written, factor, dtype)
-    else:
-        dq = _part_of_registers(begin, first_column, dim, is_written, factor, dtype)
+    dq = _summed(config, sum_ptr, marks_ptr, head * blocks + block, heads * blocks, strands, first_column, dim)
+    dq = _in_rows(config, (dq * factor).to(dq_ptr.dtype.element_ty))
 
     seq, first = locate_rows(config, start, batch, seqlen_q, seqlen_k, lengths)
     rows = gl.arange(0, PART_ROWS, gl.SliceLayout(1, layout))

@@ -10,6 +10,11 @@ from tessera.backends.hopper.bias_gradient import KeptScores
 from tessera.backends.hopper.config import ROWS, Feature
 from tessera.problem import Gradients, Layout, Problem, Reproducibility
 
+TURNS_ROWS = 2048
+FULL_ROWS = 4096
+"""Up to so many rows, below a diagonal and without a mask, a second sum of dQ costs as much as it wins: the kernel that rounds dQ
+reads both. An order's cost at head dim 256 with one and with two: full 16k 1.14 and 1.06, 8k 1.09 and 1.06, 4k 1.054 and 1.049,
+2k 1.03 and 1.05; causal 16k 1.18 and 1.08, 8k 1.10 and 1.02, 4k 1.08 and 1.01, 2k 1.06 and 1.09 (H200, 2026-11-22)."""
 FEWER_BLOCKS = 4
 """Row blocks that the last round of tiles must lose for them to be divided by rows: a share's end costs about one."""
 
@@ -58,6 +63,16 @@ def spared_multiprocessors(problem: Problem, tiles: int, multiprocessors: int) -
     return multiprocessors - -(-tiles // rounds)
 
 
+def strands(problem: Problem, config: BackwardConfig) -> int:
+    """Sums of dQ in the workspace (pieces/chain.py). Below a diagonal two of a group's heads are more than L2 holds: 1.31 with
+    two and 1.10 with one, GQA 8/2 at 4k, but without a mask 1.10 and 1.15 at 8k (H200, 2026-11-22)."""
+    shape = problem.shape
+    pays = shape.seqlen_q > FULL_ROWS
+    if config.sections_take_turns:
+        pays = shape.seqlen_q > TURNS_ROWS and shape.group == 1
+    return 2 if config.may_have_two_sums and pays else 1
+
+
 @dataclass(frozen=True)
 class Remainder:
     """`numbers` that programs take, of which the first `whole` are tiles. The tiles after these are divided into shares of
@@ -94,8 +109,8 @@ def bias_sums_shape(problem: Problem) -> tuple[int, ...]:
 def work_words(problem: Problem, config: BackwardConfig, remainder: Remainder) -> tuple[int, int, int, int]:
     """The parts of the workspace in words of four bytes: dQ in float32, lse and D of each row, what shares of the last tiles
     leave for one another, a mark for every 64 rows and a counter."""
-    rows = problem.shape.heads_q * work_lines(problem)
-    return rows * problem.shape.head_dim, config.row_words * rows, remainder.values, 1 + rows // ROWS
+    rows, sums = problem.shape.heads_q * work_lines(problem), strands(problem, config)
+    return sums * rows * problem.shape.head_dim, config.row_words * rows, remainder.values, 1 + sums * (rows // ROWS)
 
 
 def workspace_bytes(problem: Problem, multiprocessors: int) -> int:

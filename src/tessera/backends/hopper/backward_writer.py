@@ -22,6 +22,7 @@ from tessera.backends.hopper.pieces.sums import (
     await_mark,
     rounds_last,
     row_block,
+    row_blocks_of_sum,
     set_mark,
     shares_slots,
     where_part_lies,
@@ -59,7 +60,8 @@ class Task:
     @gluon.jit
     def place(self, config: gl.constexpr, call, n):
         """Which of the workspace's row blocks the n-th is."""
-        return row_block(call, self.tile, n // self.count, self.row(config, n) // PART_ROWS)
+        block = row_block(call, self.tile, n // self.count, self.row(config, n) // PART_ROWS)
+        return self.chain.strand * row_blocks_of_sum(call) + block
 
 
 @gluon.jit
@@ -106,7 +108,7 @@ def _write_in_turn(config: gl.constexpr, writer: gl.constexpr, dq_map, out, sums
         use = task.done + n
         mark = task.marks + task.place(config, call, n)
         if not task.chain.opens(task.row(config, n)):
-            await_mark(mark, task.chain.mark(task.row(config, n)))
+            await_mark(mark, task.chain.before + 1)
         if shares_slots(config) and use > 0:
             mbarrier.wait(sums.found.index(1 - writer), ((use - 1) // 2) & 1)
         for j in gl.static_range(parts):

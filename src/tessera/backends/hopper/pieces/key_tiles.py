@@ -18,12 +18,13 @@ WORK = gl.constexpr(WORK_ROWS)
 @aggregate
 class Order:
     """This program's tile is `number`. `blocks` key tiles a dense sequence; `section`: query rows, over all heads of a group,
-    that share L2; `line`: rows of the workspace a head."""
+    that share L2; `line`: rows of the workspace a head; `strands`: sums of dQ there (pieces/chain.py)."""
 
     number: gl.tensor
     blocks: gl.tensor
     section: gl.tensor
     line: gl.tensor
+    strands: gl.tensor
 
 
 @aggregate
@@ -42,20 +43,10 @@ class Call:
 
 
 @aggregate
-class Stretch:
-    """The key tiles of a head that come together: those from `begin` on, before `end`. `before` is the last one to add of the
-    stretch before, -1 if this is the first."""
-
-    begin: gl.tensor
-    end: gl.tensor
-    before: gl.tensor
-
-
-@aggregate
 class KeyTile:
     """The keys of one head of one sequence from `first` on. `written`: the rows of dk and dv that the sequence's tiles write,
     which are more than the visible ones where lengths or padding hide some. `work`: its first row in the workspace. `falls`:
-    whether tiles are added from the last to the first, where that is not the same for all. `stretch`: the tiles it comes with."""
+    whether tiles are added from the last to the first, where that is not the same for all."""
 
     seq: Sequence
     head: gl.tensor
@@ -63,7 +54,6 @@ class KeyTile:
     written: Span
     work: gl.tensor
     falls: gl.tensor
-    stretch: Stretch
 
     @gluon.jit
     def queries(self, pitch):
@@ -72,23 +62,10 @@ class KeyTile:
 
 
 @gluon.jit
-def _stretch_of(config: gl.constexpr, number, blocks, heads):
-    """The stretch that tile `number` belongs to. In a fixed order below a diagonal the longest tiles of a stretch come last, but
-    those of every head come before any of the next stretch: so short ones end the grid."""
-    if config.stretch > 0:
-        length: gl.constexpr = config.stretch
-        place = gl.minimum(number // (length * heads), (blocks - 1) // length)  # a number past the last tile may be asked for
-        begin = place * length
-        return Stretch(begin, gl.minimum(begin + length, blocks), gl.where(begin > 0, begin - length, -1))
-    else:
-        return Stretch(blocks * 0, blocks, blocks * 0 - 1)
-
-
-@gluon.jit
 def _ordered(config: gl.constexpr, number, blocks, heads, section):
-    """Tile `number` of blocks x heads as (block, head, falls, stretch). Where a diagonal makes the first blocks the longest they
-    come first (longest processing time first), inside even sections of heads whose Q, dO and dQ share L2; or last, where dQ is
-    summed in a fixed order (see backward_writer.py). Where sections are narrow the last two are one: short tiles end the grid.
+    """Tile `number` of blocks x heads as (block, head, falls). Where a diagonal makes the first blocks the longest they come
+    first (longest processing time first), inside even sections of heads whose Q, dO and dQ share L2; or last, where dQ is
+    summed in a fixed order (see chain.py). Where sections are narrow the last two are one: short tiles end the grid.
 
     The longest last end a grid badly. Where the other order does as well, sections take turns, and a second one's longest come
     first: who has had a short tile of the first begins early with a long one, so that tiles that follow each other in a head
@@ -96,9 +73,7 @@ def _ordered(config: gl.constexpr, number, blocks, heads, section):
     if has(config, "right") or adds_in_order(config):
         sections = (heads + section - 1) // section
         section = (heads + sections - 1) // sections
-        stretch = _stretch_of(config, number, blocks, heads)
-        number -= stretch.begin * heads
-        whole = (stretch.end - stretch.begin) * section
+        whole = blocks * section
         place = number // whole
         if config.sections_in_share > 1:
             last = gl.maximum(sections - 2, 0)
@@ -115,11 +90,11 @@ def _ordered(config: gl.constexpr, number, blocks, heads, section):
             falls = place % 2 == 0
             block = gl.where(falls, blocks - 1 - block, block)
         elif adds_in_order(config) and from_last_to_first(config):
-            block = stretch.end - 1 - block
-        return block, head, falls, stretch
+            block = blocks - 1 - block
+        return block, head, falls
     else:
         head = number // blocks
-        return number - head * blocks, head, blocks > 0, _stretch_of(config, number, blocks, heads)
+        return number - head * blocks, head, blocks > 0
 
 
 @gluon.jit
@@ -151,7 +126,7 @@ def _heads_together(call, rows):
 def _dense_tile(config: gl.constexpr, number, call):
     heads = call.batch * call.heads_kv
     section = gl.minimum(_heads_together(call, call.seqlen_q), heads)
-    block, pair, falls, stretch = _ordered(config, number, call.order.blocks, heads, section)
+    block, pair, falls = _ordered(config, number, call.order.blocks, heads, section)
     if has(config, "bias"):  # the sequences of a head, which may share its bias, come together: it then comes from memory once
         head = pair // call.batch
         batch = pair - head * call.batch
@@ -161,7 +136,7 @@ def _dense_tile(config: gl.constexpr, number, call):
     seq = dense_sequence(config, call.lengths, batch, call.seqlen_q, call.seqlen_k)
     written = Span(batch * call.seqlen_k + seq.k_begin, call.seqlen_k - seq.k_begin)
     work = batch * _padded(call.seqlen_q)
-    return KeyTile(seq, head, block * config.keys, written, work, falls, stretch)
+    return KeyTile(seq, head, block * config.keys, written, work, falls)
 
 
 @gluon.jit
@@ -174,9 +149,9 @@ def _packed_tile(config: gl.constexpr, number, call):
     first = begin // config.keys + index
     blocks = end // config.keys + 1 - begin // config.keys
     section = gl.minimum(_heads_together(call, seq.q_rows), call.heads_kv)
-    block, head, falls, stretch = _ordered(config, number - first * call.heads_kv, blocks, call.heads_kv, section)
+    block, head, falls = _ordered(config, number - first * call.heads_kv, blocks, call.heads_kv, section)
     work = _first_block(call.lengths.cu_q, index, WORK) * WORK
-    return KeyTile(seq, head, block * config.keys, Span(begin, end - begin), work, falls, stretch)
+    return KeyTile(seq, head, block * config.keys, Span(begin, end - begin), work, falls)
 
 
 @gluon.jit

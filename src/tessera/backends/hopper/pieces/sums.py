@@ -7,7 +7,8 @@ would wait for the other half. backward_rows.py undoes the order when it rounds 
 
 **In which order.** In any, by itself: the sums then differ in their last bits from run to run. Where runs must repeat, every 64
 rows of a query head have a mark in the workspace, 0 at first, then the number (plus 1) of the last tile of keys that has added
-its part; each tile waits for the one before it (see backward_writer.py).
+its part; each tile waits for the one before it (see backward_writer.py). Where there are several sums of dQ (chain.py) they lie
+one after another, and so do their marks.
 """
 
 from tessera.backends.hopper.backward_plan import PART_LINE
@@ -98,6 +99,12 @@ def make_sums(config: gl.constexpr, dq_map, out_map, bar):
 def row_block(call, tile, member, block):
     """Which of all row blocks of the workspace a block of a sequence is, for a member of the heads' group."""
     return ((tile.head * call.group + member) * call.order.line + tile.work) // PART_ROWS + block
+
+
+@gluon.jit
+def row_blocks_of_sum(call):
+    """How many row blocks of the workspace one sum of dQ has."""
+    return call.heads_kv * call.group * call.order.line // PART_ROWS
 
 
 @gluon.jit
