@@ -17,6 +17,7 @@ import tessera
 from tessera import calls, dispatch, jit, reference, verify
 from tessera.backends.hopper import HopperBackend, HopperRunner, choosable, without_scores
 from tessera.backends.hopper.backward_plan import Adding, backward_config, backward_family
+from tessera.backends.hopper.backward_sizes import workspace_bytes
 from tessera.backends.hopper.config import ForwardConfig, Overlap, Pairing, Staging
 from tessera.backends.hopper.plan import LOW, SHARED_LIMIT, forward_config, forward_family, tall_blocks
 from tessera.backends.hopper.serving import SERVING_BACKEND, kernels_of
@@ -52,6 +53,35 @@ def test_any_length_has_a_kernel_of_the_family(name: str, head_dim: int) -> None
     family = set(families.pop())
     assert picked <= family
     assert picked == family or name == "window"  # a window of 1024 keys never has rows of many more
+
+
+@pytest.mark.parametrize(
+    ("batch", "seqlen", "shared", "form"),
+    [(4, 4096, True, "dS kept"), (4, 4096, False, "dS kept"), (64, 512, True, "dS kept"), (64, 2048, True, "bias gradient")],
+)
+def test_a_bias_s_gradient_takes_bounded_room(batch: int, seqlen: int, shared: bool, form: str) -> None:
+    """dS is kept where few planes share one of the bias, or all are small; whichever it is, other lengths compile nothing. What
+    nothing shares is the gradient itself, and no scratch memory."""
+    case = Case(
+        "bias",
+        batch=batch,
+        seqlen_q=seqlen,
+        seqlen_k=seqlen,
+        heads_q=8,
+        heads_kv=8,
+        bias=(1 if shared else batch, 8, seqlen, seqlen),
+    )
+    asked = describe(case.request("meta", torch.bfloat16, requires_grad=True), "cuda")
+    config = backward_config(asked)
+    assert form in {feature.value for feature in config.features}
+    assert config in backward_family(asked)
+    assert {len(backward_family(replace(asked, shape=replace(asked.shape, seqlen_q=n)))) for n in (64, 1 << 20)} == {
+        2 if batch > 8 else 1
+    }
+    kept = 2 * batch * 8 * seqlen**2 if form == "dS kept" and shared else 0
+    constant = describe(replace(case, constant_bias=True).request("meta", torch.bfloat16, requires_grad=True), "cuda")
+    sums = 4 * 8 * seqlen**2 if form == "bias gradient" else 0
+    assert abs(workspace_bytes(asked, 132) - kept - sums - workspace_bytes(constant, 132)) < 1 << 20
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])

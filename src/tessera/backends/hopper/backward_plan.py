@@ -7,10 +7,10 @@ from enum import Enum
 
 import torch
 
-from tessera.backends.hopper.bias_planes import has_few_planes, has_room, keeps_ds, may_keep_ds
+from tessera.backends.hopper.bias_planes import gradient_features, has_room, keeps_ds, keeps_ds_at_lengths
 from tessera.backends.hopper.config import ROWS, Feature
 from tessera.backends.hopper.plan import MODIFIERS, features_of
-from tessera.problem import Gradients, Layout, Problem, Reproducibility
+from tessera.problem import Layout, Problem, Reproducibility
 
 PART_LINE = 256
 """Values in a line of the workspace, where parts of dQ lie as in registers: 64 rows of four columns (pieces/sums.py)."""
@@ -158,8 +158,8 @@ class BackwardConfig:
 
     @property
     def stages_bias(self) -> bool:
-        """Whether blocks of a bias come into shared memory with those of Q: where there is room."""
-        others = {Feature.FLOAT32_BIAS, Feature.DROPOUT} & set(self.features)  # dropout has keys in other lines
+        """Whether blocks of a bias come into shared memory with those of Q. (Under dropout keys lie in other lines.)"""
+        others = {Feature.FLOAT32_BIAS, Feature.DROPOUT} & set(self.features)
         return self.division is Division.KEYS and Feature.BIAS in self.features and not others
 
     @property
@@ -382,10 +382,8 @@ def sees_few_keys(problem: Problem) -> bool:
 
 
 def backward_family(problem: Problem) -> tuple[BackwardConfig, ...]:
-    """The configurations that problems like this one have at any length: `_family`, twice where it depends on the length whether
-    there is room for dS."""
-    kept = (True, False) if may_keep_ds(problem) and not has_few_planes(problem) else (keeps_ds(problem),)
-    return tuple(config for keeps in kept for config in _family(problem, keeps))
+    """The configurations that problems like this one have at any length, on which it may depend whether there is room for dS."""
+    return tuple(config for keeps in keeps_ds_at_lengths(problem) for config in _family(problem, keeps))
 
 
 def _family(problem: Problem, keeps: bool) -> tuple[BackwardConfig, ...]:
@@ -414,9 +412,7 @@ def _family(problem: Problem, keeps: bool) -> tuple[BackwardConfig, ...]:
 
 def _divided(problem: Problem, adding: Adding, keeps: bool) -> BackwardConfig:
     """The division of the work that a problem gets."""
-    features = features_of(problem)
-    if problem.score.bias is not None and problem.score.bias.gradients is Gradients.INPUTS:
-        features = (*features, Feature.KEPT_DS if keeps else Feature.BIAS_GRADIENT)
+    features = (*features_of(problem), *gradient_features(problem, keeps))
     dim, dim_v = _padded(problem.shape.head_dim), _padded(problem.shape.head_dim_v)
     config = BackwardConfig(Division.KEYS, 64, 128, dim, dim_v, 2, 2, adding, features)
     if max(dim, dim_v) == 256:

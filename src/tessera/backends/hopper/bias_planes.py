@@ -13,15 +13,23 @@ KEPT_BYTES = 1 << 30
 """Or as many as take so many bytes."""
 
 
-def may_keep_ds(problem: Problem) -> bool:
+def gradient_features(problem: Problem, keeps: bool) -> tuple[Feature, ...]:
+    """What a bias's gradient asks of the backward, where dS is kept for it or not."""
+    bias = problem.score.bias
+    if bias is None or bias.gradients is Gradients.NONE:
+        return ()
+    return (Feature.KEPT_DS,) if keeps else (Feature.BIAS_GRADIENT,)
+
+
+def _may_keep_ds(problem: Problem) -> bool:
     """Whether a bias's gradient may be made of dS in 16 bits, a plane for each sequence and head (bias_gradient.py). A softcap's
     slope is in dS, and not in that gradient; behind left padding tiles of keys begin anywhere."""
-    bias, features = problem.score.bias, set(features_of(problem))
-    wanted = bias is not None and bias.gradients is Gradients.INPUTS
-    return wanted and Feature.BIAS in features and not {Feature.SOFTCAP, Feature.KEY_START} & features
+    features = set(features_of(problem))
+    wanted = bool(gradient_features(problem, True)) and Feature.BIAS in features
+    return wanted and not {Feature.SOFTCAP, Feature.KEY_START} & features
 
 
-def has_few_planes(problem: Problem) -> bool:
+def _has_few_planes(problem: Problem) -> bool:
     """Whether few of them share one of the bias."""
     bias, shape = problem.score.bias, problem.shape
     return bias is not None and shape.batch * shape.heads_q <= KEPT_PLANES * bias.shape[0] * bias.shape[1]
@@ -31,7 +39,12 @@ def keeps_ds(problem: Problem) -> bool:
     """Whether it is, and does not go by additions in float32: where few planes share one, or all take little room."""
     shape = problem.shape
     room = 2 * shape.batch * shape.heads_q * shape.seqlen_q * shape.seqlen_k
-    return may_keep_ds(problem) and (has_few_planes(problem) or room <= KEPT_BYTES)
+    return _may_keep_ds(problem) and (_has_few_planes(problem) or room <= KEPT_BYTES)
+
+
+def keeps_ds_at_lengths(problem: Problem) -> tuple[bool, ...]:
+    """What `keeps_ds` says of problems like this one, whatever their lengths."""
+    return (True, False) if _may_keep_ds(problem) and not _has_few_planes(problem) else (keeps_ds(problem),)
 
 
 def has_room(features: tuple[Feature, ...], is_ordered: bool) -> bool:
