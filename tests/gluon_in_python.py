@@ -420,9 +420,10 @@ def _assembly(text: str, constraints: str, arguments: list[Any], dtype: Any, is_
     if text.startswith("{ .reg .pred kept, grows;"):  # softmax.overtake
         return _overtaken(*arguments, dtype[0])
     if text.startswith("{ .reg .pred whole, seen;"):  # masking.mask_scores_where_cut
-        s, hi, lo, first, masked = arguments
-        key = first + 8 * torch.arange(s.shape[1])[None, :, None]
-        return torch.where((key >= lo) & (key < hi), s, -torch.inf) if masked else s
+        s, *bounds, first, masked = arguments if "DONE" in text else (*arguments, True)
+        group = first // 8 + torch.arange(s.shape[1])[None, :, None]
+        seen = group < bounds[0] if "not.b32" in text else group >= bounds[0]
+        return torch.where(seen & (group >= bounds[-1]) if len(bounds) == 2 else seen, s, -torch.inf) if masked else s
     if text.startswith("{ .reg .b32 e, x;"):  # batched.halved
         power = torch.exp2((torch.frexp(arguments[0]).exponent - 1).clamp(min=-100).float())
         return 2.0**14 / power, power / 2.0**14

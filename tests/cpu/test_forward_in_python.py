@@ -13,6 +13,7 @@ from torch import Tensor
 from tessera import reference
 from tessera.backends.hopper.config import ForwardConfig, Overlap, Pairing, Staging
 from tessera.backends.hopper.launch import ForwardLaunch, counters
+from tessera.backends.hopper.pieces.tiles import keeps_masks
 from tessera.backends.hopper.plan import deepest, features_of, forward_config, forward_family
 from tessera.cases import CASES, Case
 from tessera.operands import Request, bind
@@ -132,6 +133,20 @@ def test_halves_of_blocks(window: tuple[int | None, int], keys: int, monkeypatch
     three = replace(two, consumers=3, overlap=Overlap.SCORES)
     for config in (two, three) if window[0] is None else (two,):
         check(request, monkeypatch, config)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize(
+    ("window", "rows", "keys"),
+    [((200, 0), 1100, 1100), ((256, 0), 1500, 1500), ((300, 40), 1000, 1333), ((130, 0), 1300, 900), ((400, 0), 300, 300)],
+    ids=str,
+)
+def test_whole_windows(window: tuple[int, int], rows: int, keys: int, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles whose masks are kept from one to the next, with cut ones among them, and rows without keys."""
+    case = Case("whole windows", head_dim=dim, window=window, seqlen_q=rows, seqlen_k=keys, heads_q=2, heads_kv=1)
+    request = case.request("cpu", torch.bfloat16)
+    assert keeps_masks(forward_config(bind(request)[0]))
+    check(request, monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -42,6 +42,11 @@ MANY_TILES = (
     Case("window", head_dim=128, window=(200, 0), **MANY),
     Case("window d64", window=(130, 60), **MANY),
     *(Case(f"wide window, {k} keys", head_dim=128, window=(600, 0), **MANY | {"seqlen_k": k}) for k in (1100, 1130, 1164)),
+    *(
+        Case(f"d{dim}, {rows} rows, window {window}", head_dim=dim, window=window, **MANY | {"seqlen_q": rows, "seqlen_k": keys})
+        for dim in (64, 128)
+        for window, rows, keys in (((300, 0), 3000, 3000), ((257, 70), 2500, 2611), ((128, 0), 2900, 1300), ((500, 0), 900, 2900))
+    ),
     Case("wide window d64", window=(2300, 0), batch=1, seqlen_q=900, seqlen_k=3200, heads_q=36, heads_kv=12),
     Case("varlen causal", causal=True, head_dim=128, **PACKED),
     Case("varlen", **PACKED),

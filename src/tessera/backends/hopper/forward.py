@@ -71,6 +71,7 @@ from tessera.backends.hopper.pieces.tiles import (
     has_right_half,
     head_bytes,
     holds_query,
+    keeps_masks,
     matrix,
     may_stand_by,
     overlaps,
@@ -253,13 +254,17 @@ def _q_slot(me, use):
 
 
 @gluon.jit
-def _main_loop(me, tile, n, turn):
-    """All blocks of this consumer's rows, but for the last P V where that overlaps; the state, the streams' position, how many
-    blocks of the tile are left, and whether the last block's right half is all that there was of it."""
-    row = tile.first + me.index * M
-    q_use = turn * me.config.consumers + me.index
+def _masked(me, tile):
+    """What the mask makes of this consumer's rows of a tile: their share of the blocks, and their bounds."""
     share = share_of(me.config, me.call.band, tile, me.index)
-    bounds = row_bounds(me.config, me.call.band, tile.seq, row)
+    return share, row_bounds(me.config, me.call.band, tile.seq, tile.first + me.index * M)
+
+
+@gluon.jit
+def _main_loop(me, tile, share, bounds, n, q_use):
+    """All blocks of this consumer's rows, but for the last P V where that overlaps; the state, the streams' position, and whether
+    the last block's right half is all that there was of it. Keys count as for the tile of `share` and `bounds`."""
+    row = tile.first + me.index * M
     if has_unseen(me.config):
         n = _pass_over(me, n, share.unseen)
     q = query_tiles(me.shared.q, _q_slot(me, q_use), me.config.keys, me.config.held)
@@ -298,7 +303,7 @@ def _main_loop(me, tile, n, turn):
         state, n = run_blocks(me, n, q, bounds, upper - 1, state, upper - lower, None)
         if has_lower_bound(me.config):
             state, n = run_blocks(me, n, q, bounds, lower - 1, state, lower - share.begin, "lower")
-    return state, n, share.spare, right_alone
+    return state, n, right_alone
 
 
 @gluon.jit
@@ -355,14 +360,14 @@ def _write_output(me, tile, row, o, factor, o_maps):
 
 
 @gluon.jit
-def _attend(me, tile, n, turn, o_maps, lse_ptr):
+def _attend_rows(me, tile, share, bounds, n, turn, o_maps, lse_ptr):
     """This consumer's rows of a tile, from Q to out; the streams' position, and the next tile."""
     shared = me.shared
     q_use = turn * me.config.consumers + me.index
     row = tile.first + me.index * M
     mine = _at_rows(me, tile, row)
     shared.q_ring.wait(q_use)
-    state, n, spare, right_alone = _main_loop(mine, tile, n, turn)
+    state, n, right_alone = _main_loop(mine, tile, share, bounds, n, q_use)
     if not holds_query(me.config):
         shared.q_ring.release(q_use)  # every product with this Q is done
     if overlaps(me.config):
@@ -382,9 +387,27 @@ def _attend(me, tile, n, turn, o_maps, lse_ptr):
         shared.v_stream.release(n - 1)
     _write_output(me, tile, row, o, factor, o_maps)
     if has_spare(me.config):
-        n = _pass_over(me, n, spare)
+        n = _pass_over(me, n, share.spare)
         number, following = read(me.config, shared.board, me.call, turn + 1)
     return n, number, following
+
+
+@gluon.jit
+def _attend(me, tile, n, turn, o_maps, lse_ptr):
+    """A tile, and those behind it that the mask does the same to; the streams' position, the next turn, and its tile."""
+    share, bounds = _masked(me, tile)
+    if keeps_masks(me.config):
+        whole = tile.whole[0]
+        number = tile.first
+        alike = whole * 0 + 1
+        while alike == 1:
+            n, number, tile = _attend_rows(me, tile, share, bounds, n, turn, o_maps, lse_ptr)
+            turn += 1
+            alike = gl.where(number < me.call.schedule.tiles, whole & tile.whole[0], 0)
+        return n, turn, number, tile
+    else:
+        n, number, following = _attend_rows(me, tile, share, bounds, n, turn, o_maps, lse_ptr)
+        return n, turn + 1, number, following
 
 
 @gluon.jit
@@ -424,10 +447,10 @@ def _consume(me, o_maps, lse_ptr):
     number, tile = read(config, shared.board, call, turn)
     while number < call.schedule.tiles:
         if not may_stand_by(config) or me.index * M < tile.rows:
-            n, number, tile = _attend(me, tile, n, turn, o_maps, lse_ptr)
+            n, turn, number, tile = _attend(me, tile, n, turn, o_maps, lse_ptr)
         else:
             n, number, tile = _stand_by(me, tile, n, turn)
-        turn += 1
+            turn += 1
     tma_store_wait(0)
 
 
@@ -452,8 +475,9 @@ def _allocate_all(config: gl.constexpr, q_maps, k_maps, v_maps, o_maps, bias_map
     q_ring = make_ring(config.consumers * config.queries, 1)
     k_peer, v_peer = make_peers(config)
     first: gl.constexpr = barriers_of_slots(config.stages)
-    k_stream = make_paired_stream(config.stages, config.consumers, first[0], 1, k_peer)
-    v_stream = make_paired_stream(config.stages, config.consumers, first[1], 1, v_peer)
+    by_bits: gl.constexpr = config.stages == 2 and keeps_masks(config)
+    k_stream = make_paired_stream(config.stages, config.consumers, first[0], 1, k_peer, by_bits)
+    v_stream = make_paired_stream(config.stages, config.consumers, first[1], 1, v_peer, by_bits)
     board = make_board(config.consumers)
     box = make_box(config)
     fence_async_shared()

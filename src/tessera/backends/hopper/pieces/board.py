@@ -10,7 +10,7 @@ from tessera.backends.hopper.pieces.dropout import WORD, head_words
 from tessera.backends.hopper.pieces.kv_source import Sequence, dense_sequence
 from tessera.backends.hopper.pieces.numbers import make_numbers, read_number, write_number
 from tessera.backends.hopper.pieces.scheduler import Tile
-from tessera.backends.hopper.pieces.tiles import has
+from tessera.backends.hopper.pieces.tiles import has, keeps_masks
 from tessera.jit.compat import aggregate, gl, gluon
 
 FIELDS = gl.constexpr(13)
@@ -54,6 +54,8 @@ def post(config: gl.constexpr, board, turn, number, tile, modifiers):
         write_number(board.entries, place + 10, seq.number)
     else:
         write_number(board.entries, place + 4, seq.batch)
+    if keeps_masks(config):
+        write_number(board.entries, place + 5, tile.whole[0])
     if has(config, "dropout"):
         for i in gl.static_range(2):
             write_number(board.entries, place + 11 + i, words[i].to(gl.int32))
@@ -90,5 +92,8 @@ def read(config: gl.constexpr, board, call, turn):
     else:
         seq = dense_sequence(config, call.lengths, read_number(board.entries, place + 4), call.seqlen_q, call.seqlen_k)
     words = _words(config, board, place)
+    whole = ()
+    if keeps_masks(config):
+        whole = (read_number(board.entries, place + 5),)
     board.ring.release(turn)
-    return number, Tile(seq, head, first, rows, words)
+    return number, Tile(seq, head, first, rows, words, whole)

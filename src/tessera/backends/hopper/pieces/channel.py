@@ -124,7 +124,8 @@ class Stream:
     arrives when its own copies have landed; those are ordinary writes to shared memory, so a consumer orders them before its
     products, which read it asynchronously.
 
-    `peer` has one, where another program reads the same (pieces/cluster.py).
+    `peer` has one, where another program reads the same (pieces/cluster.py). `by_bits`: the last bit of a use says which of two
+    slots. To divide what may have a sign, for all that the compiler knows, is four more instructions in a row before a product.
     """
 
     full: gl.shared_memory_descriptor
@@ -133,10 +134,21 @@ class Stream:
     first: gl.constexpr
     warps: gl.constexpr
     peer: gl.tuple
+    by_bits: gl.constexpr
 
     @gluon.jit
     def slot(self, n):
-        return n % self.slots
+        if self.by_bits:
+            return n & 1
+        else:
+            return n % self.slots
+
+    @gluon.jit
+    def parity(self, n):
+        if self.by_bits:
+            return (n >> 1) & 1
+        else:
+            return (n // self.slots) & 1
 
     @gluon.jit
     def acquire(self, n):
@@ -158,7 +170,7 @@ class Stream:
 
     @gluon.jit
     def wait(self, n):
-        mbarrier.wait(self.full.index(self.slot(n)), (n // self.slots) & 1)
+        mbarrier.wait(self.full.index(self.slot(n)), self.parity(n))
         if self.warps > 1:
             fence_async_shared()
 
@@ -192,8 +204,10 @@ def make_stream(slots: gl.constexpr, consumers: gl.constexpr, first: gl.constexp
 
 
 @gluon.jit
-def make_paired_stream(slots: gl.constexpr, consumers: gl.constexpr, first: gl.constexpr, warps: gl.constexpr, peer):
-    return Stream(make_barriers(slots, _arrivals(warps)), slots, consumers, first, warps, peer)
+def make_paired_stream(
+    slots: gl.constexpr, consumers: gl.constexpr, first: gl.constexpr, warps: gl.constexpr, peer, by_bits: gl.constexpr = False
+):
+    return Stream(make_barriers(slots, _arrivals(warps)), slots, consumers, first, warps, peer, by_bits)
 
 
 @gluon.constexpr_function

@@ -85,8 +85,9 @@ def full_block_range(config: gl.constexpr, band, seq, first, last):
 
 @gluon.jit
 def row_bounds(config: gl.constexpr, band, seq, first, HEADS: gl.constexpr = 1):
-    """The bounds of 64 rows as (hi,) or (hi, lo), each (64, 8): the bound minus the key's place in its group of 8. `HEADS` rows
-    that follow one another are one position's, the first of them position `first`'s.
+    """The bounds of 64 rows as (hi,) or (hi, lo), each (64, 8): the bound minus the key's place in its group of 8, or, for one
+    loop, how many groups have their key at that place below the bound. `HEADS` rows that follow one another are one position's,
+    the first of them position `first`'s.
 
     A block then compares constants with it, two instructions a score; comparing two ramps takes four times as many.
     """
@@ -100,6 +101,8 @@ def row_bounds(config: gl.constexpr, band, seq, first, HEADS: gl.constexpr = 1):
     bounds = (highest_key(config, band, seq, inside)[:, None] - place,)
     if has_lower_bound(config):
         bounds = bounds + (lowest_key(config, band, seq, inside)[:, None] - place,)
+    if has_one_loop(config):
+        bounds = ((bounds[0] + 7) >> 3, (bounds[1] + 7) >> 3)
     return bounds
 
 
@@ -218,44 +221,59 @@ def mask_scores_by_words(s, bounds, first_key, CUT: gl.constexpr):
 
 
 @gluon.constexpr_function
-def _masked_where_asm(n):
-    # as in _masked_asm, but the words are made here too, so that a whole block jumps over all of it
-    high, low, first, masked = (x * n for x in (2, 3, 4, 5))
-    lines = ["{ .reg .pred whole, seen; .reg .b32 t, word0, word1, word2, word3;"]
-    lines += [f"setp.eq.u32 whole, ${masked}, 0;", "@whole bra DONE;"]
+def _masked_where_asm(n, upper, lower, jumps):
+    # of 4 registers that follow one another, 2 are neighbours in one row and 2 in the row 8 below; groups of 8 keys lie 4 apart.
+    # A word's bits are looked at one after the other: ptxas then makes predicates of seven at once
+    bounds = 2 * n
+    first = bounds + n * (upper + lower)
+    lines = ["{ .reg .pred whole, seen; .reg .b32 t, word, first;"]
+    if jumps:
+        lines += [f"setp.eq.u32 whole, ${first + n}, 0;", "@whole bra DONE;"]
+    lines += [f"shr.s32 first, ${first}, 3;"]
     for place in range(4):
-        word = f"word{place}"
-        for x, bound in ((word, high + place), ("t", low + place)):  # bits of the groups from the bound on
-            lines += [f"sub.s32 {x}, ${bound}, ${first};", f"add.s32 {x}, {x}, 7;", f"shr.s32 {x}, {x}, 3;"]
-            lines += [f"max.s32 {x}, {x}, 0;", f"min.s32 {x}, {x}, {n // 4};", f"shl.b32 {x}, -1, {x};"]
-        lines += [f"not.b32 {word}, {word};", f"and.b32 {word}, {word}, t;"]
-    for i in range(n):
-        lines += [f"and.b32 t, word{i % 4}, {1 << i // 4};", "setp.ne.u32 seen, t, 0;"]
-        lines += [f"selp.f32 ${i}, ${i}, 0fFF800000, seen;"]
-    return "\n".join([*lines, "DONE: }"])
+        for x, bound in (("word", bounds + place), ("t", bounds + n * upper + place))[not upper : 1 + lower]:
+            # bits of the groups from the bound on
+            lines += [f"sub.s32 {x}, ${bound}, first;", f"max.s32 {x}, {x}, 0;", f"shl.b32 {x}, -1, {x};"]
+        lines += ["not.b32 word, word;"] if upper else ["mov.b32 word, t;"]
+        lines += ["and.b32 word, word, t;"] if upper and lower else []
+        for i in range(place, n, 4):
+            lines += [f"and.b32 t, word, {1 << i // 4};", "setp.ne.u32 seen, t, 0;"]
+            lines += [f"selp.f32 ${i}, ${i}, 0fFF800000, seen;"]
+    return "\n".join([*lines, "DONE: }" if jumps else "}"])
 
 
 @gluon.constexpr_function
-def _masked_where_constraints(n):
-    return ",".join(["=f"] * n + [str(i) for i in range(n)] + ["r"] * (4 * n))
+def _masked_where_constraints(n, operands):
+    return ",".join(["=f"] * n + [str(i) for i in range(n)] + ["r"] * (operands * n))
 
 
 @gluon.jit
-def mask_scores_where_cut(s, bounds, first_key):
-    """The same by both bounds, (hi, lo, begin, end): blocks that begin in [begin, end) are seen whole, and jump over it. So one
-    loop takes all blocks of a window; of three in a row, each for a block or a few, the instructions are no longer there when the
-    next tile comes. Whole kernel, over three loops, two consumers: windows of 512 at head_dim 128 1.037, 1024 1.017, 4096 0.996
-    (H200, 2026-11-22)."""
+def mask_scores_where_cut(s, bounds, first_key, CUT: gl.constexpr):
+    """The same where bounds are counts of groups (`row_bounds`): little more than an instruction a score. "any" is by both
+    bounds, (hi, lo, begin, end): blocks that begin in [begin, end) are seen whole, and jump over it. So one loop takes all blocks
+    of a window; of three in a row, each for a block or a few, the instructions are no longer there when the next tile comes. Over
+    three loops, whole kernel, two consumers: windows of 512 at head_dim 128 1.037, 1024 1.017, 4096 0.996 (H200, 2026-11-22)."""
     keys: gl.constexpr = s.shape[1]
+    n: gl.constexpr = keys // 2
+    upper: gl.constexpr = CUT != "lower"
+    lower: gl.constexpr = len(bounds) > 1 and CUT != "upper alone"
+    jumps: gl.constexpr = CUT == "any"
     grouped = gl.reshape(s, [M, keys // 8, 8])
     layout: gl.constexpr = gl.SliceLayout(1, grouped.type.layout)
-    hi, lo, begin, end = bounds
-    hi = gl.expand_dims(gl.convert_layout(hi, layout, assert_trivial=True), 1)
-    lo = gl.expand_dims(gl.convert_layout(lo, layout, assert_trivial=True), 1)
-    masked = gl.where((first_key < begin) | (first_key >= end), 1, 0)
-    asm: gl.constexpr = _masked_where_asm(keys // 2)
-    constraints: gl.constexpr = _masked_where_constraints(keys // 2)
-    grouped = gl.inline_asm_elementwise(
-        asm, constraints, [grouped, hi, lo, first_key, masked], dtype=gl.float32, is_pure=False, pack=keys // 2
-    )
+    asm: gl.constexpr = _masked_where_asm(n, upper, lower, jumps)
+    constraints: gl.constexpr = _masked_where_constraints(n, 1 + upper + lower + jumps)
+    near = gl.expand_dims(gl.convert_layout(bounds[0 if upper else 1], layout, assert_trivial=True), 1)
+    if jumps:
+        far = gl.expand_dims(gl.convert_layout(bounds[1], layout, assert_trivial=True), 1)
+        masked = gl.where((first_key < bounds[2]) | (first_key >= bounds[3]), 1, 0)
+        grouped = gl.inline_asm_elementwise(
+            asm, constraints, [grouped, near, far, first_key, masked], dtype=gl.float32, is_pure=False, pack=n
+        )
+    elif upper and lower:
+        far = gl.expand_dims(gl.convert_layout(bounds[1], layout, assert_trivial=True), 1)
+        grouped = gl.inline_asm_elementwise(
+            asm, constraints, [grouped, near, far, first_key], dtype=gl.float32, is_pure=True, pack=n
+        )
+    else:
+        grouped = gl.inline_asm_elementwise(asm, constraints, [grouped, near, first_key], dtype=gl.float32, is_pure=True, pack=n)
     return gl.convert_layout(gl.reshape(grouped, [M, keys]), s.type.layout, assert_trivial=True)

@@ -26,7 +26,7 @@ from tessera.backends.hopper.pieces.cluster import (
 )
 from tessera.backends.hopper.pieces.kv_source import Sequence, dense_sequence, packed_sequence
 from tessera.backends.hopper.pieces.numbers import of_first_lane
-from tessera.backends.hopper.pieces.tiles import has, has_low_blocks
+from tessera.backends.hopper.pieces.tiles import has, has_low_blocks, keeps_masks
 from tessera.jit.compat import aggregate, gl, gluon
 
 
@@ -45,13 +45,15 @@ class Schedule:
 @aggregate
 class Tile:
     """A block of query rows of one head: `rows` from row `first` of its sequence on (none, where `first` is past its end).
-    `words`: what dropout has of the head (dropout.head_words), where the board told it."""
+    `words`: what dropout has of the head (dropout.head_words), where the board told it. `whole`: a tuple of one where masks are
+    kept from tile to tile, 1 if no row's window is cut by the keys' begin or end."""
 
     seq: Sequence
     head: gl.tensor
     first: gl.tensor
     rows: gl.tensor
     words: gl.tuple
+    whole: gl.tuple
 
 
 @gluon.jit
@@ -143,6 +145,14 @@ def _ordered_window(config: gl.constexpr, number, call, heads, section):
 
 
 @gluon.jit
+def _is_whole(config: gl.constexpr, call, first):
+    """Whether the tile from row `first` on has all its rows, and these all of their windows."""
+    diagonal = call.seqlen_k - call.seqlen_q
+    below = first + config.rows <= call.seqlen_q - call.band.right
+    return gl.where(below & (first + diagonal >= call.band.left), 1, 0)
+
+
+@gluon.jit
 def _ordered_by_height(config: gl.constexpr, number, call, heads, section, member):
     """(first row, rows, head): all heads' tall blocks, then their low ones, which are quick and fill the end of the grid."""
     schedule = call.schedule
@@ -177,6 +187,9 @@ def _dense_tile(config: gl.constexpr, number, call, member):
         if is_pair_of_rows(config):
             block = block * SIZE + member
         first = block * config.rows
+    whole = ()
+    if keeps_masks(config):
+        whole = (_is_whole(config, call, first),)
     if is_pair_of_heads(config):
         pair = pair * SIZE + member
     if has(config, "bias") and not is_pair_of_heads(config):  # see key_tiles._dense_tile
@@ -186,7 +199,7 @@ def _dense_tile(config: gl.constexpr, number, call, member):
         batch = pair // call.heads
         head = pair - batch * call.heads
     seq = dense_sequence(config, call.lengths, batch, call.seqlen_q, call.seqlen_k)
-    return Tile(seq, head, first, gl.minimum(rows, call.seqlen_q - first), ())
+    return Tile(seq, head, first, gl.minimum(rows, call.seqlen_q - first), (), whole)
 
 
 @gluon.jit
@@ -212,7 +225,7 @@ def _packed_tile(config: gl.constexpr, number, call):
     blocks = (seq.q_begin + seq.q_rows) // config.rows + 1 - seq.q_begin // config.rows
     section = gl.minimum(gl.maximum(call.schedule.section // gl.maximum(seq.k_rows, 1), 1) * call.group, call.heads)
     block, head = _ordered(config, number - begin * call.heads, blocks, call.heads, section)
-    return Tile(seq, head, block * config.rows, gl.minimum(config.rows, seq.q_rows - block * config.rows), ())
+    return Tile(seq, head, block * config.rows, gl.minimum(config.rows, seq.q_rows - block * config.rows), (), ())
 
 
 @gluon.jit

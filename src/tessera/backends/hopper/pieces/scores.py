@@ -4,7 +4,12 @@ Without modifiers the row maximum is taken of raw products, and the scale is par
 """
 
 from tessera.backends.hopper.pieces.dropout import draw, draw_anywhere, dropped, key_of_block
-from tessera.backends.hopper.pieces.masking import mask_scores, mask_scores_by_words, mask_scores_where_cut
+from tessera.backends.hopper.pieces.masking import (
+    has_one_loop,
+    mask_scores,
+    mask_scores_by_words,
+    mask_scores_where_cut,
+)
 from tessera.backends.hopper.pieces.modifiers import (
     Modifiers,
     add_to_scores,
@@ -46,8 +51,8 @@ def finish_scores(config: gl.constexpr, score, s, bias, bounds, first_key, CUT: 
         s = tanh(s * score.inner)
     s = add_to_scores(config, score.modifiers, s, bias, score.scale, first_key, CUT)
     if CUT is not None:
-        if CUT == "any":
-            s = mask_scores_where_cut(s, bounds, first_key)
+        if has_one_loop(config):
+            s = mask_scores_where_cut(s, bounds, first_key, CUT)
         elif masks_by_words(config):
             s = mask_scores_by_words(s, bounds, first_key, CUT)
         else:

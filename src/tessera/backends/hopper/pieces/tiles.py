@@ -73,6 +73,16 @@ def masks_by_words(config):
 
 
 @gluon.constexpr_function
+def keeps_masks(config):
+    """Whether what a mask makes of a tile is kept for the tiles behind it that it does the same to: those that see whole windows.
+    Windows of 256 to 1024 keys at head_dim 128 1.01, at 64 (up to 2048 keys) 1.02; elsewhere not measured (H200, 2026-11-22)."""
+    named = {feature.value for feature in config.features}
+    plain = {"left", "right"} <= named <= {"left", "right", "softcap", "sinks", "scale first"}
+    measured = sum(config.dims) in (64, 128) and config.dims_v == config.dims
+    return takes_p_at_once(config) and plain and measured and config.rows % config.keys == 0
+
+
+@gluon.constexpr_function
 def votes_on_maxima(config):
     """Whether a softmax without overlap keeps its references where no thread's own maxima have outgrown them. Full attention at
     head_dim 96 1.006 to 1.010 of asking for the rows' maxima in each block, under a diagonal 0.98 (H200, 2026-11-22)."""
