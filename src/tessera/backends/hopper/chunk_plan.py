@@ -180,7 +180,7 @@ def _registers(problem: CacheProblem, reading: Reading, box: int) -> tuple[int, 
     if problem.cache.pages is None:
         return 240, 24
     if reading is Reading.ROWS:
-        return 216, 72
+        return (224, 56) if problem.shape.head_dim <= 64 else (216, 72)
     return (232, 40) if box >= 64 else (224, 56)
 
 
