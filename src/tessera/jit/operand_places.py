@@ -23,10 +23,8 @@ _WORD = 1 << 32
 _ASSIGNMENT = re.compile(
     r"^\t(?P<guard>@\S+\s+)?(?P<opcode>\w[\w.]*)\s+(?P<register>%r\d+), (?P<operands>[^;\n]*);", re.MULTILINE
 )
-_PLACE = re.compile(
-    r"\tcvt\.u64\.u32 \t(?P<wide>%rd\d+), (?P<low>%r\d+);\n(?P<line>(?:\t\.loc[^\n]*\n)?)"
-    r"\tor\.b64 \t(?P<result>%rd\d+), (?P=wide), (?P<upper>\d+);\n"
-)
+_WIDENED = re.compile(r"^\tcvt\.u64\.u32 \t(%rd\d+), (%r\d+);", re.MULTILINE)
+_PLACE = re.compile(r"^\tor\.b64 \t(?P<result>%rd\d+), (?P<wide>%rd\d+), (?P<upper>\d+);\n", re.MULTILINE)
 _PRODUCT = re.compile(r"\t// begin inline asm\n(?:\t\.loc[^\n]*\n)?\twgmma\.mma_async[^\n]*\n")
 _BLOCK = re.compile(r"^(?=\$L__BB|// %bb)", re.MULTILINE)
 _WIDE_REGISTER = re.compile(r"%rd\d+")
@@ -58,6 +56,9 @@ class _Places:
         self._made: dict[str, list[re.Match[str]]] = {}
         for found in _ASSIGNMENT.finditer(ptx):
             self._made.setdefault(found["register"], []).append(found)
+        widened = _WIDENED.findall(ptx)
+        written = Counter(wide for wide, _ in widened)
+        self._widened = {wide: low for wide, low in widened if written[wide] == 1}
         self._uses = Counter(_WIDE_REGISTER.findall(ptx))
         self._first: dict[str, str] = {}  # fields, and the 64-bit registers that hold them
 
@@ -71,9 +72,9 @@ class _Places:
                 return place[0]
             result = place["result"]
             if self._uses[result] > 2 or result not in taken:  # made and taken: twice
-                return place["line"] + sum_of
+                return sum_of
             waiting[result] = sum_of
-            return place["line"]
+            return ""
 
         block = _PLACE.sub(widened, block)
         return _PRODUCT.sub(lambda found: "".join(_sums_of(found[0], waiting)) + found[0], block) if waiting else block
@@ -92,7 +93,7 @@ class _Places:
 
     def _sum(self, place: re.Match[str]) -> str | None:
         """The addition that gives a place, if 32 bits and 64 give the same."""
-        upper, found = int(place["upper"]), self._field_and_rest(place["low"])
+        upper, found = int(place["upper"]), self._field_and_rest(self._widened.get(place["wide"], ""))
         if upper % _WORD or found is None:
             return None
         field, rest = found
