@@ -22,6 +22,7 @@ from tessera.backends.hopper.backward_plan import (
     PART_LINE,
     Adding,
     BackwardConfig,
+    Division,
     PartLayout,
     sees_few_keys,
 )
@@ -42,7 +43,7 @@ from tessera.backends.hopper.launch import ELEMENTS, L2_BYTES, WITHOUT_POINTERS,
 from tessera.dispatch import InputGradients, Upstream
 from tessera.dropout import keep_scale
 from tessera.operands import Operands
-from tessera.problem import Gradients, Problem
+from tessera.problem import Gradients, Layout, Problem
 
 _FAR = 1 << 29
 """As pieces/row_ranges.FAR: rows are found from keys by sums of these."""
@@ -109,7 +110,7 @@ def prepare_spec(config: RowsConfig, dtype: torch.dtype) -> jit.KernelSpec:
     arguments |= {"do_pitch": jit.Scalar("i32"), "with_dlse": jit.Scalar("i32")}
     arguments |= {name: jit.Scalar("i64", align=8) for name in ("do_row", "do_head")}
     arguments |= {name: jit.Scalar("fp32") for name in ("unit", "share")}
-    config = replace(config, counts_tiles=False)  # all one to it
+    config = replace(config, counts_tiles=False, keys=0)  # all one to it
     return jit.KernelSpec.of("tessera.backends.hopper.backward_rows:prepare_rows", arguments, {"CONFIG": config})
 
 
@@ -239,11 +240,14 @@ class BackwardLaunch:
 
     @cached_property
     def counted(self) -> tuple[int, int, int]:
-        """For finish_queries: heads of a group, heads that are done at about the same time, warps that count a tile."""
-        shape = self.problem.shape
+        """For finish_queries: heads of a group, heads that are done at about the same time, warps that count those of a sequence,
+        or, packed, a tile: all of the consumer that has dQ, or the producer."""
+        shape, warps = self.problem.shape, 4 if self.config.division is Division.PRODUCTS else 1
+        if self.problem.layout is Layout.VARLEN:
+            return shape.group, shape.heads_q, warps
         heads = min(max(self.section // max(shape.seqlen_q, 1), 1), shape.heads_kv)
         sections = -(-shape.heads_kv // heads)
-        return shape.group, shape.group * -(-shape.heads_kv // sections), self.config.counting_warps * self.blocks
+        return shape.group, shape.group * -(-shape.heads_kv // sections), warps * self.blocks
 
     @cached_property
     def integers(self) -> tuple[int, ...]:

@@ -147,14 +147,10 @@ class BackwardConfig:
     @property
     def counts_tiles(self) -> bool:
         """Whether the tiles that have added to a head's rows are counted, so that these are rounded while others are at work
-        (pieces/counts.py)."""
+        (pieces/counts.py). (Packed at head dim 64 not timed.)"""
         in_any_order = self.takes_tile_after_tile and self.adding is Adding.ANY_ORDER
-        return in_any_order and not self.divides_remainder and Feature.VARLEN not in self.features
-
-    @property
-    def counting_warps(self) -> int:
-        """Warps that count each tile: all of the consumer that has dQ, or the producer."""
-        return 4 if self.division is Division.PRODUCTS else 1
+        packed_in_turn = Feature.VARLEN in self.features and self.division is Division.TURNS
+        return in_any_order and not self.divides_remainder and not packed_in_turn
 
     @property
     def stages_bias(self) -> bool:

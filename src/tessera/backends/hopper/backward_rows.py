@@ -9,7 +9,7 @@ adds its sums up where there are several, scales it and rounds it.
 from tessera.backends.hopper.pieces.counts import await_tiles
 from tessera.backends.hopper.pieces.epilogue import LOG2_E
 from tessera.backends.hopper.pieces.gradients import subtracts_by_products
-from tessera.backends.hopper.pieces.key_tiles import locate_rows
+from tessera.backends.hopper.pieces.key_tiles import locate_rows, tiles_of_packed
 from tessera.backends.hopper.pieces.kv_source import Lengths
 from tessera.backends.hopper.pieces.softmax import exp2
 from tessera.backends.hopper.pieces.sums import LINE, PART_ROWS, adds_in_order, lies_in_rows
@@ -217,7 +217,10 @@ def finish_queries(
     lengths = Lengths(cu_q, cu_k, used_q, used_k, key_start, key_end, query_end)
     chunks = (dim + (width - 1)) // width
     if config.counts_tiles:
-        block, head, chunk = _as_they_are_done(line // PART_ROWS // batch, heads, chunks, together)
+        sequences = batch
+        if has(config, "varlen"):
+            sequences = 1
+        block, head, chunk = _as_they_are_done(line // PART_ROWS // sequences, heads, chunks, together)
     else:
         block, chunk = _backwards(heads * chunks)
         head = chunk // chunks
@@ -225,16 +228,17 @@ def finish_queries(
     start = block * PART_ROWS
     first_column = chunk * width
     blocks = line // PART_ROWS
+    seq, first = locate_rows(config, start, batch, seqlen_q, seqlen_k, lengths)
     if config.counts_tiles:
         last = (head // group + 1) * group - 1
-        of_sequence = blocks // batch
-        await_tiles(marks_ptr + 1 + last * blocks + block // of_sequence * of_sequence, warps)
+        if has(config, "varlen"):
+            warps *= tiles_of_packed(config, lengths, seq.number, batch, seqlen_k)
+        await_tiles(marks_ptr + 1 + last * blocks + (start - first) // PART_ROWS, warps)
     else:
         wait_for_previous()
     dq = _summed(config, sum_ptr, marks_ptr, head * blocks + block, heads * blocks, strands, first_column, dim)
     dq = _in_rows(config, (dq * factor).to(dq_ptr.dtype.element_ty))
 
-    seq, first = locate_rows(config, start, batch, seqlen_q, seqlen_k, lengths)
     rows = gl.arange(0, PART_ROWS, gl.SliceLayout(1, layout))
     columns = first_column + gl.arange(0, width, gl.SliceLayout(0, layout))
     wanted = (first + rows < seq.q_rows)[:, None] & (columns < dim)[None, :]

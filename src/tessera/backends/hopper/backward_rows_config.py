@@ -19,6 +19,8 @@ class RowsConfig:
     features: tuple[Feature, ...]
     subtracts_by_products: bool
     counts_tiles: bool
+    keys: int
+    """Of a tile, where packed sequences' tiles are counted."""
 
     @staticmethod
     def of(config: BackwardConfig) -> RowsConfig:
@@ -27,5 +29,6 @@ class RowsConfig:
         features = tuple(x for x in config.features if x in wanted)
         adding = Adding.ANY_ORDER if config.adding is Adding.ANY_ORDER else Adding.ORDER
         return RowsConfig(
-            config.dim, config.dim_v, adding, config.part_layout, features, config.subtracts_by_products, config.counts_tiles
-        )
+            config.dim, config.dim_v, adding, config.part_layout, features, config.subtracts_by_products, config.counts_tiles,
+            config.keys if config.counts_tiles and Feature.VARLEN in features else 0,
+        )  # fmt: skip

@@ -55,7 +55,7 @@ def spared_multiprocessors(problem: Problem, tiles: int, multiprocessors: int) -
     1.134, 1.136 and 1.162, 4k 1.047, 1.051 and 1.056; 256 1k 1.024, 1.037 and 1.045, 2k 1.031, 1.052 and 1.052, but 4k 1.010,
     1.035 and 1.025; grouped 128 4k 1.121, 1.134 and 1.128 (H200, 2026-11-22)."""
     shape, mask = problem.shape, problem.mask
-    if mask.bounds:
+    if mask.bounds or problem.layout is Layout.VARLEN:
         return 0
     if mask.right is not None and mask.left is None:
         return multiprocessors // SPARED if shape.group == 1 and shape.seqlen_q * max(shape.head_dim, 128) <= SHORT else 0

@@ -140,14 +140,27 @@ def _dense_tile(config: gl.constexpr, number, call):
 
 
 @gluon.jit
+def _packed_keys(lengths, index, batch, seqlen_k):
+    """Where packed sequence `index`'s keys begin and end; for index == batch what lies after the last."""
+    end = gl.where(index == batch, seqlen_k, gl.load(lengths.cu_k + gl.minimum(index + 1, batch)))
+    return gl.load(lengths.cu_k + index), end
+
+
+@gluon.jit
+def tiles_of_packed(config: gl.constexpr, lengths, index, batch, seqlen_k):
+    """How many tiles of config.keys keys that is."""
+    begin, end = _packed_keys(lengths, index, batch, seqlen_k)
+    return end // config.keys + 1 - begin // config.keys
+
+
+@gluon.jit
 def _packed_tile(config: gl.constexpr, number, call):
     offsets = call.lengths.cu_k
     index = _find(offsets, call.batch, number // call.heads_kv, config.keys)
     seq = packed_sequence(config, call.lengths, index, call.batch, call.seqlen_q)
-    begin = gl.load(offsets + index)
-    end = gl.where(index == call.batch, call.seqlen_k, gl.load(offsets + gl.minimum(index + 1, call.batch)))
+    begin, end = _packed_keys(call.lengths, index, call.batch, call.seqlen_k)
     first = begin // config.keys + index
-    blocks = end // config.keys + 1 - begin // config.keys
+    blocks = tiles_of_packed(config, call.lengths, index, call.batch, call.seqlen_k)
     section = gl.minimum(_heads_together(call, seq.q_rows), call.heads_kv)
     block, head, falls = _ordered(config, number - first * call.heads_kv, blocks, call.heads_kv, section)
     work = _first_block(call.lengths.cu_q, index, WORK) * WORK
