@@ -412,11 +412,9 @@ def drawn_derivatives(config: gl.constexpr, p, drawn, dp, d, dtype: gl.constexpr
     asm: gl.constexpr = _kept_derivatives_asm(dtype)
     operands = [p, dp, d] + _spread_draws(config, drawn)
     if dtype == gl.bfloat16:
-        kinds: gl.constexpr = (gl.float32, gl.bfloat16)
-        return gl.inline_asm_elementwise(asm, _KEPT_DERIVATIVES, operands, dtype=kinds, is_pure=True, pack=8)
+        return gl.inline_asm_elementwise(asm, _KEPT_DERIVATIVES, operands, dtype=(gl.float32, gl.bfloat16), is_pure=True, pack=8)
     else:
-        kinds: gl.constexpr = (gl.float32, gl.float16)
-        return gl.inline_asm_elementwise(asm, _KEPT_DERIVATIVES, operands, dtype=kinds, is_pure=True, pack=8)
+        return gl.inline_asm_elementwise(asm, _KEPT_DERIVATIVES, operands, dtype=(gl.float32, gl.float16), is_pure=True, pack=8)
 
 
 _DERIVATIVES = gl.constexpr(
