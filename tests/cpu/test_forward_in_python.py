@@ -149,6 +149,16 @@ def test_whole_windows(window: tuple[int, int], rows: int, keys: int, dim: int, 
     check(request, monkeypatch)
 
 
+@pytest.mark.parametrize(("rows", "keys"), [(2000, 2000), (1500, 2133), (1900, 1300)])
+def test_wide_windows(rows: int, keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At head_dim 128 by three consumers."""
+    case = Case("wide windows", head_dim=128, window=(1024, 0), batch=1, seqlen_q=rows, seqlen_k=keys, heads_q=2, heads_kv=1)
+    request = case.request("cpu", torch.bfloat16)
+    config = replace(forward_family(bind(request)[0])[-1], features=features_of(bind(request)[0]))
+    assert (config.consumers, config.keys) == (3, 64)
+    check(request, monkeypatch, config)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("window", [(None, None), (None, 0), (300, 0)], ids=str)
 def test_outgrown_references(window: tuple[int | None, int | None], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -475,7 +475,7 @@ def _allocate_all(config: gl.constexpr, q_maps, k_maps, v_maps, o_maps, bias_map
     q_ring = make_ring(config.consumers * config.queries, 1)
     k_peer, v_peer = make_peers(config)
     first: gl.constexpr = barriers_of_slots(config.stages)
-    by_bits: gl.constexpr = config.stages == 2 and keeps_masks(config)
+    by_bits: gl.constexpr = (config.stages == 2 or config.stages == 4) and keeps_masks(config)
     k_stream = make_paired_stream(config.stages, config.consumers, first[0], 1, k_peer, by_bits)
     v_stream = make_paired_stream(config.stages, config.consumers, first[1], 1, v_peer, by_bits)
     board = make_board(config.consumers)

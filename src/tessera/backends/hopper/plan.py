@@ -157,6 +157,8 @@ def _config_alone(problem: Problem, keys: float) -> ForwardConfig:
             # an illegal address: ptxas leaves their descriptors unset on a path (H200, 2026-11-22; jit/descriptors.py)
             return deepest(replace(triples, overlap=Overlap.NONE) if exact else replace(triples, queries=pairs.queries))
         return deepest(replace(triples, overlap=Overlap.MAXIMA) if exact else triples)
+    if dims == dims_v == (128,) and not exact and _has_many_keys(problem, features, keys):
+        return replace(triples, keys=64, overlap=Overlap.DRIFTING, stages=4)
     ragged = _is_ragged(features)
     if widest <= 96 and keys > (2048 if ragged else 1536):
         # three over two: 1.06 at 2k, 1.07 at 4k and 16k full, 1.08 at 16k causal; 0.98 at 1k full, 0.97 at 2k causal
@@ -165,6 +167,15 @@ def _config_alone(problem: Problem, keys: float) -> ForwardConfig:
         # d192, over a part of Q held (full) or none (causal): 1.01 at 4k, 8k and full 16k, 1.015 at causal 16k
         return deepest(replace(pairs, held=len(dims)))
     return deepest(pairs)
+
+
+def _has_many_keys(problem: Problem, features: tuple[Feature, ...], keys: float) -> bool:
+    """Whether three consumers of 64 keys without turns pay at head_dim 128. Over two of 128: windows of 512 1.01, 1024 1.013,
+    2048 1.005, 4096 1.016; causal 2k 1.00, 4k 1.003 to 1.007, over pairs 8k 1.014 to 1.022, 16k 1.012 to 1.014 (not over pairs by
+    heads: not measured); full 0.996 to 1.00 (H200, 2026-11-22)."""
+    if features == (Feature.LEFT, Feature.RIGHT):
+        return keys > 400
+    return features == (Feature.RIGHT,) and keys > 2000 and problem.shape.group % 2 == 1
 
 
 def _with_modifiers(pairs: ForwardConfig, keys: float, exact: bool) -> ForwardConfig:

@@ -124,8 +124,8 @@ class Stream:
     arrives when its own copies have landed; those are ordinary writes to shared memory, so a consumer orders them before its
     products, which read it asynchronously.
 
-    `peer` has one, where another program reads the same (pieces/cluster.py). `by_bits`: the last bit of a use says which of two
-    slots. To divide what may have a sign, for all that the compiler knows, is four more instructions in a row before a product.
+    `peer` has one, where another program reads the same (pieces/cluster.py). `by_bits`: a use's last bits say which of two or
+    four slots. To divide what may have a sign, for all that the compiler knows, is four instructions more before a product.
     """
 
     full: gl.shared_memory_descriptor
@@ -139,14 +139,14 @@ class Stream:
     @gluon.jit
     def slot(self, n):
         if self.by_bits:
-            return n & 1
+            return n & (self.slots - 1)
         else:
             return n % self.slots
 
     @gluon.jit
     def parity(self, n):
         if self.by_bits:
-            return (n >> 1) & 1
+            return (n >> (self.slots // 2)) & 1
         else:
             return (n // self.slots) & 1
 
