@@ -255,7 +255,8 @@ def _atomic_add(pointer: Pointer, value: Any, sem: str, scope: str = "gpu") -> A
 
 
 class TensorMap:
-    """A TMA descriptor. Coordinates times strides add up modulo 2^64 bytes, as the hardware's do."""
+    """A TMA descriptor. Coordinates times strides add up modulo 2^64 bytes, as the hardware's do; of the innermost one, which is a
+    multiple of 16 bytes, or the instruction is illegal."""
 
     def __init__(self, tiles: jit.Tiles, address: int, shape: Sequence[int], strides: Sequence[int]) -> None:
         self.dtype, self.layout = DTYPES[tiles.element], Layout()
@@ -267,6 +268,7 @@ class TensorMap:
         bounds = list(zip(where, self.block_type.shape, self._sizes, self._strides, strict=True))
         first = sum(max(int(begin), 0) * stride for begin, _, _, stride in bounds)
         width, tile = self.dtype.itemsize, shared.data
+        assert int(where[-1]) * width % 16 == 0, f"a box at {[int(x) for x in where]}: its last coordinate is not aligned"
         lengths = []
         for dim, (begin, length, size, _) in enumerate(bounds):
             low, high = min(max(-int(begin), 0), length), max(min(size - int(begin), length), 0)

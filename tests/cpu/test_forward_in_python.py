@@ -31,6 +31,7 @@ MODIFIED = (
     *(Case(f"bias {shape}", bias=shape, causal=True, **LONG)
       for shape in ((2, 2, 200, 330), (2, 1, 200, 330), (1, 1, 1, 330), (2, 1, 200, 1), (1, 2, 1, 1))),
     Case("padding left, everything", alibi="head", bias=(2, 2, 200, 330), dropout_p=0.3, key_start=(37, 130), **LONG),
+    Case("padding left, bias", bias=(2, 2, 200, 330), key_start=(37, 130), **LONG),
     Case("scale of 0", softmax_scale=0.0, causal=True),
 )  # fmt: skip
 

@@ -27,6 +27,7 @@ MORE = (
     *(Case(f"d{d} bias {shape}, causal", head_dim=d, bias=shape, causal=True, **WIDE)
       for d in DIMS for shape in (PLANE, (1, 1, 700, 900))),
     *(Case(f"d{d} bias, window", head_dim=d, bias=(1, *PLANE[1:]), window=(200, 30), **WIDE) for d in (64, 128)),
+    *(Case(f"d{d} bias, padding left", head_dim=d, bias=PLANE, key_start=(130, 37), causal=d == 64, **WIDE) for d in (64, 128)),
     Case("bias, odd keys", bias=(2, 4, 700, 901), **{**WIDE, "seqlen_k": 901}),
     Case("bias, padding", bias=PLANE, key_end=(900, 333), query_end=(700, 111), **WIDE),
     Case("bias, documents", bias=(1, 1, 700, 700), seqlen_q=700, seqlen_k=700, documents=(100, 350, 250)),

@@ -9,7 +9,7 @@ import torch
 
 from tessera.backends.hopper.bias_planes import gradient_features, has_room, keeps_ds, keeps_ds_at_lengths
 from tessera.backends.hopper.config import ROWS, Feature
-from tessera.backends.hopper.plan import MODIFIERS, features_of
+from tessera.backends.hopper.plan import MODIFIERS, UNSTAGED, features_of
 from tessera.problem import Layout, Problem, Reproducibility
 
 PART_LINE = 256
@@ -155,7 +155,7 @@ class BackwardConfig:
     @property
     def stages_bias(self) -> bool:
         """Whether blocks of a bias come into shared memory with those of Q. (Under dropout keys lie in other lines.)"""
-        others = {Feature.FLOAT32_BIAS, Feature.DROPOUT} & set(self.features)
+        others = {Feature.DROPOUT, *UNSTAGED} & set(self.features)
         return self.division is Division.KEYS and Feature.BIAS in self.features and not others
 
     @property

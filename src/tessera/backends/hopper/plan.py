@@ -21,6 +21,9 @@ MODIFIERS = frozenset(
     {Feature.SCALE_FIRST, Feature.ALIBI, Feature.BIAS, Feature.BIAS_OF_KEYS, Feature.BIAS_OF_ROWS, Feature.DROPOUT}
 )
 """What happens to scores beside scale, softcap and mask."""
+UNSTAGED = frozenset({Feature.FLOAT32_BIAS, Feature.KEY_START})
+"""Where a bias of every score's own does not come by TMA: the innermost coordinate of a TMA box must be a multiple of 16 bytes (else
+an illegal instruction), and behind left padding blocks of keys begin anywhere."""
 
 
 def features_of(problem: Problem) -> tuple[Feature, ...]:
@@ -190,7 +193,7 @@ def _with_modifiers(pairs: ForwardConfig, keys: float, exact: bool) -> ForwardCo
     if widest > 128:
         narrow = widest == 256 and len(kinds) > 1
         return replace(pairs, keys=32 if narrow else 64, overlap=Overlap.NONE)
-    stages = Feature.BIAS in kinds and Feature.FLOAT32_BIAS not in pairs.features
+    stages = Feature.BIAS in kinds and not UNSTAGED & set(pairs.features)
     if len(kinds) > 1:
         return replace(pairs, keys=64)
     triples = replace(pairs, consumers=3, consumer_registers=160, producer_registers=32, overlap=Overlap.NONE)
