@@ -255,8 +255,8 @@ def _atomic_add(pointer: Pointer, value: Any, sem: str, scope: str = "gpu") -> A
 
 
 class TensorMap:
-    """A TMA descriptor. Coordinates times strides add up modulo 2^64 bytes, as the hardware's do; of the innermost one, which is a
-    multiple of 16 bytes, or the instruction is illegal."""
+    """A TMA descriptor. Coordinates times strides add up modulo 2^64 bytes, as the hardware's do; the innermost one is a multiple
+    of 16 bytes, or the instruction is illegal."""
 
     def __init__(self, tiles: jit.Tiles, address: int, shape: Sequence[int], strides: Sequence[int]) -> None:
         self.dtype, self.layout = DTYPES[tiles.element], Layout()

@@ -49,7 +49,8 @@ MORE = (
       for d in DIMS),
     Case("d256 bias of keys", head_dim=256, bias=(2, 1, 1, 330), dropout_p=0.3, **WIDE),
     Case("padding left, everything", alibi="head", bias=(2, 4, 200, 330), dropout_p=0.3, key_start=(37, 130), **WIDE),
-    *(Case(f"d{d} padding left, bias", head_dim=d, bias=(2, 4, 200, 330), key_start=(37, 130), causal=True, **WIDE) for d in (64, 128)),
+    *(Case(f"d{d} padding left, bias", head_dim=d, bias=(2, 4, 200, 330), key_start=(37, 130), causal=True, **WIDE)
+      for d in (64, 128)),
 )  # fmt: skip
 
 

@@ -22,8 +22,8 @@ MODIFIERS = frozenset(
 )
 """What happens to scores beside scale, softcap and mask."""
 UNSTAGED = frozenset({Feature.FLOAT32_BIAS, Feature.KEY_START})
-"""Where a bias of every score's own does not come by TMA: the innermost coordinate of a TMA box must be a multiple of 16 bytes (else
-an illegal instruction), and behind left padding blocks of keys begin anywhere."""
+"""Where a bias of every score's own does not come by TMA: the innermost coordinate of a TMA box must be a multiple of 16 bytes
+(else an illegal instruction), and behind left padding blocks of keys begin anywhere."""
 
 
 def features_of(problem: Problem) -> tuple[Feature, ...]:
