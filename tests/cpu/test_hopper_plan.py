@@ -18,6 +18,7 @@ from tessera import calls, dispatch, jit, reference, verify
 from tessera.backends.hopper import HopperBackend, HopperRunner, choosable, without_scores
 from tessera.backends.hopper.backward_plan import Adding, backward_config, backward_family
 from tessera.backends.hopper.backward_sizes import workspace_bytes
+from tessera.backends.hopper.chunk_plan import chunk_plan
 from tessera.backends.hopper.config import ForwardConfig, Overlap, Pairing, Staging
 from tessera.backends.hopper.plan import LOW, SHARED_LIMIT, forward_config, forward_family, tall_blocks
 from tessera.backends.hopper.serving import SERVING_BACKEND, kernels_of
@@ -28,6 +29,8 @@ from tessera.jit import gate
 from tessera.operands import bind, describe
 from tessera.problem import Problem
 from tessera.serving import calls as serving_calls
+from tessera.serving.cases import CACHE_CASES
+from tessera.serving.operands import describe as describe_cache
 
 H200 = KNOWN_DEVICES["h200"]
 SEQLENS = (1, 100, 500, 639, 640, 641, 1500, 1537, 2049, 4096, 50_000, 1 << 20)
@@ -141,6 +144,25 @@ def test_every_plan_fits_in_shared_memory(name: str) -> None:
     if not HopperBackend().why_not(asked, H200):
         assert all(config.shared_bytes() <= SHARED_LIMIT for config in forward_family(asked))
         assert str(dispatch.select(asked, H200, "hopper"))
+
+
+@pytest.mark.parametrize("overlap", Overlap)
+def test_rings_have_no_more_stages_than_named_barriers(overlap: Overlap) -> None:
+    """With four places and turns, a barrier would be one of both: the configuration says so before anything is compiled."""
+    shape = (1, 4096, 8, 64)
+    config = replace(forward_config(tessera.plan(shape, shape, device="h200").problem), overlap=overlap)
+    most = 5 if overlap in (Overlap.NONE, Overlap.DRIFTING) else 3
+    assert replace(config, stages=most).stages == most
+    for stages in (0, most + 1):
+        with pytest.raises(ValueError, match=f"stages={stages}: there are named barriers for 1 to {most} of them"):
+            replace(config, stages=stages)
+
+
+@pytest.mark.parametrize("name", ["64 queries", "latent"])
+def test_rings_over_a_cache_have_three_stages_at_most(name: str) -> None:
+    config = chunk_plan(describe_cache(CACHE_CASES[name].request("meta", torch.bfloat16), "cuda"), 132).config
+    with pytest.raises(ValueError, match="stages=4: there are named barriers for 1 to 3 of them, for 5 in a forward"):
+        replace(config, stages=4)
 
 
 def test_warmup_compiles_what_plans_will_need_and_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:

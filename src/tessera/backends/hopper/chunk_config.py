@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from enum import Enum
 
-from tessera.backends.hopper.config import ROWS, Feature, Overlap, Pairing
+from tessera.backends.hopper.config import ROWS, STAGES, Feature, Overlap, Pairing, refuse_deep_rings
 
 COLUMNS = 64
 """Columns of one TMA box of the caches and of the queries: 128 bytes, the widest swizzle."""
@@ -146,6 +146,9 @@ class ChunkConfig(Together):
 
     policy = None
 
+    def __post_init__(self) -> None:
+        refuse_deep_rings(self.stages, STAGES)
+
     @property
     def rows(self) -> int:
         """Query rows of a tile."""
@@ -202,6 +205,9 @@ class LatentConfig(Together):
 
     rows = ROWS
     consumers = 1
+
+    def __post_init__(self) -> None:
+        refuse_deep_rings(self.stages, STAGES)
 
     @property
     def cluster(self) -> int:

@@ -17,7 +17,7 @@ from tessera.backends.hopper.chunk_config import (
     Result,
     Turns,
 )
-from tessera.backends.hopper.config import ROWS, Feature, Overlap, Pairing
+from tessera.backends.hopper.config import ROWS, STAGES, Feature, Overlap, Pairing
 from tessera.backends.hopper.launch import ELEMENTS
 from tessera.backends.hopper.plan import SHARED_LIMIT
 from tessera.errors import Reason
@@ -150,7 +150,7 @@ def config_for(problem: CacheProblem, result: Result) -> ChunkConfig | LatentCon
     tiles = -(-problem.shape.seqlen_q // (2 * packing.positions)) if packing.blocks == 1 else 0
     room = SHARED_LIMIT // 2 - sum(dims) * 2 * ROWS
     return ChunkConfig(
-        consumers=2, keys=keys, stages=min(3, room // (keys * (sum(dims) + sum(dims_v)))), reading=reading, box=box,
+        consumers=2, keys=keys, stages=min(STAGES, room // (keys * (sum(dims) + sum(dims_v)))), reading=reading, box=box,
         parts=Parts.of(dims), parts_v=Parts.of(dims_v), widths=widths, packing=packing, result=result,
         overlap=_overlap(widest), pairing=_pairing(problem, tiles, reading, box, result),
         consumer_registers=consumer, producer_registers=producer, features=features,

@@ -7,6 +7,16 @@ from enum import Enum
 
 ROWS = 64
 """Query rows of one consumer warpgroup: the M of a Hopper wgmma."""
+STAGES, STAGES_WITHOUT_TURNS = 3, 5
+"""Stages of K's and V's rings for which there are named barriers, one a stage (pieces/channel.py), beside those of turns and
+without. More would share one: a hang, or a stage that is written while it is read."""
+
+
+def refuse_deep_rings(stages: int, most: int) -> None:
+    """Raises for rings of more than `most` stages."""
+    if not 1 <= stages <= most:
+        deeper = "" if most > STAGES else f", for {STAGES_WITHOUT_TURNS} in a forward whose consumers take no turns"
+        raise ValueError(f"stages={stages}: there are named barriers for 1 to {most} of them{deeper}")
 
 
 class Feature(Enum):
@@ -57,6 +67,11 @@ class Overlap(Enum):
     """None: a block's S, softmax and P V follow one another, and the other consumers' work fills the tensor cores. S and P
     never live together, so three consumers fit at head_dim 128."""
 
+    @property
+    def takes_turns(self) -> bool:
+        """Whether the consumers take turns with their products."""
+        return self not in (Overlap.NONE, Overlap.DRIFTING)
+
 
 class Staging(Enum):
     """Where the output tile waits for its TMA store."""
@@ -102,6 +117,9 @@ class ForwardConfig:
 
     pairing: Pairing | None = None
     """Programs work in pairs, which load K and V once for both."""
+
+    def __post_init__(self) -> None:
+        refuse_deep_rings(self.stages, STAGES if self.overlap.takes_turns else STAGES_WITHOUT_TURNS)
 
     @property
     def cluster(self) -> int:

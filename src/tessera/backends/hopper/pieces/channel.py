@@ -22,7 +22,7 @@ NAMED_BARRIER_V = gl.constexpr(13)
 """10 to 12, 13 to 15: slots of K and of V that are free again, one a slot."""
 NAMED_BARRIER_DEEP_K = gl.constexpr(6)
 NAMED_BARRIER_DEEP_V = gl.constexpr(11)
-"""6 to 10, 11 to 15: the same of up to five slots, where nobody takes turns."""
+"""6 to 10, 11 to 15: the same of up to five slots, where nobody takes turns (the configurations refuse them beside turns)."""
 
 
 @aggregate

@@ -35,7 +35,7 @@ def overlaps(config):
 @gluon.constexpr_function
 def takes_turns(config):
     """Whether the consumers take turns with their products."""
-    return config.overlap not in (Overlap.NONE, Overlap.DRIFTING)
+    return config.overlap.takes_turns
 
 
 @gluon.constexpr_function
