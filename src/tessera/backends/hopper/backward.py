@@ -27,6 +27,7 @@ from tessera.backends.hopper.backward_onward import consumer_onward
 from tessera.backends.hopper.backward_products import consumer_of_dk, consumer_of_dq, consumer_of_dv, make_exchange, places
 from tessera.backends.hopper.backward_turns import consumer_in_turn, consumers_in_turn, make_parts
 from tessera.backends.hopper.backward_writer import writer_of_dq, writer_of_many
+from tessera.backends.hopper.pieces.bias import load_bias, staged_bias, stages_bias
 from tessera.backends.hopper.pieces.channel import NAMED_BARRIER_K, NAMED_BARRIER_V, make_barriers, make_stream
 from tessera.backends.hopper.pieces.counts import count_tile, count_told, place_of_count, tells_producer
 from tessera.backends.hopper.pieces.draws import make_draws
@@ -41,7 +42,7 @@ from tessera.backends.hopper.pieces.gradients import (
 from tessera.backends.hopper.pieces.key_tiles import Call, Order, first_place, locate_keys, nth_place
 from tessera.backends.hopper.pieces.kv_source import Lengths, Pitch, load_rows
 from tessera.backends.hopper.pieces.masking import Band
-from tessera.backends.hopper.pieces.modifiers import load_bias, make_modifiers, staged_bias, stages_bias
+from tessera.backends.hopper.pieces.modifiers import make_modifiers
 from tessera.backends.hopper.pieces.remainder import locate_work, number_after
 from tessera.backends.hopper.pieces.row_ranges import row_blocks
 from tessera.backends.hopper.pieces.sums import adds_in_order

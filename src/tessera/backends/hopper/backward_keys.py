@@ -8,6 +8,7 @@ their dS to shared memory and meet once a block:
 Nothing is in flight at the end of a turn: a product carried over the loop's back edge is serialised by ptxas (C7514).
 """
 
+from tessera.backends.hopper.pieces.bias import add_to_dbias
 from tessera.backends.hopper.pieces.gradients import (
     BARRIER_DS,
     BARRIER_K,
@@ -34,7 +35,6 @@ from tessera.backends.hopper.pieces.gradients import (
 from tessera.backends.hopper.pieces.key_tiles import locate_keys
 from tessera.backends.hopper.pieces.lines import part_neighbours
 from tessera.backends.hopper.pieces.masking import has_lower_bound
-from tessera.backends.hopper.pieces.modifiers import add_to_dbias
 from tessera.backends.hopper.pieces.row_ranges import cut_and_full, key_bounds, row_blocks
 from tessera.backends.hopper.pieces.softmax import to_16_bit
 from tessera.backends.hopper.pieces.sums import Sums, add_part, make_sums, row_block

@@ -14,6 +14,7 @@ them, and a program that takes tile after tile has the next ones before these gr
 place of every ring all the same, for its zeros to leave by.
 """
 
+from tessera.backends.hopper.pieces.bias import add_to_dbias
 from tessera.backends.hopper.pieces.chain import chain_of
 from tessera.backends.hopper.pieces.channel import Ring, make_ring
 from tessera.backends.hopper.pieces.counts import count_tile, place_of_count
@@ -40,7 +41,6 @@ from tessera.backends.hopper.pieces.gradients import (
 )
 from tessera.backends.hopper.pieces.key_tiles import first_place, locate_keys, nth_place
 from tessera.backends.hopper.pieces.lines import part_neighbours
-from tessera.backends.hopper.pieces.modifiers import add_to_dbias
 from tessera.backends.hopper.pieces.remainder import divides, joined, locate_work
 from tessera.backends.hopper.pieces.row_ranges import cut_and_full, key_bounds, row_blocks
 from tessera.backends.hopper.pieces.softmax import to_16_bit, to_32_bit

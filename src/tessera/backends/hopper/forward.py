@@ -21,6 +21,7 @@ third consumer, and that is worth more where tiles are long enough (plan.py).
 To read it: `producer`, then `consumer`, then `_overlapped_block` in pieces/blocks.py; the rest are their parts.
 """
 
+from tessera.backends.hopper.pieces.bias import load_bias, staged_bias, stages_bias
 from tessera.backends.hopper.pieces.blocks import issue_last_values, run_blocks, start_blocks, wait_for_values
 from tessera.backends.hopper.pieces.board import Board, make_board, post, read
 from tessera.backends.hopper.pieces.channel import (
@@ -49,10 +50,7 @@ from tessera.backends.hopper.pieces.masking import (
 from tessera.backends.hopper.pieces.modifiers import (
     below_diagonal,
     falls_evenly,
-    load_bias,
     make_modifiers,
-    staged_bias,
-    stages_bias,
 )
 from tessera.backends.hopper.pieces.scheduler import Schedule, ask, first_number, locate, next_number, take, taken
 from tessera.backends.hopper.pieces.scores import (

@@ -1,11 +1,12 @@
 """What the backward's kernels share: their tiles in shared memory, P from S, and the way out of dK and dV."""
 
+from tessera.backends.hopper.pieces.bias import keeps_ds, stages_bias
 from tessera.backends.hopper.pieces.channel import Stream
 from tessera.backends.hopper.pieces.dropout import draw_transposed, drawn_derivatives, masked, masked_derivatives, masks
 from tessera.backends.hopper.pieces.epilogue import LOG2_E
 from tessera.backends.hopper.pieces.kv_source import store_rows
 from tessera.backends.hopper.pieces.lines import exchanged
-from tessera.backends.hopper.pieces.modifiers import Modifiers, add_to_transposed, keeps_ds, of_keys, stages_bias, with_bias
+from tessera.backends.hopper.pieces.modifiers import Modifiers, add_to_transposed, of_keys, with_bias
 from tessera.backends.hopper.pieces.row_ranges import mask_rows
 from tessera.backends.hopper.pieces.softmax import exp2, tanh, to_16_bit, to_32_bit, to_32_bit_behind
 from tessera.backends.hopper.pieces.sums import adds_in_order

@@ -3,6 +3,7 @@
 Without modifiers the row maximum is taken of raw products, and the scale is part of the exponentials: one multiply-add a score.
 """
 
+from tessera.backends.hopper.pieces.bias import bias_of_block, stages_bias
 from tessera.backends.hopper.pieces.dropout import draw, draw_anywhere, dropped, key_of_block
 from tessera.backends.hopper.pieces.masking import (
     has_one_loop,
@@ -13,14 +14,12 @@ from tessera.backends.hopper.pieces.masking import (
 from tessera.backends.hopper.pieces.modifiers import (
     Modifiers,
     add_to_scores,
-    bias_of_block,
     evenly_shared,
     falls_evenly,
     move_natural_reference,
     natural_exponentials,
     of_rows,
     scales_first,
-    stages_bias,
 )
 from tessera.backends.hopper.pieces.softmax import exponentials, move_reference, outgrown, tanh, to_16_bit
 from tessera.backends.hopper.pieces.tiles import accumulator_layout, has, has_bias, masks_by_words, matrix
