@@ -8,6 +8,7 @@ import os
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -279,12 +280,24 @@ def test_peers_say_what_they_lack():
 def test_flex_and_sdpa_are_the_formula_with_a_bias(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
     from torch.nn.attention.flex_attention import flex_attention
 
-    monkeypatch.setattr(flash_peers, "_compiled_flex", lambda: flex_attention)  # the formula, uncompiled
+    monkeypatch.setattr(flash_peers, "_compiled_flex", lambda _: flex_attention)  # the formula, uncompiled
     request = replace(BIASED, **options).request()
     problem, _ = bind(request)
     standard = accuracy.standard_for(request, problem)
     for peer in (flash_peers.Flex(), *(() if options else (Sdpa(),))):
         assert standard.error([peer.forward(request, problem)()]) < accuracy.allowed_error(problem)
+
+
+def test_no_problem_is_the_ninth_that_flex_compiles_for(monkeypatch: pytest.MonkeyPatch):
+    """One function is compiled eight times at most in a process; then torch runs it uncompiled (under fullgraph it raises)."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    flash_peers._compiled_flex.cache_clear()
+    for seqlen in range(20, 30):
+        request = replace(CASES["full"], seqlen_q=seqlen, seqlen_k=seqlen).request()
+        problem, _ = bind(request)
+        for _ in range(2):
+            flash_peers.Flex().forward(request, problem)()
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("name", ["full", "gqa", "window", "softcap", "fewer queries, causal", "d192 v128"])

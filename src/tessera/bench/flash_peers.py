@@ -6,7 +6,7 @@ import ctypes
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -185,7 +185,8 @@ class Flex:
         q, k, v = (x.transpose(1, 2) for x in (request.q, request.k, request.v))
         options: dict[str, Any] = {"score_mod": _score_mod(request, problem), "block_mask": block_mask}
         options |= {"scale": score.scale, "enable_gqa": shape.group > 1}
-        return lambda: _compiled_flex()(q, k, v, **options).transpose(1, 2)
+        compiled = _compiled_flex(problem)
+        return lambda: compiled(q, k, v, **options).transpose(1, 2)
 
     def backward(self, request: Request, problem: Problem, dout: Tensor) -> Backward:
         return through_autograd(self, request, problem, dout)
@@ -211,11 +212,14 @@ def _score_mod(request: Request, problem: Problem) -> Callable[..., Tensor] | No
     return modify if score.softcap or bias is not None or slopes is not None else None
 
 
-@cache
-def _compiled_flex() -> Any:
+@lru_cache(maxsize=1)
+def _compiled_flex(problem: Problem) -> Any:
+    """Each problem is compiled as a process's first: a function compiled for eight runs the ninth without a word as plain
+    operations, a hundred times as slow. `fullgraph`: an error instead."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False)
+    torch.compiler.reset()
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
 @cache
