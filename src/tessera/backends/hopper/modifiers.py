@@ -1,7 +1,7 @@
 """ALiBi, bias and dropout as kernel arguments: described for the compiler, and taken from a call's operands.
 
-The kernels' side is pieces/modifiers.py and pieces/dropout.py. A bias is read as TMA reads q, k and v: what is not 16-byte
-aligned is copied first, as are keys that do not follow one another in memory.
+The kernels' side is pieces/modifiers.py, pieces/bias.py and pieces/dropout.py. A bias is read as TMA reads q, k and v: what is
+not 16-byte aligned is copied first, as are keys that do not follow one another in memory.
 """
 
 from __future__ import annotations
