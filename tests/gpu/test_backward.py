@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from planned import planned
 from poison import NAN, poison_free_memory
 from torch import Tensor
 
 from tessera.backends.hopper import BACKEND, HopperRunner
 from tessera.cases import CASES, Case
-from tessera.device import Device
 from tessera.dispatch import InputGradients, Upstream
 from tessera.operands import Operands, Request, bind
-from tessera.plan import Plan
 from tessera.problem import Problem
 from tessera.verify import Oracle
 
@@ -50,14 +49,8 @@ def trainable(case: Case, dtype: torch.dtype = torch.bfloat16) -> Request:
 
 
 def prepared(request: Request) -> tuple[Problem, Operands, HopperRunner]:
-    """A request with gradients, planned by this backend; skips what it refuses."""
-    problem, operands = bind(request)
-    device = Device.of(request.q.device)
-    reasons = BACKEND.why_not(problem, device)
-    if reasons:
-        pytest.skip("; ".join(map(str, reasons)))
-    choices = BACKEND.plan(problem, device)
-    plan = Plan(problem, device, BACKEND.name, choices.forward, choices.backward, choices.workspace_bytes)
+    """A request with gradients, and its runner; skips what this backend refuses."""
+    problem, operands, plan = planned(request)
     runner = BACKEND.prepare(plan)
     assert isinstance(runner, HopperRunner)
     return problem, operands, runner

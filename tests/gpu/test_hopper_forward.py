@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from planned import planned
 from poison import NAN, poison_free_memory
 from references import far_below, rising
 from torch import Tensor
@@ -17,9 +18,7 @@ from tessera.backends.hopper.launch import ForwardLaunch
 from tessera.backends.hopper.plan import forward_family
 from tessera.cases import CASES, Case
 from tessera.device import Device
-from tessera.operands import TENSORS, Operands, Request, bind
-from tessera.plan import Plan
-from tessera.problem import Problem
+from tessera.operands import TENSORS, Request, bind
 from tessera.verify import compare
 
 if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
@@ -72,19 +71,8 @@ MANY_TILES = (
 DTYPES = (torch.bfloat16, torch.float16)
 
 
-def prepared(request: Request) -> tuple[Problem, Operands, Plan]:
-    """A request, planned by this backend; skips what it refuses (that is tested where the refusals are)."""
-    problem, operands = bind(request)
-    device = Device.of(request.q.device)
-    reasons = BACKEND.why_not(problem, device)
-    if reasons:
-        pytest.skip("; ".join(map(str, reasons)))
-    choices = BACKEND.plan(problem, device)
-    return problem, operands, Plan(problem, device, BACKEND.name, choices.forward, choices.backward, choices.workspace_bytes)
-
-
 def run(request: Request) -> tuple[Tensor, Tensor]:
-    _, operands, plan = prepared(request)
+    _, operands, plan = planned(request)
     poison_free_memory()
     return BACKEND.prepare(plan).forward(operands)
 
@@ -126,7 +114,7 @@ def test_programs_in_pairs(case: Case) -> None:
     """Two programs that load for each other give what each gives by itself, bit for bit."""
     request = case.request("cuda", torch.bfloat16)
     check(request)
-    problem, operands, plan = prepared(request)
+    problem, operands, plan = planned(request)
     config = plan.forward.config
     assert config.pairing is not None
     alone = ForwardLaunch(problem, replace(config, pairing=None), plan.device.multiprocessors)
@@ -205,7 +193,7 @@ def test_used_queries() -> None:
     Case("varlen", lengths_q=LENGTHS, lengths_k=LENGTHS, head_dim=96, heads_q=16, heads_kv=4, causal=True),
 ], ids=lambda case: case.name)  # fmt: skip
 def test_repeats_bit_for_bit(case: Case) -> None:
-    _, operands, plan = prepared(case.request("cuda", torch.bfloat16))
+    _, operands, plan = planned(case.request("cuda", torch.bfloat16))
     runner = BACKEND.prepare(plan)
     first = runner.forward(operands)
     differs = torch.zeros((), dtype=torch.int64, device="cuda")
@@ -219,7 +207,7 @@ def test_repeats_bit_for_bit(case: Case) -> None:
 def test_out_without_lse(case: Case) -> None:
     """A call that wants no lse writes none, and the same out, also of copies that TMA can't reach."""
     request = case.request("cuda", torch.bfloat16)
-    _, operands, plan = prepared(request)
+    _, operands, plan = planned(request)
     runner = BACKEND.prepare(plan)
     assert runner.shortcut(operands[3:]) is None, "nothing has been launched"
     out, _ = runner.forward(operands)
@@ -239,7 +227,7 @@ def test_two_streams_at_once() -> None:
     requests = [Case("a", head_dim=128, seqlen_q=900, seqlen_k=900, heads_q=h, heads_kv=h, causal=True) for h in (20, 33)]
     work = []
     for case in requests:
-        _, operands, plan = prepared(case.request("cuda", torch.bfloat16))
+        _, operands, plan = planned(case.request("cuda", torch.bfloat16))
         runner = BACKEND.prepare(plan)
         work.append((runner, operands, runner.forward(operands)[0], torch.cuda.Stream()))
     torch.cuda.synchronize()

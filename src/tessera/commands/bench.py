@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tessera.bench import plots
 from tessera.bench.cells import Direction
@@ -93,8 +92,7 @@ def _measure(console: Console, order: Order, json_file: Path | None) -> Report:
     about = f"{session.grid.about}; {order.direction.value}, cells: {len(session.cells)}, on {session.device}"
     console.print(f"[bold]{session.grid.name}[/]: {about}")
     names = [*(cell.name for cell in session.cells), ""]
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=screen.errors(), transient=True) as progress:
+    with screen.progress() as progress:
         task = progress.add_task(names[0], total=len(session.cells))
         for report in session.reports():
             progress.update(task, advance=1, description=names[len(report.cells)])

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.padding import Padding
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, TextColumn
 
 from tessera.bench import machine, plots
 from tessera.bench.report import write_json
@@ -68,8 +68,7 @@ def demo(
 
 
 def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn())
-    return Progress(*columns, console=screen.errors(), transient=True)
+    return screen.progress(TextColumn("{task.percentage:>3.0f}%"))
 
 
 def _search(most: int) -> Search:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tessera.bench import machine
 from tessera.bench.contexts import Context, contexts
@@ -89,8 +88,7 @@ def _read(scene: Scene, device: str) -> list[Context]:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     model, found = Llama(scene.reading, scene.dtype, device), list[Context]()
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=screen.errors(), transient=True) as progress:
+    with screen.progress() as progress:
         task = progress.add_task("reading", total=scene.lengths[-1])
         for context in contexts(model, scene.lengths, scene.chunk, scene.page_size):
             found.append(context)

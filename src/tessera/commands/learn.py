@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tessera.bench import plots
 from tessera.bench.learning import LearningOrder, LearningReport
@@ -49,8 +48,7 @@ def _learned(order: LearningOrder) -> LearningReport:
         course = order.course()
     except ValueError as mistake:
         screen.fail(str(mistake), screen.BAD_INPUT)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=screen.errors(), transient=True) as progress:
+    with screen.progress() as progress:
         task = progress.add_task("learning", total=course.lesson.steps)
         return course.run(lambda: progress.advance(task))
 

@@ -11,10 +11,14 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.theme import Theme
 
-__all__ = ["BAD_INPUT", "UNSUPPORTED", "console", "escape", "facts", "fail", "print_json", "saved", "seconds", "size", "table"]
+__all__ = [
+    "BAD_INPUT", "UNSUPPORTED",
+    "console", "escape", "facts", "fail", "print_json", "progress", "saved", "seconds", "size", "table",
+]  # fmt: skip
 
 _Report = TypeVar("_Report")
 
@@ -36,6 +40,12 @@ def console() -> Console:
 def errors() -> Console:
     """Standard error as a rich console."""
     return Console(theme=_THEME, highlight=False, stderr=True)
+
+
+def progress(amount: ProgressColumn | None = None) -> Progress:
+    """A bar on standard error, gone when it ends, with the time and how much is done: by default, how many of how many."""
+    columns = (TextColumn("{task.description}"), BarColumn(), amount or MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=errors(), transient=True)
 
 
 def table(*headings: str, title: str | None = None) -> Table:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tessera.bench.report import Outcome
 from tessera.bench.training import Length, StepResult, TrainingOrder, TrainingReport
@@ -20,8 +19,7 @@ def measured(order: TrainingOrder, json_file: Path | None) -> TrainingReport:
         course = order.course()
     except ValueError as mistake:
         screen.fail(str(mistake), screen.BAD_INPUT)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=screen.errors(), transient=True) as progress:
+    with screen.progress() as progress:
         task = progress.add_task("training", total=len(course.lengths))
         for report in course.reports():
             progress.advance(task)
