@@ -138,9 +138,10 @@ def _beside(peer: str, about: str, record: dict[str, Any], name: str) -> str:
     """One sentence of a report of the bench on such a peer."""
     entries = {cell["name"]: cell["entries"].get(peer) for cell in record["cells"]}
     ratios = {cell: entry["speedup"]["median"] for cell, entry in entries.items() if entry and entry["speedup"]}
-    cells = ", ".join(f"{cell} {ratio:.2f}" for cell, ratio in ratios.items())
+    cells = "; ".join(f"{cell}: {ratio:.2f}" for cell, ratio in ratios.items())
     mean = record["summary"]["geomean_speedup"][peer]
-    return f"Beside {about}, {record['direction']}, mean {mean:.3f}: {cells} (`benchmarks/results/{name}`)."
+    said = f"Beside {about}, {record['direction']}, ours is {mean:.2f} times as fast in the mean"
+    return f"{said}. {cells} (`benchmarks/results/{name}`)."
 
 
 def _modifiers(*paths: Path) -> str:
