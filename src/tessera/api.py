@@ -118,8 +118,7 @@ def attention(
 
     Returns:
         out (batch, seqlen_q, heads_q, head_dim_v) in q's dtype, contiguous; with return_lse also lse (batch, heads_q, seqlen_q),
-        float32 (float64 for float64). A row with nothing to attend to has out 0, lse -inf (its sink's logit,
-        if there are sinks) and gradient 0.
+        float32 (float64 for float64). A row with nothing to attend to has out 0, lse -inf (or its sink's logit) and gradient 0.
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message names it, its value, the reason and what works.
