@@ -499,11 +499,10 @@ def _assembly(text: str, constraints: str, arguments: list[Any], dtype: Any, is_
 
 def _overtaken(p: Tensor, sums: Tensor, m: Tensor, s: Tensor, scale: Any, dtype: Any) -> Any:
     """P, and the sums, the reference and alpha as copies, from scores in groups; warp by warp, 16 rows each."""
-    bits, headroom = p.contiguous().view(torch.int16), 8 if dtype == torch.bfloat16 else 0
-    bits = bits if dtype == torch.bfloat16 else bits & bits << 1
-    anew = (bits & 0x4000 != 0).reshape(4, -1).any(dim=1).repeat_interleave(16)[:, None, None]
+    most, headroom = (2, 8) if dtype == torch.bfloat16 else (512, 0)
+    anew = (~(sums < most)).reshape(4, -1).any(dim=1).repeat_interleave(16)[:, None, None]
     top = s.amax(dim=(1, 2), keepdim=True) * scale + headroom
-    new = torch.where(anew & (top - m > 8), top, m)
+    new = torch.where(anew & (top - m > 4), top, m)
     alpha = torch.where(new != m, torch.exp2(m - new), 1.0)
     again = torch.exp2(s * scale - new)
     copies = (torch.where(anew, again.sum(dim=1, keepdim=True), sums), new, alpha)

@@ -7,7 +7,7 @@ The reference follows the row's maximum only where the maximum has outgrown it b
 FlashAttention-4, arXiv 2603.05451): P then stays below 2^8, which 16-bit floats hold as exactly as 1, the sums have room
 in float32, and out = O / l is the same number. What it buys: O, which is as large as the tile allows, is multiplied once
 or twice a tile instead of once a block. And nothing needs to wait for a block's maxima: P is taken at once, about the
-reference as it stands, and P itself tells where that was outgrown (`exponentials_at_once`, `overtake`).
+reference as it stands, and the sums of P tell where that was outgrown (`exponentials_at_once`, `overtake`).
 """
 
 from tessera.backends.hopper.pieces.tiles import M, accumulator_layout, row_layout
@@ -16,6 +16,9 @@ from tessera.jit.compat import gl, gluon
 _GROWTH = 8.0
 GROWTH = gl.constexpr(_GROWTH)
 """How far, in powers of two, a maximum may outgrow the reference before the reference moves."""
+_LEAST_GROWTH = 4.0
+"""The same where sums of 16 P have told that it may have: a maximum of 2^-4 of what they ask for is enough, and moves it, so that
+they tell it once."""
 LOWEST = gl.constexpr(-3.4028234663852886e38)
 """The reference of a row without keys so far, where P is taken at once: float32's lowest."""
 
@@ -148,18 +151,15 @@ def _headroom(dtype):
 
 
 @gluon.constexpr_function
-def _outgrown_asm(n, word):
-    """Lines that set `kept` unless one of a thread's n P, in pairs, has outgrown its reference (or is infinite, or NaN): has
-    reached 2 in bfloat16, 2^9 in float16. That is a bit of any of them, or two bits of the greatest."""
-    pairs = [f"${i}" for i in range(n // 2)]
+def _outgrown_asm(sums, word):
+    """Lines that set `kept` unless a thread's P may have outgrown their reference (or are infinite, or NaN): unless one of its
+    four sums, of 16 P at most each, has reached 2 in bfloat16, 2^9 in float16. So all P that are kept are below that, and where
+    they are not one is 2^-4 of it at least. In bfloat16 that is one bit of a sum; else the greatest is asked for, as numbers, in
+    whose order NaN comes last."""
+    a, b, c, d = (f"${sums + i}" for i in range(4))
     if word == "bf16x2":
-        lines = [f"lop3.b32 t, {pairs[0]}, {pairs[1]}, {pairs[2]}, 0xFE;"]
-        lines += [f"lop3.b32 t, t, {a}, {b}, 0xFE;" for a, b in zip(pairs[3::2], pairs[4::2], strict=False)]
-        lines += [f"or.b32 t, t, {pairs[-1]};"]  # an even number: the last one is left
-    else:
-        lines = [f"max.NaN.f16x2 t, {pairs[0]}, {pairs[1]};", *(f"max.NaN.f16x2 t, t, {x};" for x in pairs[2:])]
-        lines += ["shl.b32 u, t, 1;", "and.b32 t, t, u;"]
-    return [*lines, "and.b32 t, t, 0x40004000;", "setp.eq.u32 kept, t, 0;"]
+        return [f"lop3.b32 t, {a}, {b}, {c}, 0xFE;", f"or.b32 t, t, {d};", "and.b32 t, t, 0x40000000;", "setp.eq.u32 kept, t, 0;"]
+    return [f"max.u32 t, {a}, {b};", f"max.u32 t, t, {c};", f"max.u32 t, t, {d};", "setp.lt.u32 kept, t, 0x44000000;"]
 
 
 @gluon.constexpr_function
@@ -170,11 +170,12 @@ def _row_maximum_asm(row):
 
 
 @gluon.constexpr_function
-def _new_reference_asm(top, reference, alpha):
-    """The row's reference, and alpha (1 so far), where `top`, the greatest score in the reference's units, has outgrown it."""
+def _new_reference_asm(top, reference, alpha, growth):
+    """The row's reference, and alpha (1 so far), where `top`, the greatest score in the reference's units, has outgrown it by
+    `growth`."""
     return [
         f"sub.f32 x, {top}, {reference};",
-        f"setp.gt.f32 grows, x, {_GROWTH};",
+        f"setp.gt.f32 grows, x, {growth};",
         "neg.f32 x, x;",
         f"@grows ex2.approx.ftz.f32 {alpha}, x;",
         f"@grows mov.f32 {reference}, {top};",
@@ -192,8 +193,8 @@ def _at_once_asm(n, word, headroom):
     sums, m, alpha, s = pairs, pairs + n, pairs + 2 * n, 2 * pairs + 5 * n
     scale = s + n
     lines = [
-        "{ .reg .pred kept, grows; .reg .b32 t, u; .reg .f32 a, b, x, row0, row1;",
-        *_outgrown_asm(n, word),
+        "{ .reg .pred kept, grows; .reg .b32 t; .reg .f32 a, b, x, row0, row1;",
+        *_outgrown_asm(sums, word),
         "vote.sync.all.pred kept, kept, 0xffffffff;",
         *(f"mov.f32 ${alpha + 2 * row}, 1.0;" for row in range(2)),
         "@kept bra DONE;",
@@ -203,7 +204,7 @@ def _at_once_asm(n, word, headroom):
         own = [f"${s + i}" for i in range(n) if i // 2 % 2 == row]
         lines += [f"max.f32 {top}, {own[0]}, {own[1]};", *(f"max.f32 {top}, {top}, {score};" for score in own[2:])]
         lines += [*_row_maximum_asm(top), f"fma.rn.f32 {top}, {top}, ${scale}, {headroom};"]
-        lines += [*_new_reference_asm(top, old, factor), f"neg.f32 {top}, {old};"]
+        lines += [*_new_reference_asm(top, old, factor, _LEAST_GROWTH), f"neg.f32 {top}, {old};"]
     for i in range(pairs):
         for j, x in enumerate("ab"):
             total = f"${sums + 2 * (i % 2) + j}"
@@ -326,7 +327,7 @@ def _vote_asm():
     lines += ["vote.sync.any.pred any, any, 0xffffffff;", "@!any bra DONE;"]
     for row in range(2):
         lines += [*_row_maximum_asm(f"row{row}"), f"mul.f32 row{row}, row{row}, {scale};"]
-        lines += _new_reference_asm(f"row{row}", f"${2 * row}", f"${alpha + 2 * row}")
+        lines += _new_reference_asm(f"row{row}", f"${2 * row}", f"${alpha + 2 * row}", _GROWTH)
     lines += ["DONE:", *(f"mov.f32 ${x + 1}, ${x};" for x in (0, 2, alpha, alpha + 2))]
     return "\n".join([*lines, "}"])
 
