@@ -367,12 +367,12 @@ def _kept(words: Tensor, halves: Tensor, threshold: Any) -> Tensor:
 
 
 def _drawn_in_rows(even: Tensor, odd: Tensor, *factors: Tensor | Any) -> Tensor:
-    """What of (rows, keys) is kept: x of keys of even and of odd eights; y of them times the factors of a row, and of the one 8
-    further; the factors of keys; the threshold."""
-    *by_rows, of_keys, threshold = factors
+    """What of (rows, keys) is kept: x of keys of even and of odd eights; y of them times the factor of a row; the factors of
+    keys, and these for the row 8 further; the threshold."""
+    y_even, y_odd, near, further, threshold = factors
     rows, keys = torch.arange(even.shape[0])[:, None], torch.arange(even.shape[1])
-    near, below = (torch.where(keys // 8 % 2 == 0, *by_rows[i : i + 2]) for i in (0, 2))
-    words = torch.where(rows // 8 % 2 == 0, near, below) * of_keys + torch.where(keys // 8 % 2 == 0, even, odd)
+    of_keys = torch.where(rows // 8 % 2 == 0, near, further)
+    words = torch.where(keys // 8 % 2 == 0, y_even, y_odd) * of_keys + torch.where(keys // 8 % 2 == 0, even, odd)
     return _kept(words & 0xFFFFFFFF, keys % 2, threshold)
 
 

@@ -36,8 +36,9 @@ class Dropout:
 
 @aggregate
 class Plane:
-    """The scores of one head of one sequence, seen from the tile: the head's word for keys that change from block to block, the
-    keys of the tile's own rows (of S^T: of its keys) and their factors, the first of these, and where its first key stands."""
+    """The scores of one head of one sequence, seen from the tile: the head's word for keys that change from block to block, with
+    the thread's pair in it (`_word_of_pair`), the keys of the tile's own rows (of S^T: of its keys) and their factors, the first
+    of these, and where its first key stands."""
 
     dropout: Dropout
     word: gl.tensor
@@ -85,10 +86,23 @@ def _moved(key, is_odd, of_rows: gl.constexpr):
 
 
 @gluon.jit
+def _begun(word, number):
+    """What the key of a pair of rows, or of columns, is made of."""
+    return number.to(gl.uint32) * KEY_MULTIPLIERS[0] + word & WORD
+
+
+@gluon.jit
 def _key(word, number):
     """The key of a pair of rows, or of columns."""
-    key = number.to(gl.uint32) * KEY_MULTIPLIERS[0] + word & WORD
+    key = _begun(word, number)
     return (key ^ key >> 16) * KEY_MULTIPLIERS[1] & WORD
+
+
+@gluon.jit
+def _word_of_pair(word, n: gl.constexpr):
+    """The word for keys that change from block to block, with a thread's pair in it."""
+    _, _, pair = _calls(n)
+    return _begun(word, pair)
 
 
 @gluon.jit
@@ -197,31 +211,31 @@ def plane_of_rows(config: gl.constexpr, dropout, words, row, key):
         line, _, _ = _calls(keys)
         rows = row + line // 8 * 16 + line % 8
         own = _row_keys(of_rows, rows), _factor_of_rows(rows)
+        of_columns = _word_of_pair(of_columns, keys)
     return Plane(dropout, of_columns, own, row, key)
 
 
 @gluon.jit
 def key_of_block(config: gl.constexpr, plane, first_key):
     """What `draw` begins with: both keys' xor, and the factor of the thread's first patch."""
-    _, _, pair = _calls(config.keys)
     own, factor = plane.own
     if config.keys < 128:
         factor = factor * _factor(first_key // 16, COLUMN_FACTORS) & WORD
-    return own ^ _key(plane.word, first_key // 128 * 4 + pair), factor
+    return own ^ _key(plane.word, first_key // 128 * 4), factor
 
 
 @gluon.jit
 def draw(config: gl.constexpr, plane, key):
-    """What a block's words are made of, (64, keys): x of even columns and of odd ones, y of both times the factor of a row, then
-    of the row 8 further, and the patches' factors."""
+    """What a block's words are made of, (64, keys): x of even columns and of odd ones, y of both times the row's factor, the
+    patches' factors, and these times what takes a row's factor to that of the row 8 further."""
     _, patch, _ = _calls(config.keys)
     key, factor = key
     even, odd = _mixed(key, None), _mixed(key, False)
     y_even, y_odd = _times(even[1], factor, plane.dropout), _times(odd[1], factor, plane.dropout)
-    below = y_even * ROW_FACTORS[0] & WORD, y_odd * ROW_FACTORS[0] & WORD
+    of_columns = _factor_of_columns(patch * 16)
     return (
         _spread(even[0], config.keys), _spread(odd[0], config.keys), _spread(y_even, config.keys), _spread(y_odd, config.keys),
-        _spread(below[0], config.keys), _spread(below[1], config.keys), _spread(_factor_of_columns(patch * 16), config.keys),
+        _spread(of_columns, config.keys), _spread(of_columns * ROW_FACTORS[0] & WORD, config.keys),
     )  # fmt: skip
 
 
@@ -251,14 +265,14 @@ def _dropped_asm(dtype):
     at a loop's end."""
     kind = "bf16x2" if dtype == gl.bfloat16 else "f16x2"
     lines = []
-    for row, even, odd in ((0, "$24", "$32"), (1, "$40", "$48")):
-        lines.append(f"mad.lo.u32 w{row}, {even}, $56, $8; mad.lo.u32 w{row + 2}, {odd}, $56, $16;")
-    lines.append(_compared_asm(tuple((f"m{i}", f"w{i}") for i in range(4)), "f16x2", "$64"))
+    for row, factor in enumerate(("$40", "$48")):
+        lines.append(f"mad.lo.u32 w{row}, $24, {factor}, $8; mad.lo.u32 w{row + 2}, $32, {factor}, $16;")
+    lines.append(_compared_asm(tuple((f"m{i}", f"w{i}") for i in range(4)), "f16x2", "$56"))
     lines += [f"mul.{kind} ${i}, ${4 + i}, m{i};" for i in range(4)]
     return f"{{ .reg .b32 w<4>, m<4>, x, least; .reg .pred inverse; {' '.join(lines)} }}"
 
 
-_DROPPED = gl.constexpr("=&r,=&r,=&r,=&r,r,r,r,r" + ",r" * 64)
+_DROPPED = gl.constexpr("=&r,=&r,=&r,=&r,r,r,r,r" + ",r" * 56)
 
 
 @gluon.jit
@@ -273,7 +287,7 @@ def dropped(config: gl.constexpr, plane, p, draws):
             return gl.inline_asm_elementwise(each, "=r,r,r,r", [p, draws], dtype=gl.float16, is_pure=True, pack=2)
     else:
         asm: gl.constexpr = _dropped_asm(p.dtype)
-        operands = [p, draws[0], draws[1], draws[2], draws[3], draws[4], draws[5], draws[6], plane.dropout.threshold]
+        operands = [p, draws[0], draws[1], draws[2], draws[3], draws[4], draws[5], plane.dropout.threshold]
         if p.dtype == gl.bfloat16:
             return gl.inline_asm_elementwise(asm, _DROPPED, operands, dtype=gl.bfloat16, is_pure=True, pack=8)
         else:
@@ -303,6 +317,7 @@ def plane_of_keys(config: gl.constexpr, dropout, number, head, key):
         line, _, _ = _calls(rows)
         keys = key + key_of_line(config, line // 8 * 16 + line % 8)
         own = _column_keys(of_columns, keys), _factor_of_columns(keys)
+        of_rows = _word_of_pair(of_rows, rows)
     return Plane(dropout, of_rows, own, key, key)
 
 
@@ -318,9 +333,8 @@ def draw_transposed(config: gl.constexpr, plane, first_row):
         key = _row_keys(plane.word, lines)[None, :] ^ plane.own[0][:, None]
         return (_anywhere(plane, key, lines[None, :], columns[:, None]),)
     else:
-        _, _, pair = _calls(rows)
         own, factor = plane.own
-        key = _key(plane.word, first_row // 64 * 4 + pair) ^ own
+        key = _key(plane.word, first_row // 64 * 4) ^ own
         even, odd, dropout = _mixed(key, None), _mixed(key, True), plane.dropout
         return even[0], odd[0], _times(even[1], factor, dropout), _times(odd[1], factor, dropout), dropout.threshold
 
