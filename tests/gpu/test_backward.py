@@ -77,7 +77,8 @@ def check(
     """The tolerance rule for each gradient; `dirty` holds NaN in what must not be read."""
     result, out = run(dirty or clean, dout if dirty_dout is None else dirty_dout, dlse)
     assert (result.dsinks is None) == (clean.sinks is None)
-    gradients = {"q": result.dq, "k": result.dk, "v": result.dv, "sinks": result.dsinks}
+    assert (result.dbias is None) == (clean.bias is None)
+    gradients = {"q": result.dq, "k": result.dk, "v": result.dv, "bias": result.dbias, "sinks": result.dsinks}
     found = {name: x for name, x in gradients.items() if x is not None}
     oracle = Oracle.of(clean)
     dlse = torch.zeros_like(oracle.refs[1]) if dlse is None else dlse

@@ -34,8 +34,10 @@ KINDS = (
     *(Case(f"d{d} softcap, sinks", head_dim=d, softcap=20.0, sinks=True, causal=True) for d in (64, 128)),
     *(Case(f"d{d} dropout", head_dim=d, dropout_p=0.2, causal=d == 128) for d in (64, 128, 256)),
     *(Case(f"d{d} alibi", head_dim=d, alibi="head", causal=True) for d in (64, 128)),
+    *(Case(f"d{d} bias", head_dim=d, bias=(1, 1, 128, 128), causal=d == 64) for d in (64, 128, 256)),
+    *(Case(f"d{d} bias, padding", head_dim=d, bias=(1, 1, 128, 128), key_start=(3, 0), key_end=(100, 128)) for d in (64, 128)),
 )
-IN_FLOAT16 = ("d96", "d128 causal", "d256", "d64 window")
+IN_FLOAT16 = ("d96", "d128 causal", "d256", "d64 window", "d64 bias")
 
 
 def length(chance: random.Random, most: int) -> int:
@@ -73,6 +75,8 @@ def varied(case: Case, chance: random.Random) -> Case:
         made["window"] = tuple(side and chance.choice((0, 1, side, length(chance, keys))) for side in case.window)
     if case.documents:
         made["documents"] = _pieces(chance, rows, chance.randint(1, 7))
+    if case.bias is not None:
+        made["bias"] = (chance.choice((1, batch)), chance.choice((1, made["heads_q"])), rows, keys)
     for name, limit in (("key_start", keys), ("key_end", keys), ("query_end", rows)):
         if getattr(case, name):
             made[name] = tuple(chance.randint(-1, limit + 1) for _ in range(batch))
