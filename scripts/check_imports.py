@@ -26,7 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("checking", "device", "dropout", "mask", "serving"),
     ("problem",),
-    ("operands", "plan", "partial", "serving.problem"),
+    ("operands", "options", "plan", "partial", "serving.problem"),
     ("serving.operands", "serving.contents", "serving.plan"),
     ("jit",),
     ("cases", "dispatch", "reference"),

@@ -663,14 +663,14 @@ class Kernel:
             cluster.run(program)
 
     def prepare(self, grid: tuple[int, int, int], last: tuple[Any, ...] = ()) -> Callable[..., None]:
-        return lambda stream, *first: self(stream, *grid, *first, *last)
+        return lambda stream, first: self(stream, *grid, *first, *last)
 
     @staticmethod
     def _received(kind: object, value: Any) -> Any:
         if isinstance(kind, (jit.Pointer, jit.Scalar)) and kind.align > 1:
             assert value % kind.align == 0, f"{value} is promised to be a multiple of {kind.align}"
         if isinstance(kind, jit.Pointer):
-            return Pointer(_at(value, DTYPES[kind.element])) if value else None
+            return Pointer(_at(value, DTYPES[kind.element]) if value else torch.empty(0, dtype=DTYPES[kind.element]))
         return Integer(value) if isinstance(value, int) else value
 
 

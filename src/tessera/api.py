@@ -10,8 +10,8 @@ Those over a KV cache stand in serving/api.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -19,8 +19,20 @@ from torch import Tensor
 from tessera import dispatch, operators
 from tessera.device import Device
 from tessera.errors import bad_type, bad_value
-from tessera.mask import Mask, check_window_side
+from tessera.mask import Mask
 from tessera.operands import TENSORS, Request, are_absent, bind
+from tessera.options import (
+    DENSE_OPTIONS,
+    PACKED_OPTIONS,
+    DenseOptions,
+    PackedOptions,
+    Window,
+    check_options,
+    check_tensor,
+    mask_of,
+    right_of,
+    show_options,
+)
 from tessera.plan import Plan
 from tessera.problem import Problem
 from tessera.serving import dispatch as serving_dispatch
@@ -29,37 +41,6 @@ from tessera.serving.problem import CacheProblem
 
 if TYPE_CHECKING:
     from tessera.jit import KernelSpec
-
-Window = tuple[int | None, int | None]
-
-
-class CommonOptions(TypedDict, total=False):
-    """The options of `attention` and `attention_varlen`, described there."""
-
-    causal: bool
-    window: Window | None
-    softmax_scale: float | None
-    softcap: float
-    alibi_slopes: Tensor | None
-    sinks: Tensor | None
-    dropout_p: float
-    seed: int | None
-    deterministic: bool
-    backend: str | None
-
-
-class DenseOptions(CommonOptions, total=False):
-    """The options of `attention` alone."""
-
-    bias: Tensor | None
-    mask: Mask | None
-
-
-class PackedOptions(CommonOptions, total=False):
-    """The options of `attention_varlen` alone."""
-
-    seqused_q: Tensor | None
-    seqused_k: Tensor | None
 
 
 @overload
@@ -76,25 +57,7 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    causal: bool = False,
-    window: Window | None = None,
-    softmax_scale: float | None = None,
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    bias: Tensor | None = None,
-    sinks: Tensor | None = None,
-    dropout_p: float = 0.0,
-    seed: int | None = None,
-    mask: Mask | None = None,
-    return_lse: bool = False,
-    deterministic: bool = False,
-    backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention, softmax(scale q k^T) v, without the (seqlen_q, seqlen_k) matrix in memory.
 
     Args:
@@ -126,15 +89,42 @@ def attention(
 
     Source: FlashAttention (arXiv 2205.14135), FlashAttention-2 (2307.08691), FlashAttention-3 (2407.08608).
     """
-    plain = not return_lse and alibi_slopes is bias is sinks is mask is seed is None and not dropout_p
-    options = (causal, window, softmax_scale, softcap, deterministic, backend) if plain else None
-    if options is not None and (recalled := operators.recall(q, k, v, options)) is not None:
+    words = (*options.items(),)  # as they were said: to put all defaults in would take longer than to look a call up
+    recalled = operators.recall(words, q, k, v)
+    if recalled is not None:
         return recalled
+    check_options(options, DENSE_OPTIONS)
+    return _attention(q, k, v, words, **options)
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    words: tuple[object, ...],
+    /,
+    *,
+    causal: bool = False,
+    window: Window | None = None,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    mask: Mask | None = None,
+    return_lse: bool = False,
+    deterministic: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention`, the whole way; `words` are its options in the caller's own order."""
+    plain = not return_lse and alibi_slopes is bias is sinks is mask is seed is None and not dropout_p
     request = Request(
         q, k, v, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks, right=right_of(causal), softmax_scale=softmax_scale,
         softcap=softcap, dropout_p=dropout_p, deterministic=deterministic, backend=backend, seed=seed,
     )  # fmt: skip
-    out, lse = operators.forward(_complete(request, window, mask), options)
+    out, lse = operators.forward(_complete(request, window, mask), words if plain else None)
     return (out, lse) if return_lse else out
 
 
@@ -179,20 +169,7 @@ def attention_varlen(
     v: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    *,
-    seqused_q: Tensor | None = None,
-    seqused_k: Tensor | None = None,
-    causal: bool = False,
-    window: Window | None = None,
-    softmax_scale: float | None = None,
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    sinks: Tensor | None = None,
-    dropout_p: float = 0.0,
-    seed: int | None = None,
-    return_lse: bool = False,
-    deterministic: bool = False,
-    backend: str | None = None,
+    **options: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over sequences of different lengths packed one after the other; each attends to itself alone.
 
@@ -213,6 +190,40 @@ def attention_varlen(
 
     Raises: as `attention`.
     """
+    offsets = (cu_seqlens_q,) if cu_seqlens_q is cu_seqlens_k else (cu_seqlens_q, cu_seqlens_k)
+    words = (*options.items(), len(offsets))
+    recalled = operators.recall(words, q, k, v, *offsets)
+    if recalled is not None:
+        return recalled
+    check_options(options, PACKED_OPTIONS)
+    return _attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, words, **options)
+
+
+def _attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    words: tuple[object, ...],
+    /,
+    *,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    causal: bool = False,
+    window: Window | None = None,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    return_lse: bool = False,
+    deterministic: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention_varlen`, the whole way; `words` are its options in the caller's own order, and its offsets' number."""
+    plain = not return_lse and seqused_q is seqused_k is alibi_slopes is sinks is seed is None and not dropout_p
     for name, value in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if not isinstance(value, Tensor):
             raise bad_type(name, type(value).__name__, "packed sequences are cut by offsets", "give an int32 tensor")
@@ -221,7 +232,7 @@ def attention_varlen(
         right=right_of(causal), softmax_scale=softmax_scale, softcap=softcap, dropout_p=dropout_p,
         deterministic=deterministic, backend=backend, seed=seed,
     )  # fmt: skip
-    out, lse = operators.forward(_complete(request, window, None))
+    out, lse = operators.forward(_complete(request, window, None), words if plain else None)
     return (out, lse) if return_lse else out
 
 
@@ -313,15 +324,7 @@ _TENSOR_OPTIONS: dict[str, torch.dtype | None] = {
 }
 
 
-_OPTIONS = frozenset({*DenseOptions.__annotations__, *PackedOptions.__annotations__, "cu_seqlens_q", "cu_seqlens_k"})
-
-
-def check_options(options: Mapping[str, object], known: frozenset[str]) -> None:
-    """What is passed on by name is an option of the call."""
-    for name, value in options.items():
-        if name not in known:
-            shown = type(value).__name__ if isinstance(value, Tensor) else repr(value)
-            raise bad_type(name, shown, "there is no such option", f"use some of {', '.join(sorted(known))}")
+_OPTIONS = (DENSE_OPTIONS | PACKED_OPTIONS | {"cu_seqlens_q", "cu_seqlens_k"}) - {"return_lse"}
 
 
 def shape_as_tensor(x: Tensor | tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -334,6 +337,10 @@ def shape_as_tensor(x: Tensor | tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(x, dtype=dtype, device="meta")
     except (RuntimeError, TypeError):  # below 0, past 2^63 bytes, no integers
         raise bad_value("shape", repr(x), "no tensor has it", "give sizes from 0 on, or a tensor") from None
+
+
+show_options(attention, _attention)
+show_options(attention_varlen, _attention_varlen)
 
 
 def _complete(request: Request, window: Window | None, mask: Mask | None, device_kind: str | None = None) -> Request:
@@ -366,41 +373,6 @@ def _with_gradients(request: Request) -> Request:
     if not (bias or sinks or request.q.requires_grad or request.k.requires_grad or request.v.requires_grad):
         return request
     return request._replace(requires_grad=True, bias_requires_grad=bias, sinks_requires_grad=sinks)
-
-
-def check_tensor(name: str, value: object) -> None:
-    """An argument is a dense tensor."""
-    if type(value) is Tensor and value.layout is torch.strided and not value.is_nested:
-        return
-    if not isinstance(value, Tensor):
-        raise bad_type(name, type(value).__name__, "attention runs on tensors", "give a torch.Tensor")
-    if value.layout is not torch.strided or value.is_nested:
-        kind = "nested" if value.is_nested else value.layout
-        why = "attention runs on strided tensors"
-        raise bad_type(name, kind, why, "make it dense, or give a nested tensor's values() to attention_varlen")
-
-
-def right_of(causal: bool | None) -> int | None:
-    """The right bound that `causal` means."""
-    if isinstance(causal, (Tensor, str)):  # a mask, a name of one
-        why = "it is one choice for the whole call"
-        raise bad_type("causal", type(causal).__name__, why, "give True or False; masks are a tessera.Mask, or a `bias`")
-    return 0 if causal else None
-
-
-def mask_of(causal: bool, window: Window | None, mask: Mask | None) -> Mask:
-    """The mask of a call, its arguments checked and intersected."""
-    whole = Mask() if mask is None else mask
-    if not isinstance(whole, Mask):
-        raise bad_type("mask", type(mask).__name__, "masks are algebra, not tensors", "use tessera.Mask, or `bias` for any other")
-    if causal:
-        whole = whole & Mask.causal()
-    if window is not None:
-        if not isinstance(window, tuple) or len(window) != 2:
-            raise bad_value("window", window, "a window is a tuple of two sides", "give (left, right), None for no limit")
-        left, right = (check_window_side(f"window[{side}]", value) for side, value in enumerate(window))
-        whole = whole & Mask(left=left, right=right)
-    return whole
 
 
 def _autocast(request: Request, kind: str) -> Request:

@@ -3,15 +3,15 @@
 A call's key is each tensor's shape, strides, dtype and device and every option; two calls with one key have the same Problem
 and the same Plan. So a repeated call costs a look-up instead of the checks, and nothing about it is decided twice.
 
-`recall` is shorter still, for calls of q, k and v alone: not even a Request is built, which is a third of such a call's time on
-the host (benchmarks/LOG.md).
+`latest` and `recall` are shorter still, for calls of q, k and v alone, or with packed sequences' offsets: not even a Request is
+built, which is a third of such a call's time on the host (benchmarks/LOG.md).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -43,19 +43,16 @@ class Prepared:
     runner: dispatch.Runner
 
 
-class Recalled(NamedTuple):
-    """A short way, and whether tensors are such that it is theirs: of the same types, shapes, strides, dtypes and devices, with
-    gradients wanted of the same, and watched by no more."""
-
-    fits: Callable[[Tensor, Tensor, Tensor], bool]
-    shortcut: dispatch.Shortcut
-
+Recalled = tuple[Callable[..., bool], dispatch.Shortcut]
+"""Whether tensors are such that a short way is theirs, and that way. They are of the same types, shapes, strides, dtypes and
+devices, gradients are wanted of the same, and the thread's state is the same as far as it shows in dispatch keys: torch.func's
+transforms, autocast, inference. Modes are to be asked for: those of torch functions do not show, and of dispatch not all."""
 
 TensorGuards: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)
 _known: dict[tuple[object, ...], Prepared] = {}
-_plain: dict[tuple[Hashable, ...], Recalled] = {}
-_latest: dict[tuple[Hashable, ...], Recalled] = {}
-"""By the caller's words alone: what the layers of one model find, without a key made of three tensors."""
+_plain: dict[tuple[object, ...], Recalled] = {}
+latest: dict[tuple[object, ...], Recalled] = {}
+"""By the caller's words alone what was recalled last: what the layers of one model find, without a key made of their tensors."""
 
 
 def prepare(request: Request) -> tuple[Prepared, Operands]:
@@ -99,37 +96,32 @@ def _seen(tensor: object) -> tuple[object, ...] | None:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
 
 
-def recall_latest(q: Tensor, k: Tensor, v: Tensor, words: tuple[Hashable, ...]) -> dispatch.Shortcut | None:
-    """What `recall` found last for these words, if it fits these tensors too."""
+def recall(words: tuple[object, ...], gradients: bool, tensors: tuple[Tensor, ...]) -> dispatch.Shortcut | None:
+    """What `remember` was told of such tensors and words, where nothing watches; it is the latest of the words then."""
     try:
-        latest = _latest.get(words)
-        return latest.shortcut if latest is not None and latest.fits(q, k, v) else None
-    except TypeError:  # no hash, no tensor
-        return None
-
-
-def recall(q: Tensor, k: Tensor, v: Tensor, words: tuple[Hashable, ...]) -> dispatch.Shortcut | None:
-    """What `remember` was told of such tensors and words."""
-    try:
-        found = _plain.get(_plain_key(q, k, v, words))
+        found = _plain.get(_plain_key(words, gradients, tensors))
     except (TypeError, AttributeError, RuntimeError):  # no hash, no tensor, no strides: `prepare` says so in words
         return None
     if found is None:
         return None
-    keep(_latest, words, found)
-    return found.shortcut
+    fits, shortcut = found
+    if fits is not _nothing_fits and not fits(*tensors):  # as under inference_mode
+        found = _like(tensors), shortcut
+    keep(latest, words, found)
+    return shortcut
 
 
-def remember(request: Request, words: tuple[Hashable, ...], shortcut: dispatch.Shortcut) -> None:
-    """For `recall`: a dense request of q, k and v alone, and the caller's own words, which fix all else of it; their last tells
-    whether gradients are recorded."""
-    q, k, v = request[:3]
-    keep(_plain, _plain_key(q, k, v, words), Recalled(_like(q, k, v), shortcut))
+def remember(words: tuple[object, ...], gradients: bool, tensors: tuple[Tensor, ...], shortcut: dispatch.Shortcut) -> None:
+    """For `recall`: a request of these tensors alone, whether gradients are recorded, and the caller's own words, which fix all
+    else of it. Nothing watches, autocast neither."""
+    made = _like(tensors), shortcut
+    keep(_plain, _plain_key(words, gradients, tensors), made)
+    keep(latest, words, made)
 
 
-def _like(*tensors: Tensor) -> Callable[..., bool]:
-    """Whether tensors are like these, asked in one call: by torch.compile's guards, which look at the thread's modes too
-    (transforms, inference). They are no public name; where they are gone nothing is like these, and the key decides."""
+def _like(tensors: tuple[Tensor, ...]) -> Callable[..., bool]:
+    """Whether tensors are like these, asked in one call: by torch.compile's guards, which look at the thread's modes too. They
+    are no public name; where they are gone, or where two of the tensors are one, nothing is like these, and the key decides."""
     try:
         check: Callable[..., bool] = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
         return check if check(*tensors) else _nothing_fits
@@ -141,10 +133,12 @@ def _nothing_fits(*_: Tensor) -> bool:
     return False
 
 
-def _plain_key(q: Tensor, k: Tensor, v: Tensor, words: tuple[Hashable, ...]) -> tuple[Hashable, ...]:
+def _plain_key(words: tuple[object, ...], gradients: bool, tensors: tuple[Tensor, ...]) -> tuple[object, ...]:
     """Strides as True where they follow from the shape, which is quicker to see; those of dimensions of size 1 mean nothing."""
+    q, k, v, *offsets = tensors
     return (
         q.shape, q.is_contiguous() or q.stride(), k.shape, k.is_contiguous() or k.stride(),
         v.shape, v.is_contiguous() or v.stride(), q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,
-        words, words[-1] and (q.requires_grad or k.requires_grad or v.requires_grad),
+        words, gradients, gradients and (q.requires_grad or k.requires_grad or v.requires_grad),
+        *[(x.shape, x.stride(), x.dtype, x.device) for x in offsets],
     )  # fmt: skip

@@ -49,8 +49,8 @@ class InputGradients(NamedTuple):
     dsinks: Tensor | None = None
 
 
-Shortcut = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""out of q, k and v."""
+Shortcut = Callable[..., Tensor]
+"""out of q, k and v, and of packed sequences' two offsets."""
 
 
 class Runner(Protocol):
@@ -65,7 +65,8 @@ class Runner(Protocol):
         ...
 
     def shortcut(self, others: tuple[Any, ...]) -> Shortcut | None:
-        """A short way to out alone, for calls whose operands behind q, k and v are `others`; None while there is none."""
+        """A short way to out alone, for calls of q, k and v alone, or of them and offsets, whose operands behind q, k and v are
+        otherwise `others`; None while there is none."""
         ...
 
     def backward(self, operands: Operands, upstream: Upstream) -> InputGradients: ...

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable
 from functools import lru_cache
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -103,6 +103,12 @@ class Operands(NamedTuple):
     alibi_slopes: Tensor | None
     sinks: Tensor | None
     seed: int
+
+
+def with_offsets(others: tuple[Any, ...], offsets: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    """What stands behind q, k and v among operands, with a call's own offsets of packed sequences, if it has them; one where
+    those of queries and keys are the same tensor."""
+    return (Lengths(offsets[0], offsets[-1]), *others[1:]) if offsets else others
 
 
 def bind(request: Request, device_kind: str | None = None) -> tuple[Problem, Operands]:

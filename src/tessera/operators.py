@@ -6,7 +6,7 @@ come through here; the walk Request -> Problem, Operands -> Plan -> backend stan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from tessera import calls
-from tessera.dispatch import InputGradients, Runner, Upstream
+from tessera.checking import reads_contents
+from tessera.dispatch import InputGradients, Runner, Shortcut, Upstream
 from tessera.errors import bad_value
-from tessera.operands import TENSORS, Operands, Request, check_scalars
+from tessera.operands import TENSORS, Operands, Request, check_contents, check_scalars, with_offsets
 
 SCHEMA_TYPES = {
     "Tensor": "Tensor",
@@ -39,10 +40,10 @@ _library.define(
 )
 
 
-def forward(request: Request, options: tuple[Hashable, ...] | None = None) -> tuple[Tensor, Tensor]:
+def forward(request: Request, words: tuple[object, ...] | None = None) -> tuple[Tensor, Tensor]:
     """(out, lse): through the operator where anything watches (a trace, a mode, a transform), else straight to the backend.
 
-    `options`: the caller's own words for all of a request but q, k and v, to be recalled by (see `recall`).
+    `words`: the caller's own for all of a request but its tensors, to be recalled by (see `recall`).
     """
     if torch.compiler.is_compiling():
         return torch.ops.tessera.forward(*request)
@@ -51,8 +52,8 @@ def forward(request: Request, options: tuple[Hashable, ...] | None = None) -> tu
             results = _Attention.apply(request[TENSORS:], *request[:TENSORS])
         else:
             results = _forward(*request)
-        if options is not None:
-            _remember(request, options)
+        if words is not None and not _autocasts():
+            _remember(request, words)
         return results
     _refuse_forward_mode(request)
     check_scalars(request)
@@ -64,28 +65,55 @@ def forward(request: Request, options: tuple[Hashable, ...] | None = None) -> tu
 _modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
 _transforms, _autocasts = torch._C._are_functorch_transforms_active, torch._C._is_any_autocast_enabled
 _keeps_gradients, _is_wrapped = torch.is_grad_enabled, torch._C._functorch.is_functorch_wrapped_tensor
+_is_traced, _latest = torch.compiler.is_dynamo_compiling, calls.latest
 
 
-def recall(q: Tensor, k: Tensor, v: Tensor, options: tuple[Hashable, ...]) -> Tensor | None:
-    """out, where such a call has been made before and nothing but out is wanted of it now."""
-    if torch.compiler.is_compiling() or _modes() or _function_modes() or _autocasts() or forward_ad._current_level >= 0:
+def recall(words: tuple[object, ...], *tensors: Tensor) -> Tensor | None:
+    """out, where such a call has been made before and nothing but out is wanted of it now. `tensors`: q, k and v, or these and
+    packed sequences' offsets, once where they are one tensor, which the words tell."""
+    if _is_traced() or _modes() or _function_modes() or forward_ad._current_level >= 0:
         return None
-    words = (*options, _keeps_gradients())
-    shortcut = calls.recall_latest(q, k, v, words)
-    if shortcut is None and is_unwatched(q, k, v) and not (_is_wrapped(q) or _is_wrapped(k) or _is_wrapped(v)):
-        shortcut = calls.recall(q, k, v, words)
-    return None if shortcut is None else shortcut(q, k, v)
+    try:
+        latest = _latest.get(words)
+        if latest is None:
+            return None
+        fits = latest[0](*tensors)
+    except TypeError:  # no hash, no tensor
+        return None
+    if fits:
+        return latest[1](*tensors)
+    if _autocasts() or not is_unwatched(*tensors[:3]) or {*map(type, tensors)} != {Tensor} or any(map(_is_wrapped, tensors)):
+        return None
+    found = calls.recall(words, _keeps_gradients(), tensors)
+    return None if found is None else found(*tensors)
 
 
-def _remember(request: Request, options: tuple[Hashable, ...]) -> None:
-    """For `recall`: a call that has been made, of q, k and v alone."""
+def _remember(request: Request, words: tuple[object, ...]) -> None:
+    """For `recall`: a call that has been made, of q, k and v alone, or with offsets."""
     prepared, operands = calls.prepare(request)
+    tensors = _distinct(request)
     shortcut = prepared.runner.shortcut(operands[3:])
     if request.requires_grad:
         strides = (request.q.stride(), request.k.stride(), request.v.stride())
-        shortcut = partial(_apply_plainly, _Made(prepared.runner, operands[3:], request[3:], strides))
-    if shortcut is not None:
-        calls.remember(request, (*options, _keeps_gradients()), shortcut)
+        shortcut = partial(_apply_plainly, _Made(prepared.runner, operands[3:], request[5:], strides))
+    if shortcut is None:
+        return
+    if len(tensors) > 3:
+        shortcut = partial(_checked, shortcut)
+    calls.remember(words, _keeps_gradients(), tensors, shortcut)
+
+
+def _distinct(request: Request) -> tuple[Tensor, ...]:
+    """The tensors of a request of q, k, v and offsets alone, as `recall` takes them."""
+    q, k, v, cu_q, cu_k = request[:5]
+    return tuple(x for x in (q, k, v, cu_q, None if cu_k is cu_q else cu_k) if x is not None)
+
+
+def _checked(shortcut: Shortcut, q: Tensor, k: Tensor, v: Tensor, *offsets: Tensor) -> Tensor:
+    """A short way of packed sequences, whose offsets are read where that is wanted."""
+    if reads_contents(q):
+        check_contents(Request(q, k, v, offsets[0], offsets[-1]))
+    return shortcut(q, k, v, *offsets)
 
 
 def is_unwatched(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -223,7 +251,8 @@ class _Attention(torch.autograd.Function):
 
 
 class _Made(NamedTuple):
-    """A call that has been made: what ran it, its operands' and its request's entries behind q, k and v, and their strides."""
+    """A call that has been made: what ran it, its operands' entries behind q, k and v, its request's behind all its tensors, and
+    the strides of q, k and v."""
 
     runner: Runner
     operands: tuple[Any, ...]
@@ -232,30 +261,32 @@ class _Made(NamedTuple):
 
 
 class _PlainAttention(torch.autograd.Function):
-    """out of q, k and v alone, as made before: half of such a call's time on the host goes to the operator's other arguments.
+    """out of q, k and v alone, or with offsets, as made before: half of such a call's time on the host goes to the operator's
+    other arguments.
 
     It keeps what `_Attention` keeps, in the same order: a checkpoint may compute again by one what it computed by the other.
     """
 
     @staticmethod
-    def forward(ctx: Any, made: _Made, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out, lse = made.runner.forward(Operands(q, k, v, *made.operands))
-        ctx.save_for_backward(out, lse, q, k, v)
+    def forward(ctx: Any, made: _Made, q: Tensor, k: Tensor, v: Tensor, *offsets: Tensor) -> Tensor:
+        out, lse = made.runner.forward(Operands(q, k, v, *with_offsets(made.operands, offsets)))
+        ctx.save_for_backward(out, lse, q, k, v, *offsets)
         ctx.made = made
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         made, (out, lse, *inputs) = ctx.made, ctx.saved_tensors
-        if _is_watched(dout, out, inputs[0]):
-            return (None, *torch.ops.tessera.backward(dout, None, out, lse, *inputs, *made.request)[:3])
+        q, k, v, *offsets = inputs
+        nothing, cu = (None,) * len(offsets), (offsets[0], offsets[-1]) if offsets else (None, None)
+        if _is_watched(dout, out, q):
+            return None, *torch.ops.tessera.backward(dout, None, out, lse, q, k, v, *cu, *made.request)[:3], *nothing
         upstream = Upstream(out, lse, dout.contiguous(), None)
-        q, k, v = inputs
         if (q.stride(), k.stride(), v.stride()) == made.strides:
-            found = made.runner.backward(Operands(q, k, v, *made.operands), upstream)
+            found = made.runner.backward(Operands(q, k, v, *with_offsets(made.operands, (*offsets,))), upstream)
         else:  # who packs saved tensors away need not bring them back with their strides
-            found = _gradients(Request(*inputs, *made.request), upstream)
-        return None, found.dq, found.dk, found.dv
+            found = _gradients(Request(q, k, v, *cu, *made.request), upstream)
+        return None, found.dq, found.dk, found.dv, *nothing
 
 
 _apply_plainly = super(torch.autograd.Function, _PlainAttention).apply

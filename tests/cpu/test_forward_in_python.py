@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -59,16 +61,22 @@ PAIRED = 5
 """Enough for two pairs; the last one stays empty."""
 
 
-def run(request: Request, monkeypatch: pytest.MonkeyPatch, config: ForwardConfig | None = None) -> tuple[Tensor, Tensor]:
-    problem, operands = bind(request)
+@contextmanager
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Launches run here, on a stream whose counter is zero again when they are over."""
     counter = torch.zeros(1, dtype=torch.int32)
     monkeypatch.setattr(counters, "_of_stream", {(None, 0): counter.data_ptr()})
     monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False, raising=False)
     with torch.no_grad(), in_python():
-        config = config or forward_config(problem)
-        result = ForwardLaunch(problem, config, MULTIPROCESSORS if config.cluster == 1 else PAIRED)(operands)
+        yield
     assert counter.item() == 0
-    return result
+
+
+def run(request: Request, monkeypatch: pytest.MonkeyPatch, config: ForwardConfig | None = None) -> tuple[Tensor, Tensor]:
+    problem, operands = bind(request)
+    with on_the_cpu(monkeypatch):
+        config = config or forward_config(problem)
+        return ForwardLaunch(problem, config, MULTIPROCESSORS if config.cluster == 1 else PAIRED)(operands)
 
 
 def check(request: Request, monkeypatch: pytest.MonkeyPatch, config: ForwardConfig | None = None) -> None:
@@ -77,6 +85,38 @@ def check(request: Request, monkeypatch: pytest.MonkeyPatch, config: ForwardConf
     for name, result, ref, eager in zip(("out", "lse"), results, refs, eagers, strict=True):
         compared = compare(name, result, ref, eager)
         assert compared.ok, str(compared)
+
+
+@pytest.mark.parametrize("name", ["off the tile, causal", "varlen", "d192 v128"])
+def test_a_repeated_call_takes_the_short_way(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the same bits: at other addresses, at one that TMA can't reach, with other offsets and with one tensor for both."""
+    request = CASES[name].request("cpu", torch.bfloat16)
+    problem, operands = bind(request)
+    plain = ForwardLaunch(problem, forward_config(problem), MULTIPROCESSORS)
+    with on_the_cpu(monkeypatch):
+        wanted, _ = plain(operands)
+        shortcut = plain.shortcut(operands[3:])
+        assert shortcut is not None
+        offsets = tuple(x for x in request[3:5] if x is not None)
+        moved = [torch.cat((x.new_zeros(3), x.flatten()))[3:].view(x.shape) for x in request[:3]]
+        for inputs in (request[:3], [x.clone() for x in request[:3]], moved):
+            assert torch.equal(shortcut(*inputs, *offsets), wanted)
+        if offsets:
+            other = torch.zeros_like(offsets[0])
+            other[1:] = 5
+            apart = [other, other.clone()]
+            lengths = operands.lengths._replace(cu_seqlens_q=other, cu_seqlens_k=other)
+            wanted, _ = plain(operands._replace(lengths=lengths))
+            assert all(torch.equal(shortcut(*request[:3], *both), wanted) for both in (apart, apart[:1]))
+
+
+def test_what_a_short_way_does_not_pass_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("padding", "documents", "sinks"):
+        problem, operands = bind(CASES[name].request("cpu", torch.bfloat16))
+        plain = ForwardLaunch(problem, forward_config(problem), MULTIPROCESSORS)
+        with on_the_cpu(monkeypatch):
+            plain(operands)
+            assert plain.shortcut(operands[3:]) is None
 
 
 @pytest.mark.parametrize("case", [*(CASES[name] for name in NAMES), *MODIFIED], ids=lambda case: case.name)

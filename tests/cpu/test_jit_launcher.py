@@ -97,11 +97,11 @@ def test_a_prepared_launch_passes_the_same(cuda, last: int):
     kernel(0x77, 10, 20, 30, *arguments)
     first, rest = arguments[: 5 - last], arguments[5 - last :]
     launch, other = (kernel.prepare(grid, rest) for grid in ((10, 20, 30), (1, 1, 1)))
-    other(1, *first)
-    thread = threading.Thread(target=launch, args=(0x77, *first))
+    other(1, first)
+    thread = threading.Thread(target=launch, args=(0x77, first))
     thread.start()
     thread.join()
-    launch(0x77, *first)
+    launch(0x77, first)
     wanted, another, *found = cuda.launches
     assert found == [wanted, wanted]
     assert another == ((1, 1, 1, *wanted[0][3:]), 1, *wanted[2:])
@@ -113,7 +113,7 @@ def test_what_does_not_fit_a_prepared_launch_is_named(cuda):
         kernel.prepare((1, 1, 1), ("1",))
     launch = kernel.prepare((1, 1, 1), (1.0, 0))
     with pytest.raises(TypeError, match=r"takes \(n: Scalar.*got \(int, bytes\)"):
-        launch(0, 1, BLOB)
+        launch(0, (1, BLOB))
     assert cuda.launches == []
 
 
@@ -205,7 +205,7 @@ def test_a_forked_child_refuses_in_words(cuda, monkeypatch):
     if child == 0:
         said = []
         for attempt in (
-            lambda: kernel(0, 1, 1, 1, 1, BLOB, 0, 1.0, 0), lambda: launch(0, 1, BLOB, 0), lambda: jit.load(SPEC, 7),
+            lambda: kernel(0, 1, 1, 1, 1, BLOB, 0, 1.0, 0), lambda: launch(0, (1, BLOB, 0)), lambda: jit.load(SPEC, 7),
         ):  # fmt: skip
             try:
                 attempt()

@@ -38,6 +38,8 @@ _CLUSTER_DIMENSION, _CLUSTER_SCHEDULING, _SPREAD = 4, 5, 1
 _EARLY, _YES = 6, 1  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 Argument = int | float | bytes
+Launch = Callable[[int, tuple[Argument, ...]], None]
+"""Of a stream, and of the arguments that change: as one tuple, which nothing on the way has to make again."""
 _NULL = ctypes.c_void_p.from_param(None)
 _kernels: dict[tuple[KernelSpec, int], Kernel] = {}
 _launchers: weakref.WeakSet[_Launcher] = weakref.WeakSet()
@@ -45,18 +47,20 @@ _load_lock = threading.Lock()
 
 
 class _Slot:
-    """Memory of one launch in flight on the host: launch configuration, arguments, and the driver's pointers to them."""
+    """Memory of one launch in flight on the host: launch configuration and arguments, and the driver's pointers to them."""
 
-    __slots__ = ("_kept", "config", "memory", "offset", "parameters")
+    __slots__ = ("_kept", "config", "content", "parameters")
 
     def __init__(self, size: int, offsets: tuple[int, ...]):
-        self.memory = ctypes.create_string_buffer(_ARGUMENTS_OFFSET + size + _ALIGN)
-        address = ctypes.addressof(self.memory)
-        self.offset = -address % _ALIGN
-        start = address + self.offset + _ARGUMENTS_OFFSET
+        memory = ctypes.create_string_buffer(_ARGUMENTS_OFFSET + size + _ALIGN)
+        address = ctypes.addressof(memory)
+        begin = -address % _ALIGN
+        start = address + begin + _ARGUMENTS_OFFSET
         self._kept = (ctypes.c_void_p * len(offsets))(*(start + offset for offset in offsets))
+        # A view takes what is written in half the time of ctypes' own buffer, which it keeps alive.
+        self.content = memoryview(memory).cast("B")[begin:]
         # byref() objects are made once here: ctypes passes them on without converting anything.
-        self.config = ctypes.byref(self.memory, self.offset)
+        self.config = ctypes.byref(memory, begin)
         self.parameters = ctypes.byref(self._kept)
 
 
@@ -77,7 +81,7 @@ class _Launcher:
         self._slots: list[_Slot] = [self._new_slot()]
         _launchers.add(self)
 
-    def run(self, shape: bytes, stream: int, *arguments: Argument) -> None:
+    def run(self, shape: bytes, stream: int, arguments: tuple[Argument, ...]) -> None:
         """Enqueues the kernel; `shape` as `Kernel` makes it of a grid."""
         slots = self._slots
         try:
@@ -85,7 +89,7 @@ class _Launcher:
         except IndexError:
             slot = self._new_slot()
         try:
-            self._pack(slot.memory, slot.offset, shape, stream, self._attributes, *arguments)
+            self._pack(slot.content, 0, shape, stream, self._attributes, *arguments)
             status = self._enqueue(slot.config, self._function, slot.parameters, _NULL)
             if status:
                 self._retry(slot, status, shape)
@@ -95,9 +99,9 @@ class _Launcher:
             slots.append(slot)
 
     def _new_slot(self) -> _Slot:
-        slot, (begin, content) = _Slot(self._kernel.size, self._kernel.offsets), self._last
-        begin += slot.offset + _ARGUMENTS_OFFSET
-        memoryview(slot.memory).cast("B")[begin : begin + len(content)] = content
+        slot, (begin, last) = _Slot(self._kernel.size, self._kernel.offsets), self._last
+        begin += _ARGUMENTS_OFFSET
+        slot.content[begin : begin + len(last)] = last
         return slot
 
     def _retry(self, slot: _Slot, status: int, shape: bytes) -> None:
@@ -150,11 +154,11 @@ class Kernel:
         point as float, tensor maps as the bytes from `tiles`. Raises TypeError for arguments that do not fit the spec,
         CudaError for what the driver refuses, RuntimeError in a forked child.
         """
-        self._launcher.run(self._shape(grid_x, grid_y, grid_z), stream, *arguments)
+        self._launcher.run(self._shape(grid_x, grid_y, grid_z), stream, arguments)
 
-    def prepare(self, grid: tuple[int, int, int], last: tuple[Argument, ...] = ()) -> Callable[..., None]:
-        """Launches with this grid whose last arguments are these: what it returns is called with a stream and the arguments
-        before them, and raises as a call of the kernel does. Half of a launch's time in Python is saved."""
+    def prepare(self, grid: tuple[int, int, int], last: tuple[Argument, ...] = ()) -> Launch:
+        """Launches with this grid whose last arguments are these: what it returns is called with a stream and a tuple of the
+        arguments before them, and raises as a call of the kernel does. Half of a launch's time in Python is saved."""
         try:
             launcher = _Launcher(self, last)
         except struct.error as error:

@@ -13,9 +13,10 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 import torch
 from torch import Tensor
 
-from tessera.api import Window, check_options, check_tensor, mask_of, right_of, shape_as_tensor
+from tessera.api import shape_as_tensor
 from tessera.device import Device
 from tessera.errors import bad_value
+from tessera.options import Window, check_options, check_tensor, mask_of, right_of
 from tessera.serving import dispatch, operators
 from tessera.serving.operands import TENSORS, CacheRequest, describe
 from tessera.serving.plan import CachePlan

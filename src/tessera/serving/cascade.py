@@ -11,9 +11,9 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from tessera.api import check_tensor
 from tessera.checking import reads_contents
 from tessera.errors import bad_type, bad_value
+from tessera.options import check_tensor
 from tessera.partial import merge
 from tessera.serving.api import attention_with_kvcache
 

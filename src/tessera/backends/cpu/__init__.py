@@ -13,7 +13,7 @@ from tessera.device import Device
 from tessera.dispatch import Choices, InputGradients, Runner, Shortcut, Upstream
 from tessera.errors import Reason
 from tessera.jit import KernelSpec
-from tessera.operands import Operands
+from tessera.operands import Operands, with_offsets
 from tessera.plan import Choice, Plan
 from tessera.problem import Problem
 
@@ -61,7 +61,7 @@ class TiledRunner:
             return tiled.forward(self.problem, operands, self.tiles)
 
     def shortcut(self, others: tuple[Any, ...]) -> Shortcut:
-        return lambda q, k, v: self.forward(Operands(q, k, v, *others))[0]
+        return lambda q, k, v, *offsets: self.forward(Operands(q, k, v, *with_offsets(others, offsets)))[0]
 
     def backward(self, operands: Operands, upstream: Upstream) -> InputGradients:
         with _own_dtypes(operands):
@@ -85,7 +85,7 @@ class AtenRunner:
         return aten.forward(self.problem, operands, self.whole)
 
     def shortcut(self, others: tuple[Any, ...]) -> Shortcut:
-        return lambda q, k, v: self.forward(Operands(q, k, v, *others))[0]
+        return lambda q, k, v, *offsets: self.forward(Operands(q, k, v, *with_offsets(others, offsets)))[0]
 
     def backward(self, operands: Operands, upstream: Upstream) -> InputGradients:
         if upstream.dlse is not None:

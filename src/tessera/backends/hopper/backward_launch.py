@@ -5,7 +5,6 @@ Nothing here asks questions of the data or waits for the device.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -39,7 +38,8 @@ from tessera.backends.hopper.backward_sizes import (
 )
 from tessera.backends.hopper.bias_gradient import KeptScores
 from tessera.backends.hopper.config import Feature
-from tessera.backends.hopper.launch import ELEMENTS, L2_BYTES, WITHOUT_POINTERS, Copied, Rows, allocator
+from tessera.backends.hopper.launch import ELEMENTS, L2_BYTES, WITHOUT_POINTERS, Copied, Rows
+from tessera.backends.hopper.room import dense_strides, room, zeros
 from tessera.dispatch import InputGradients, Upstream
 from tessera.dropout import keep_scale
 from tessera.operands import Operands
@@ -128,20 +128,20 @@ def finish_spec(config: RowsConfig, dtype: torch.dtype) -> jit.KernelSpec:
 
 
 class Bound(NamedTuple):
-    """What a runner's one set of shapes and strides decides: how dq, dk and dv are made from q, k and v, the places of the main
+    """What a runner's one set of shapes and strides decides: what makes dq, dk, dv and the workspace, the places of the main
     kernel's tensor maps (without that of dS, which is by itself), all its numbers, and the launches (the first without a gradient
     of lse, and with one; `add` makes a bias's gradient of dS)."""
 
     device: torch.device
-    make: tuple[Callable[[Tensor], Tensor], ...]
+    make: tuple[Callable[[], Tensor], ...]
     places: tuple[jit.Place, ...]
     numbers: tuple[int | float, ...]
-    prepare: tuple[Callable[..., None], ...]
-    main: Callable[..., None]
-    finish: Callable[..., None] | None
+    prepare: tuple[jit.Launch, ...]
+    main: jit.Launch
+    finish: jit.Launch | None
     staged: modifiers.Staging | None
     kept: jit.Place | None
-    add: Callable[..., None] | None
+    add: jit.Launch | None
 
 
 @dataclass(frozen=True)
@@ -292,20 +292,20 @@ class BackwardLaunch:
             bound = self.bound.get(copied) or self.bound.setdefault(copied, self._bind(operands, rows))
             addresses = tuple(row.address for row in rows)
             kept.tensors += [row.tensor for row in rows]
-        (make_dq, make_dk, make_dv), device = bound.make, bound.device
-        dq, dk, dv, dbias = make_dq(q), make_dk(k), make_dv(v), self._bias_sums(operands)  # or what is kept for it
-        sums, stats, shares, marks = self.work_words
-        workspace = torch.empty(sums + stats + shares + marks, dtype=torch.int32, device=device)
+        dq, dk, dv, workspace = [make() for make in bound.make]
+        dbias = self._bias_sums(operands)  # or what is kept for it
+        sums, stats, shares, _ = self.work_words
         begin = workspace.data_ptr()
         behind = begin + 4 * (sums + stats)
-        work = Work(jit.current_stream(device.index), begin + 4 * sums, begin, behind + 4 * shares)
+        work = Work(jit.current_stream(bound.device.index), begin + 4 * sums, begin, behind + 4 * shares)
         dsinks = self._prepare(bound, work, addresses[3], (operands.sinks, upstream), kept)
         tensors = (*addresses, work.stats, dk.data_ptr(), dv.data_ptr(), work.sums, dq.data_ptr())
         maps = [place[address] for place, address in zip(bound.places, tensors, strict=True)]
         modified = self._modified(bound, operands, dbias, kept) if self.is_modified else ()
-        bound.main(work.stream, *maps, work.marks, *kept.lengths, *kept.documents, behind if shares else 0, *modified)
+        shares_place = behind if shares else 0
+        bound.main(work.stream, (*maps, work.marks, *kept.lengths, *kept.documents, shares_place, *modified))
         if bound.finish is not None:
-            bound.finish(work.stream, work.sums, work.marks, tensors[-1], *kept.lengths)
+            bound.finish(work.stream, (work.sums, work.marks, tensors[-1], *kept.lengths))
         if self.kept_scores is not None and dbias is not None:
             dbias = self.kept_scores.finish(bound.add, work.stream, dbias, kept.lengths[-2:], kept.documents)
         elif operands.bias is not None and dbias is not None:
@@ -336,10 +336,10 @@ class BackwardLaunch:
         dlse = 0 if upstream.dlse is None else kept.keep(upstream.dlse.float())
         launch = bound.prepare[upstream.dlse is not None]
         if sinks is None:
-            launch(work.stream, out, dout, lse, dlse, 0, *work[1:], 0, *kept.lengths)
+            launch(work.stream, (out, dout, lse, dlse, 0, *work[1:], 0, *kept.lengths))
             return None
         partial = torch.empty((self.problem.shape.heads_q, self.row_blocks), dtype=torch.float32, device=bound.device)
-        launch(work.stream, out, dout, lse, dlse, kept.keep(sinks.float()), *work[1:], partial.data_ptr(), *kept.lengths)
+        launch(work.stream, (out, dout, lse, dlse, kept.keep(sinks.float()), *work[1:], partial.data_ptr(), *kept.lengths))
         described = self.problem.score.sinks
         wanted = described is not None and described.gradients is Gradients.INPUTS
         return partial.sum(dim=1).to(sinks.dtype) if wanted else None
@@ -366,10 +366,15 @@ class BackwardLaunch:
         shares = (unit, 1 / keep_scale(score.dropout_p))
         dims, steps = (shape.head_dim, shape.head_dim_v, dout.pitch), (dout.strides[3], dout.strides[2])
         programs = self.line // _PIECE * shape.heads_q * -(-shape.head_dim // _PIECE)
-        make_keys = (lambda x: x.new_zeros(x.shape)) if self.has_unwritten_keys else None
+        make_keys = zeros if self.has_unwritten_keys else room
         return Bound(
             device,
-            (allocator(q, q.shape), make_keys or allocator(k, k.shape), make_keys or allocator(v, v.shape)),
+            (
+                room(q.shape, q.dtype, device),
+                make_keys(k.shape, k.dtype, device),
+                make_keys(v.shape, v.dtype, device),
+                room((sum(self.work_words),), torch.int32, device),
+            ),
             places,
             numbers,
             tuple(
@@ -411,8 +416,3 @@ class Kept:
         tensor = tensor.contiguous()
         self.tensors.append(tensor)
         return tensor.data_ptr()
-
-
-def dense_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides of a contiguous tensor of these sizes."""
-    return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))

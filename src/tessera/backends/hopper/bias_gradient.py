@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -97,7 +96,7 @@ class KeptScores:
         kernel = "tessera.backends.hopper.backward_bias:add_planes"
         return jit.KernelSpec(kernel, tuple(arguments.items()), (("CONFIG", config),))  # behind all of the main kernel
 
-    def bind(self, device: int, document_stride: int) -> Callable[..., None] | None:
+    def bind(self, device: int, document_stride: int) -> jit.Launch | None:
         """The launch."""
         if self.spec is None:
             return None
@@ -114,12 +113,12 @@ class KeptScores:
         return torch.empty(self.shape, dtype=self.problem.dtype, device=operands.q.device)
 
     def finish(
-        self, launch: Callable[..., None] | None, stream: int, ds: Tensor, lengths: tuple[int, ...], documents: tuple[int, int]
+        self, launch: jit.Launch | None, stream: int, ds: Tensor, lengths: tuple[int, ...], documents: tuple[int, int]
     ) -> Tensor:
         """The bias's gradient, when the main kernel is in the stream. `lengths`: addresses of key_end and query_end."""
         dbias = ds
         if not self.is_gradient:
             dbias = torch.empty((*self.bias.shape[:2], *self.shape[2:]), dtype=self.bias.dtype, device=ds.device)
         if launch is not None:
-            launch(stream, ds.data_ptr(), dbias.data_ptr(), *lengths, *documents)
+            launch(stream, (ds.data_ptr(), dbias.data_ptr(), *lengths, *documents))
         return dbias[..., : self.problem.shape.seqlen_k]

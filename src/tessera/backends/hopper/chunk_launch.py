@@ -5,6 +5,7 @@ Nothing here asks questions of the data or waits for the device.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from tessera.backends.hopper.arguments import FAR, WRAP_STRIDE, address, reach, 
 from tessera.backends.hopper.chunk_config import COLUMNS, ChunkConfig, LatentConfig, Reading, Result
 from tessera.backends.hopper.chunk_plan import ChunkPlan, programs_of
 from tessera.backends.hopper.launch import ELEMENTS
+from tessera.backends.hopper.room import room
 from tessera.errors import Reason, Unsupported
 from tessera.problem import Layout
 from tessera.serving.operands import CacheOperands
@@ -84,15 +86,17 @@ def combine_spec(splits: int, dtype: torch.dtype, sinks: str) -> jit.KernelSpec:
 
 
 class Bound(NamedTuple):
-    """What a runner's one set of shapes and strides decides: the kernels, the maps' places (`q_place` None where TMA can't reach
-    q, `copy_place` for a copy of it, `places` of the caches), and all the first kernel's numbers."""
+    """What a runner's one set of shapes and strides decides: the launches on `device` (all numbers are in them), what makes out,
+    lse and the parts, the maps' places (`q_place` None where TMA can't reach q, `copy_place` for a copy of it, `places` of the
+    caches)."""
 
-    kernel: jit.Kernel
-    combine: jit.Kernel | None
+    device: int
+    launch: jit.Launch
+    combine: jit.Launch | None
+    make: tuple[Callable[[], Tensor], ...]
     q_place: jit.Place | None
     copy_place: jit.Place
     places: tuple[jit.Place, ...]
-    numbers: tuple[int | float, ...]
 
 
 @dataclass(frozen=True)
@@ -132,34 +136,24 @@ class ChunkLaunch:
     def run(self, operands: CacheOperands) -> tuple[Tensor, Tensor]:
         """(out, lse) as CacheProblem.out_shape and lse_shape say, contiguous. New rows are in the cache, and q is rotated. Raises
         Unsupported where TMA can't reach the cache: rows, heads or pages whose strides are not multiples of 16 bytes."""
-        problem, device = self.problem, operands.q.device
-        out = torch.empty(problem.out_shape, dtype=problem.dtype, device=device)
-        lse = torch.empty(problem.lse_shape, dtype=torch.float32, device=device)
-        parts, lses, stored = out, lse, self.plan.stored
-        if stored:
-            parts = torch.empty((stored, self.lines, problem.shape.head_dim_v), dtype=torch.float32, device=device)
-            lses = torch.empty((stored, self.lines), dtype=torch.float32, device=device)
         addresses = [tensor.data_ptr() for _, tensor in self._caches(operands)]
         if not self.bound or any(address % 16 for address in addresses):
             self.bound[:] = [self._bind(operands)]
         bound = self.bound[0]
+        out, lse, *stored = [make() for make in bound.make]
+        parts, lses = stored or (out, lse)
         q, place = operands.q, bound.q_place
         if place is None or q.data_ptr() % 16:  # TMA can't reach it, and it is small
             q, place = q.clone(memory_format=torch.contiguous_format), bound.copy_place
         sinks = None if operands.sinks is None else operands.sinks.float().contiguous()
-        stream = jit.current_stream(bound.kernel.device)
-        bound.kernel(
-            stream, *self.grid, place[q.data_ptr()], *[place[at] for place, at in zip(bound.places, addresses, strict=False)],
-            *addresses, *self._results(out, lse, parts, lses), address(sinks), *self._pointers(operands), *bound.numbers,
-        )  # fmt: skip
+        stream = jit.current_stream(bound.device)
+        maps = [place[at] for place, at in zip(bound.places, addresses, strict=False)]
+        results = self._results(out, lse, parts, lses)
+        bound.launch(stream, (place[q.data_ptr()], *maps, *addresses, *results, address(sinks), *self._pointers(operands)))
         if bound.combine is not None:
-            shape, starts = problem.shape, operands.cu_seqlens_q
-            total_q = 0 if starts is None else starts.data_ptr() + shape.batch * starts.element_size()
-            grid = (-(-self.lines // _combine_shape(self.plan.splits)[0]), -(-shape.head_dim_v // COMBINE_COLUMNS), 1)
-            bound.combine(
-                stream, *grid, parts.data_ptr(), lses.data_ptr(), address(sinks), total_q, out.data_ptr(), lse.data_ptr(),
-                self.lines, self.plan.splits, shape.heads_q, shape.seqlen_q, shape.head_dim_v,
-            )  # fmt: skip
+            starts = operands.cu_seqlens_q
+            total_q = 0 if starts is None else starts.data_ptr() + self.problem.shape.batch * starts.element_size()
+            bound.combine(stream, (parts.data_ptr(), lses.data_ptr(), address(sinks), total_q, out.data_ptr(), lse.data_ptr()))
         return out, lse
 
     def _results(self, out: Tensor, lse: Tensor, parts: Tensor, lses: Tensor) -> tuple[int, ...]:
@@ -195,7 +189,23 @@ class ChunkLaunch:
         copy_place = kernel.tiles[0].bind(shape, (positions * heads * dim, heads * dim, dim, 1))
         steps = [step for row in rows for step in row.steps]
         numbers = (*self._integers(operands), *steps, *score_scales(self.problem.score))
-        return Bound(kernel, combine[0] if combine else None, q_place, copy_place, tuple(places), numbers)
+        launch, last = kernel.prepare(self.grid, numbers), self._prepared(combine[0]) if combine else None
+        return Bound(index, launch, last, self._makers(operands.q.device), q_place, copy_place, tuple(places))
+
+    def _prepared(self, combine: jit.Kernel) -> jit.Launch:
+        """The launch that joins the parts."""
+        shape = self.problem.shape
+        grid = (-(-self.lines // _combine_shape(self.plan.splits)[0]), -(-shape.head_dim_v // COMBINE_COLUMNS), 1)
+        return combine.prepare(grid, (self.lines, self.plan.splits, shape.heads_q, shape.seqlen_q, shape.head_dim_v))
+
+    def _makers(self, device: torch.device) -> tuple[Callable[[], Tensor], ...]:
+        """What makes out and lse, and, where parts are stored, those and theirs."""
+        problem, stored = self.problem, self.plan.stored
+        whole = room(problem.out_shape, problem.dtype, device), room(problem.lse_shape, torch.float32, device)
+        if not stored:
+            return whole
+        parts = (stored, self.lines, problem.shape.head_dim_v)
+        return *whole, room(parts, torch.float32, device), room(parts[:2], torch.float32, device)
 
     def _integers(self, operands: CacheOperands) -> tuple[int, ...]:
         problem, shape, table = self.problem, self.problem.shape, operands.page_table

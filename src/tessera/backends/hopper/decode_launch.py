@@ -19,7 +19,9 @@ from tessera.backends.hopper.arguments import address, reach, score_scales
 from tessera.backends.hopper.decode_config import DecodeConfig, Storage
 from tessera.backends.hopper.decode_plan import DecodePlan
 from tessera.backends.hopper.decode_workspace import workspace
-from tessera.backends.hopper.launch import ELEMENTS, allocator
+from tessera.backends.hopper.launch import ELEMENTS
+from tessera.backends.hopper.room import room
+from tessera.operands import are_absent
 from tessera.problem import Layout
 from tessera.serving.operands import CacheOperands
 from tessera.serving.problem import CacheProblem
@@ -70,13 +72,14 @@ _NO_FACTORS = (None, None, None)
 
 
 class Bound(NamedTuple):
-    """What a runner's one set of shapes and strides decides: the launch on `device` (the scales' strides are in it), how out is
-    made from q, the tensor maps' places (each with the index of its tensor, 0 for k_cache, 1 for v_cache), and the other numbers,
+    """What a runner's one set of shapes and strides decides: the launch on `device` (the scales' strides are in it), what makes
+    out and lse, the tensor maps' places (each with the index of its tensor, 0 for k_cache, 1 for v_cache), and the other numbers,
     for q as it lies (None where its rows can't be read) and for a dense copy of it."""
 
-    launch: Callable[..., None]
+    launch: jit.Launch
     device: int
-    allocate: Callable[[Tensor], Tensor]
+    make_out: Callable[[], Tensor]
+    make_lse: Callable[[], Tensor]
     places: tuple[tuple[jit.Place, int], ...]
     numbers: tuple[int | float, ...] | None
     copy_numbers: tuple[int | float, ...]
@@ -101,7 +104,7 @@ class DecodeLaunch:
         if not self.bound:
             self.bound.append(self._bind(caches, operands))
         bound = self.bound[0]
-        out, lse = bound.allocate(q), torch.empty(self.lse_shape, dtype=torch.float32, device=q.device)
+        out, lse = bound.make_out(), bound.make_lse()
         if self.problem.layout is Layout.VARLEN:  # rows of no sequence are nobody's work
             out.zero_()
             lse.fill_(float("-inf"))
@@ -114,13 +117,14 @@ class DecodeLaunch:
             q, numbers = q.clone(memory_format=torch.contiguous_format), bound.copy_numbers
         addresses, part = (caches[0].data_ptr(), caches[1].data_ptr()), partial.data_ptr()
         given = (operands.sinks, operands.k_descale, operands.v_descale)
-        small = _NO_FACTORS if given == _NO_FACTORS else tuple(None if x is None else x.float().contiguous() for x in given)
-        bound.launch(
-            stream, *[place[addresses[which]] for place, which in bound.places],
+        small = _NO_FACTORS if are_absent(given) else tuple(None if x is None else x.float().contiguous() for x in given)
+        arguments = (
+            *[place[addresses[which]] for place, which in bound.places],
             q.data_ptr(), out.data_ptr(), lse.data_ptr(), part, part + 4 * outs, address(small[0]), tickets.data_ptr(),
             operands.cache_seqlens.data_ptr(), address(operands.cu_seqlens_q), address(operands.cache_leftpad),
             address(operands.cache_batch_idx), address(operands.page_table), *numbers, address(small[1]), address(small[2]),
         )  # fmt: skip
+        bound.launch(stream, arguments)
         return out, lse
 
     @cached_property
@@ -150,7 +154,8 @@ class DecodeLaunch:
         copied = (*sizes, *_query_strides(torch.empty(q.shape, device="meta")), *rest)
         numbers = None if any(stride % 8 for stride in own) else (*sizes, *own, *rest)
         launch = kernel.prepare(self.plan.programs, tuple(step for steps in strides for step in steps))
-        return Bound(launch, kernel.device, allocator(q, self.problem.out_shape), places, numbers, copied)
+        make = room(self.problem.out_shape, q.dtype, q.device), room(self.lse_shape, torch.float32, q.device)
+        return Bound(launch, kernel.device, *make, places, numbers, copied)
 
     def _sizes(self, operands: CacheOperands) -> tuple[int, ...]:
         problem, plan = self.problem, self.plan

@@ -6,7 +6,7 @@ Nothing here asks questions of the data or waits for the device.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -19,8 +19,10 @@ from tessera.backends.hopper import modifiers
 from tessera.backends.hopper.arguments import FAR, WRAP_STRIDE, reach, score_scales
 from tessera.backends.hopper.config import ROWS, Feature, ForwardConfig
 from tessera.backends.hopper.plan import tall_blocks
+from tessera.backends.hopper.room import room
 from tessera.dispatch import Shortcut
-from tessera.operands import Operands
+from tessera.errors import Unsupported
+from tessera.operands import Operands, with_offsets
 from tessera.problem import Layout, Problem
 
 ELEMENTS = {torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -62,6 +64,8 @@ def kernel_spec(config: ForwardConfig, dtype: torch.dtype) -> jit.KernelSpec:
 _POINTERS = ("cu_q", "cu_k", "used_q", "used_k", "key_start", "key_end", "query_end", "document_begin", "document_end")
 _NO_POINTERS = (0, *(0 for _ in _POINTERS))
 """Of sinks too."""
+_NO_MORE_POINTERS = _NO_POINTERS[3:]
+"""Where there are offsets alone."""
 WITHOUT_POINTERS = frozenset({Feature.LEFT, Feature.RIGHT, Feature.SOFTCAP, Feature.SCALE_FIRST})
 _INTEGERS = (
     "batch", "heads", "group", "seqlen_q", "seqlen_k", "left", "right", "document_stride", "tiles", "blocks", "tall", "section",
@@ -75,15 +79,16 @@ _AS_THEY_ARE = (False,) * 3
 
 
 class Bound(NamedTuple):
-    """What a runner's one set of shapes and strides decides: how out is made from q, the tensor maps of q, k, v and out, all the
+    """What a runner's one set of shapes and strides decides: what makes out and lse, the tensor maps of q, k, v and out, all the
     kernel's numbers, its launch on `device`, called with a stream, the maps, lse, a counter, and what `_more` gives; and what
     makes the map of a bias, where TMA reads that."""
 
     device: int
-    allocate: Callable[[Tensor], Tensor]
+    make_out: Callable[[], Tensor]
+    make_lse: Callable[[], Tensor]
     maps: tuple[jit.Maps, ...]
     numbers: tuple[int | float, ...]
-    launch: Callable[..., None]
+    launch: jit.Launch
     staged: modifiers.Staging | None
 
 
@@ -160,26 +165,42 @@ class ForwardLaunch:
         )  # fmt: skip
 
     def __call__(self, operands: Operands) -> tuple[Tensor, Tensor]:
-        lse = torch.empty(self.problem.lse_shape, dtype=torch.float32, device=operands.q.device)
+        bound = self.bound.get(_AS_THEY_ARE)
+        make = self._makers(operands.q.device)[1] if bound is None else bound.make_lse
+        lse = make()
         return self._run(operands, lse.data_ptr()), lse
 
+    def _makers(self, device: torch.device) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+        """What makes out and lse."""
+        problem = self.problem
+        return room(problem.out_shape, problem.dtype, device), room(problem.lse_shape, torch.float32, device)
+
     def shortcut(self, others: tuple[Any, ...]) -> Shortcut | None:
-        """For what needs no more than q, k and v, and has been launched: nothing is worked out in a call but what depends on
-        addresses and on the stream."""
+        """For what needs no more than q, k and v, and packed sequences' offsets, and has been launched: nothing is worked out in
+        a call but what depends on addresses and on the stream."""
         bound = self.bound.get(_AS_THEY_ARE)
-        if self.takes_more or bound is None or is_captured(jit.current_stream(bound.device)):
+        if bound is None or is_captured(jit.current_stream(bound.device)):
             return None
-        device, allocate, (q_maps, k_maps, v_maps, out_maps), _, launch, _ = bound
+        has_others = self.has_pointers and self.problem.layout is not Layout.VARLEN
+        if has_others or self.is_modified or not are_dense(others[0]):
+            return None
+        device, make_out, _, maps, _, launch, _ = bound
+        q_maps, k_maps, v_maps, out_maps = maps
         current_stream, counter, of_default_stream = jit.current_stream, counters.address, counters.address(device, 0)
 
-        def output(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q_place, k_place, v_place = q.data_ptr(), k.data_ptr(), v.data_ptr()
-            if (q_place | k_place | v_place) & 15:
-                return self._run(Operands(q, k, v, *others), 0)
-            out = allocate(q)
-            stream = current_stream(device)
-            maps = (*q_maps[q_place], *k_maps[k_place], *v_maps[v_place], *out_maps[out.data_ptr()])
-            launch(stream, *maps, 0, counter(device, stream) if stream else of_default_stream)
+        def output(q: Tensor, k: Tensor, v: Tensor, *offsets: Tensor) -> Tensor:
+            out, stream = make_out(), current_stream(device)
+            place = counter(device, stream) if stream else of_default_stream
+            arguments: tuple[jit.Argument, ...]
+            try:
+                arguments = (
+                    *q_maps[q.data_ptr()], *k_maps[k.data_ptr()], *v_maps[v.data_ptr()], *out_maps[out.data_ptr()], 0, place,
+                )  # fmt: skip
+            except Unsupported:  # an address that TMA can't reach: it reads a copy then
+                return self._run(Operands(q, k, v, *with_offsets(others, offsets)), 0)
+            if offsets:
+                arguments += (0, offsets[0].data_ptr(), offsets[-1].data_ptr(), *_NO_MORE_POINTERS)
+            launch(stream, arguments)
             return out
 
         return output
@@ -187,7 +208,7 @@ class ForwardLaunch:
     def _run(self, operands: Operands, lse: int) -> Tensor:
         q, k, v = operands[:3]
         bound = self.bound.get(_AS_THEY_ARE)
-        out = q.new_empty(self.problem.out_shape) if bound is None else bound.allocate(q)
+        out = (self._makers(q.device)[0] if bound is None else bound.make_out)()
         addresses: tuple[int, ...] = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
         kept: list[Tensor | None] = []  # copies that must live until the kernel is in the stream
         if bound is None or (addresses[0] | addresses[1] | addresses[2]) % 16:
@@ -198,7 +219,8 @@ class ForwardLaunch:
             kept += [row.tensor for row in rows]
         stream = jit.current_stream(bound.device)
         maps = [one for place, address in zip(bound.maps, addresses, strict=True) for one in place[address]]
-        bound.launch(stream, *maps, lse, counters.address(bound.device, stream), *self._more(operands, bound, kept))
+        more = self._more(operands, bound, kept)
+        bound.launch(stream, (*maps, lse, counters.address(bound.device, stream), *more))
         return out
 
     def _bind(self, operands: Operands, rows: tuple[Rows, ...]) -> Bound:
@@ -210,23 +232,19 @@ class ForwardLaunch:
             for row, dims in zip(rows, (self.config.dims, self.config.dims, self.config.dims_v, self.config.dims_v), strict=True)
         ]
         numbers = (*self._integers(operands), *(row.pitch for row in rows), *score_scales(self.problem.score))
-        launch = kernel.prepare((self.programs, 1, 1), () if self.takes_more else (*_NO_POINTERS, *numbers))
+        fixed = () if self.is_modified else numbers if self.has_pointers else (*_NO_POINTERS, *numbers)
+        launch = kernel.prepare((self.programs, 1, 1), fixed)
         staged = kernel.tiles[-1] if self.config.stages_bias else None
-        return Bound(kernel.device, allocator(operands.q, self.problem.out_shape), (*maps,), numbers, launch, staged)
-
-    @property
-    def takes_more(self) -> bool:
-        """Whether a launch has tensors beside q, k, v, out and lse."""
-        return self.has_pointers or self.is_modified
+        return Bound(kernel.device, *self._makers(operands.q.device), (*maps,), numbers, launch, staged)
 
     def _more(self, operands: Operands, bound: Bound, kept: list[Tensor | None]) -> tuple[int | float | bytes, ...]:
         """The arguments behind the counter, where they are not the same in every call."""
-        if not self.takes_more:
-            return ()
-        modified = modifiers.values(self.problem.score, operands, kept, bound.staged) if self.is_modified else ()
+        if not self.is_modified:
+            return self._pointers(operands, kept) if self.has_pointers else ()
+        modified = modifiers.values(self.problem.score, operands, kept, bound.staged)
         return (*self._pointers(operands, kept), *bound.numbers, *modified)
 
-    def _pointers(self, operands: Operands, kept: list[Tensor | None]) -> Sequence[int]:
+    def _pointers(self, operands: Operands, kept: list[Tensor | None]) -> tuple[int, ...]:
         """Addresses of sinks, lengths, padding and documents; 0 for what there is not (the kernel has no code for it)."""
         if not self.has_pointers:
             return _NO_POINTERS
@@ -239,7 +257,7 @@ class ForwardLaunch:
         ]  # fmt: skip
         tensors = [None if tensor is None else tensor.contiguous() for tensor in tensors]
         kept += [sinks, *tensors]
-        return [0 if tensor is None else tensor.data_ptr() for tensor in (sinks, *tensors)]
+        return tuple(0 if tensor is None else tensor.data_ptr() for tensor in (sinks, *tensors))
 
     def _integers(self, operands: Operands) -> tuple[int, ...]:
         if Feature.DOCUMENTS not in self.config.features:
@@ -248,11 +266,6 @@ class ForwardLaunch:
         stride = 0 if begin is None or begin.shape[0] == 1 else self.problem.shape.seqlen_q
         place = _INTEGERS.index("document_stride")
         return (*self.integers[:place], stride, *self.integers[place + 1 :])
-
-
-def allocator(q: Tensor, shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
-    """Makes out from a q of these strides: empty_like, where it gives the same, takes half of new_empty's host time."""
-    return torch.empty_like if q.is_contiguous() and q.shape == shape else lambda q: q.new_empty(shape)
 
 
 class Rows(NamedTuple):
@@ -284,6 +297,11 @@ class Rows(NamedTuple):
         shape = (FAR + 1, FAR, heads, FAR, columns)
         strides = (WRAP_STRIDE - row_stride, row_stride, head_stride, row_stride, 1)
         return cls(tensor.data_ptr(), shape, strides, batch_stride // row_stride, tensor)
+
+
+def are_dense(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether none of them has to be copied before a kernel reads it as a vector."""
+    return all(tensor is None or tensor.is_contiguous() for tensor in tensors)
 
 
 def is_captured(stream: int) -> bool:
