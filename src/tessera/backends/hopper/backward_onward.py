@@ -18,7 +18,7 @@ from tessera.backends.hopper.pieces.gradients import Score, Shared, issue_dp, is
 from tessera.backends.hopper.pieces.key_tiles import Call, KeyTile, locate_keys
 from tessera.backends.hopper.pieces.kv_source import store_rows
 from tessera.backends.hopper.pieces.masking import has_lower_bound
-from tessera.backends.hopper.pieces.numbers import of_first_lane
+from tessera.backends.hopper.pieces.numbers import carried_number, of_first_lane
 from tessera.backends.hopper.pieces.row_ranges import cut_and_full, end_row, first_row, key_bounds, row_blocks
 from tessera.backends.hopper.pieces.softmax import to_16_bit
 from tessera.backends.hopper.pieces.sums import add_part, row_block
@@ -273,10 +273,10 @@ def _turns(me, dq_map, at, blocks, origin, state):
     unseen, cut, full, stop = blocks
     bounds, row, block = origin
     rows: gl.constexpr = me.config.rows
-    n = at.n
-    seen = at.seen
-    before = at.before
-    held = at.held
+    n = carried_number(at.n)
+    seen = carried_number(at.seen)
+    before = carried_number(at.before)
+    held = carried_number(at.held)
     for i in range(unseen + 1, unseen + cut):
         then = (seen, bounds, row + i * rows, True)
         state = _turn(me, dq_map, At(n, seen, before, held), False, state, then, True)
