@@ -173,11 +173,14 @@ def test_last_tiles_are_divided_under_dropout(dim: int, tiles: int, monkeypatch:
 
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize(("group", "heads"), [(1, 1), (2, 2), (1, 3)])
-def test_rows_are_rounded_as_their_tiles_are_done(dim: int, group: int, heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("in_order", [False, True], ids=["any order", "in order"])
+def test_rows_are_rounded_as_their_tiles_are_done(
+    dim: int, group: int, heads: int, in_order: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Head after head, two of three together, all: each row once, and never before its tiles have counted."""
     monkeypatch.setattr(BackwardLaunch, "section", 150 * heads)
     case = Case("counted", head_dim=dim, batch=2, seqlen_q=150, seqlen_k=230, heads_q=3 * group, heads_kv=3, window=(70, 0))
-    request = case.request("cpu", torch.bfloat16, requires_grad=True)
+    request = case.request("cpu", torch.bfloat16, requires_grad=True)._replace(deterministic=in_order)
     problem = bind(request)[0]
     launch = BackwardLaunch(problem, backward_config(problem), FEW)
     assert launch.config.counts_tiles

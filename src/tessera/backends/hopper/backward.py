@@ -229,7 +229,7 @@ def producer_of_many(config: gl.constexpr, maps, stats_map, shared, draws, call)
         if uses <= config.q_stages:
             count_told(config, draws, turn - 1, owed)
         if tells_producer(config):
-            owed = place_of_count(call, tile)
+            owed = place_of_count(config, call, tile)
         done += uses
         seen += gl.where(count > 0, 1, 0)
         number = number_after(config, call, draws, number)
@@ -297,7 +297,7 @@ def producer_onward(config: gl.constexpr, maps, stats_map, shared, keys, draws, 
         if uses <= config.q_stages:
             count_told(config, draws, turn - 1, owed)
         if tells_producer(config):
-            place = place_of_count(call, tile)
+            place = place_of_count(config, call, tile)
             owed = gl.where(count > 0, last, -1)
             if count > 0:
                 last = place

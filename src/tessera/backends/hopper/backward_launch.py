@@ -241,8 +241,9 @@ class BackwardLaunch:
     @cached_property
     def counted(self) -> tuple[int, int, int]:
         """For finish_queries: heads of a group, heads that are done at about the same time, warps that count those of a sequence,
-        or, packed, a tile: all of the consumer that has dQ, or the producer."""
+        or, packed, a tile: in an order the writers, else all of the consumer that has dQ, or the producer."""
         shape, warps = self.problem.shape, 4 if self.config.division is Division.PRODUCTS else 1
+        warps = self.config.writers or warps
         if self.problem.layout is Layout.VARLEN:
             return shape.group, shape.heads_q, warps
         heads = min(max(self.section // max(shape.seqlen_q, 1), 1), shape.heads_kv)

@@ -17,7 +17,7 @@ place of every ring all the same, for its zeros to leave by.
 from tessera.backends.hopper.pieces.bias import add_to_dbias
 from tessera.backends.hopper.pieces.chain import chain_of
 from tessera.backends.hopper.pieces.channel import Ring, make_ring
-from tessera.backends.hopper.pieces.counts import count_tile, place_of_count
+from tessera.backends.hopper.pieces.counts import adders_know, count_tile, place_of_count
 from tessera.backends.hopper.pieces.dropout import marked
 from tessera.backends.hopper.pieces.gradients import (
     BARRIER_K,
@@ -478,8 +478,8 @@ def _differentiate_q(config: gl.constexpr, dq_map, shared, exchange, draws, scor
     else:
         exchange.ds_ring.wait(done)
         exchange.ds_ring.release(done)
-    if config.counts_tiles:
-        count_tile(draws, place_of_count(call, tile))
+    if adders_know(config):
+        count_tile(draws, place_of_count(config, call, tile))
     return end, seen + gl.where(count > 0, 1, 0)
 
 

@@ -147,7 +147,7 @@ def _clear_marks(config: gl.constexpr, marks_ptr, heads, head, line, strands, st
         blocks = line // PART_ROWS
         first = marks_ptr + 1 + head * blocks + start // PART_ROWS
         if adds_in_order(config):
-            for strand in range(strands):
+            for strand in range(strands + 1):  # and counts (pieces/counts.py)
                 gl.store(first + strand * heads * blocks, 0)
         else:
             gl.store(first, 0)
@@ -233,7 +233,10 @@ def finish_queries(
         last = (head // group + 1) * group - 1
         if has(config, "varlen"):
             warps *= tiles_of_packed(config, lengths, seq.number, batch, seqlen_k)
-        await_tiles(marks_ptr + 1 + last * blocks + (start - first) // PART_ROWS, warps)
+        place = last * blocks + (start - first) // PART_ROWS
+        if adds_in_order(config):
+            place += strands * heads * blocks
+        await_tiles(marks_ptr + 1 + place, warps)
     else:
         wait_for_previous()
     dq = _summed(config, sum_ptr, marks_ptr, head * blocks + block, heads * blocks, strands, first_column, dim)

@@ -61,6 +61,7 @@ def _named_problems() -> dict[str, Problem]:
             found[f"d{dim} {name}, deterministic"] = replace(found[f"d{dim} {name}"], reproducibility=Reproducibility.BITWISE)
         short = found[f"d{dim} full, deterministic"]  # there the last tile rounds
         found[f"d{dim} full, deterministic"] = replace(short, shape=replace(short.shape, seqlen_q=512, seqlen_k=512))
+    found["d64 full, varlen"] = _problem(64, 64, _FULL, Layout.VARLEN)
     full = found["d128 full"]
     found["d128 full, more rows"] = replace(full, shape=replace(full.shape, seqlen_q=2048, seqlen_k=2048))
     return found

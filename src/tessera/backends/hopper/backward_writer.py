@@ -13,6 +13,7 @@ while they still compute it; they add, round, and hand back 16 bits.
 """
 
 from tessera.backends.hopper.pieces.chain import Chain, chain_of
+from tessera.backends.hopper.pieces.counts import count_tile, place_of_count
 from tessera.backends.hopper.pieces.key_tiles import KeyTile, locate_keys, nth_place
 from tessera.backends.hopper.pieces.kv_source import store_rows
 from tessera.backends.hopper.pieces.row_ranges import row_blocks
@@ -179,6 +180,8 @@ def writer_of_many(config: gl.constexpr, writer: gl.constexpr, dq_map, out, sums
         begin, count = row_blocks(config, call.band, tile.seq, tile.first)
         task = Task(tile, begin, count, chain_of(config, call, tile, out[2]), marks, done)
         _write_in_turn(config, writer, dq_map, out, sums, call, task)
+        if config.counts_tiles:
+            count_tile(draws, place_of_count(config, call, tile))
         done += count * call.group
         turn += 1
         number = draws.read(turn)

@@ -3,15 +3,16 @@
 The last tiles are seldom as many as there are programs, and memory rests while the main kernel computes. So `finish_queries`
 does not wait until all of it is done: its programs take the multiprocessors that the main kernel leaves, or was never given
 (backward_sizes.spared_multiprocessors), and wait for a count of their rows' tiles. It lies in the workspace at the first mark
-(pieces/sums.py) of the rows of a head, of a group's last head; marks have no other use where dQ is added in any order. The main
-kernel's programs all run by then (they let the next kernel begin when they have), so every wait ends.
+(pieces/sums.py) of the rows of a head, of a group's last head; marks have no other use where dQ is added in any order, and in an
+order there is one more line of them. The main kernel's programs all run by then (they let the next kernel begin when they have),
+so every wait ends.
 
-To count takes a fence, some 1500 cycles. Divided by products the consumer of dQ has them to spare at a tile's end; elsewhere
-consumers tell the producer, which is ahead of them (`tell`, `count_told`): ours / FA3 at head dim 128, full 512, was 1.126
-without counts, 1.071 with the consumers' own and 1.143 so (H200, 2026-11-22).
+To count takes a fence, some 1500 cycles. In an order the two writers have them to spare. Divided by products the consumer of dQ
+has them at a tile's end; elsewhere consumers tell the producer, which is ahead of them (`tell`, `count_told`): ours / FA3 at head
+dim 128, full 512, was 1.126 without counts, 1.071 with the consumers' own and 1.143 so (H200, 2026-11-22).
 """
 
-from tessera.backends.hopper.pieces.sums import row_block
+from tessera.backends.hopper.pieces.sums import adds_in_order, row_block, row_blocks_of_sum
 from tessera.jit.compat import gl, gluon, mbarrier
 
 _COUNT = gl.constexpr(
@@ -22,15 +23,24 @@ _LOOK_AGAIN = gl.constexpr("nanosleep.u32 500; ld.acquire.gpu.global.b32 $0, [$1
 
 
 @gluon.constexpr_function
+def adders_know(config):
+    """Whether consumers know when the additions of a tile that is counted are complete; in an order the writers do."""
+    return config.counts_tiles and not adds_in_order(config)
+
+
+@gluon.constexpr_function
 def tells_producer(config):
     """Whether consumers tell the producer, which counts."""
-    return config.counts_tiles and config.division.value != "products"
+    return adders_know(config) and config.division.value != "products"
 
 
 @gluon.jit
-def place_of_count(call, tile):
-    """Where the count of a tile's rows lies."""
-    return row_block(call, tile, call.group - 1, 0)
+def place_of_count(config: gl.constexpr, call, tile):
+    """Where the count of a tile's rows lies: among the marks, in an order behind them."""
+    place = row_block(call, tile, call.group - 1, 0)
+    if adds_in_order(config):
+        place += call.order.strands * row_blocks_of_sum(call)
+    return place
 
 
 @gluon.jit

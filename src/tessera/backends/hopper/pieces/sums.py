@@ -8,7 +8,7 @@ would wait for the other half. backward_rows.py undoes the order when it rounds 
 **In which order.** In any, by itself: the sums then differ in their last bits from run to run. Where runs must repeat, every 64
 rows of a query head have a mark in the workspace, 0 at first, then the number (plus 1) of the last tile of keys that has added
 its part; each tile waits for the one before it (see backward_writer.py). Where there are several sums of dQ (chain.py) they lie
-one after another, and so do their marks.
+one after another, and so do their marks, and behind these counts (counts.py).
 """
 
 from tessera.backends.hopper.backward_plan import PART_LINE
