@@ -158,12 +158,18 @@ def _place_of_part(config: gl.constexpr, consumer, n):
         return consumer
 
 
+@gluon.constexpr_function
+def _holds_v(config, consumer):
+    """Whether a consumer has its V in registers: all of them, or the first."""
+    return config.keeps_v or (config.keeps_first_v and consumer == 0)
+
+
 @gluon.jit
 def _own_v(config: gl.constexpr, consumer, shared, seen):
     """This consumer's V as dP's operand from registers; 0 where it is read from shared memory."""
     if not _waits_late(config):
         mbarrier.wait(shared.v_full, seen & 1)
-    if config.keeps_v:
+    if _holds_v(config, consumer) and not _waits_late(config):
         v = matrix(shared.v.index(place_of_v(config, seen) + _piece(config, consumer))).load(operand_layout(config.rows))
         if config.takes_tile_after_tile:
             mbarrier.arrive(shared.v_free)
@@ -194,7 +200,7 @@ def _issue_dp(config: gl.constexpr, consumer, shared, v, n):
     """Start dP^T = V dO^T of block n."""
     shared.do_stream.wait(n)
     do = matrix(shared.do.index(shared.do_stream.slot(n)))
-    if config.keeps_v:
+    if _holds_v(config, consumer):
         return issue_transposed(v, do)
     else:
         return issue_transposed(matrix(shared.v.index(_piece(config, consumer) + fresh_zero())), do)
@@ -289,6 +295,16 @@ def _with_bounds(config: gl.constexpr, call, tile, first, own):
 
 
 @gluon.jit
+def _with_v(config: gl.constexpr, consumer, shared, own):
+    """The same with V, where that is held but waited for late."""
+    if _holds_v(config, consumer) and _waits_late(config):
+        bounds, _, k_place, chain = own
+        v = matrix(shared.v.index(_piece(config, consumer))).load(operand_layout(config.rows))
+        own = (bounds, v, k_place, chain)
+    return own
+
+
+@gluon.jit
 def _main_loop(config: gl.constexpr, consumer, dq_map, shared, parts, score, call, work, done, seen):
     """dK and dV of 64 keys: the sums over all blocks of rows of all query heads that share them. `work`: the tile, its first row
     block, how many. `done` blocks came before, and `seen` tiles that any row sees; both are returned with this tile's."""
@@ -314,26 +330,27 @@ def _main_loop(config: gl.constexpr, consumer, dq_map, shared, parts, score, cal
             _await_late(config, consumer, shared, seen, member)
             place = first_place(config, call, tile, count)
             own = _with_bounds(config, call, tile, first, own)
+            mine = _with_v(config, consumer, shared, own)
             for i in range(unseen):
                 at = place_of(config, place, i)
-                _pass_over(config, consumer, dq_map, shared, parts, own, n + i, row + at * rows, block + at)
+                _pass_over(config, consumer, dq_map, shared, parts, mine, n + i, row + at * rows, block + at)
                 place = next_place(config, place, count)
             for i in range(unseen, unseen + cut):
                 at = place_of(config, place, i)
                 there = row + at * rows
-                state = _block(config, consumer, dq_map, shared, parts, scored, own, n + i, there, block + at, state, True)
+                state = _block(config, consumer, dq_map, shared, parts, scored, mine, n + i, there, block + at, state, True)
                 place = next_place(config, place, count)
             for i in range(unseen + cut, unseen + cut + full):
                 at = place_of(config, place, i)
                 there = row + at * rows
-                state = _block(config, consumer, dq_map, shared, parts, scored, own, n + i, there, block + at, state, False)
+                state = _block(config, consumer, dq_map, shared, parts, scored, mine, n + i, there, block + at, state, False)
                 place = next_place(config, place, count)
             if has_lower_bound(config):
                 for i in range(unseen + cut + full, seen_end):
                     at = row + i * rows
-                    state = _block(config, consumer, dq_map, shared, parts, scored, own, n + i, at, block + i, state, True)
+                    state = _block(config, consumer, dq_map, shared, parts, scored, mine, n + i, at, block + i, state, True)
                 for i in range(gl.maximum(seen_end, unseen), count):
-                    _pass_over(config, consumer, dq_map, shared, parts, own, n + i, row + i * rows, block + i)
+                    _pass_over(config, consumer, dq_map, shared, parts, mine, n + i, row + i * rows, block + i)
         if config.takes_tile_after_tile:
             mbarrier.arrive(shared.k_free)
             if not config.keeps_v:
