@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -124,6 +125,40 @@ def test_slots_are_free_early(cached: tuple[int, ...], multiprocessors: int, mon
     case = CacheCase("early", cached=cached, heads_q=2, heads_kv=2, schedule="stream_k")
     plan = check(case.request("cpu", torch.bfloat16), replace(FEW, multiprocessors=multiprocessors))
     assert decode_plan.DecodeFeature.EARLY in plan.config.features
+
+
+@pytest.mark.parametrize("splits", [None, 3])
+@pytest.mark.parametrize("cached", [(700, 700, 700), (700, 1, 250)])
+def test_the_next_kernel_may_begin_before_the_last_loads(
+    cached: tuple[int, ...], splits: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With so many tiles left, of parts that are as long; along the line of all tiles behind the last one."""
+    monkeypatch.setattr(decode_plan, "PARTED", range(3, 30))
+    left: list[int] = []  # tiles that each program, one after another, has loaded since it let the next kernel begin
+
+    def let_next_begin() -> None:
+        left.append(0)
+
+    case = CacheCase("parting", cached=cached, heads_kv=1, num_splits=splits, schedule=None if splits else "stream_k")
+    request = case.request("cpu", torch.bfloat16)
+    with in_python():
+        producer = importlib.import_module("tessera.backends.hopper.decode_producer")
+    load_tile = producer._load_tile
+
+    def load(*arguments: Any) -> None:
+        load_tile(*arguments)
+        if left:
+            left[-1] += 1
+
+    monkeypatch.setattr(producer, "PARTED", 3)
+    monkeypatch.setattr(producer, "let_next_begin", let_next_begin)
+    monkeypatch.setattr(producer, "_load_tile", load)
+    plan = check(request)
+    assert decode_plan.DecodeFeature.PARTING in plan.config.features
+    if splits is None and len(set(cached)) > 1:
+        assert 3 not in left
+    else:
+        assert 3 in left
 
 
 @pytest.mark.parametrize("name", [name for name, case in CACHE_CASES.items() if case.new and is_served(case)])

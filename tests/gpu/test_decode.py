@@ -1,12 +1,18 @@
 """Decoding over long caches on the GPU, against float64 there: turns, crews and stretches of stream-K, parts in two steps, FP8;
-and that graphs of different streams, replayed side by side, keep out of each other's tickets."""
+that graphs of different streams, replayed side by side, keep out of each other's tickets; and that a step which begins while the
+one before it ends reads nothing too soon."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
+from tessera.backends.hopper.decode_config import DecodeFeature
+from tessera.backends.hopper.decode_plan import decode_plan
+from tessera.device import Device
 from tessera.serving.operands import FP8, CacheRequest, describe
 from tessera.serving.operators import forward
 from tessera.verify import compare
@@ -121,3 +127,27 @@ def test_graphs_side_by_side() -> None:
     torch.cuda.synchronize()
     for found, right in zip(results, expected, strict=True):
         assert all(torch.equal(a, b) for each in found for a, b in zip(each, right, strict=True))
+
+
+@pytest.mark.parametrize("page", [0, 64])
+def test_steps_that_follow_one_another(page: int) -> None:
+    """A step's queries are what the step before gave, and some write rows that the next one reads. The next kernel may begin, and
+    bring keys into L2, with tiles of this one left; the bits are those of steps that wait for one another on the host."""
+
+    def steps(pause: Callable[[], None]) -> list[Tensor]:
+        request = a_request((8000,) * 32, page)._replace(backend="hopper")
+        assert DecodeFeature.PARTING in decode_plan(describe(request), Device.named("h200")).config.features
+        outs = []
+        for step in range(12):
+            outs.append(forward(request)[0])
+            pause()
+            if step % 3 == 2:
+                request.k_cache[:, step] = outs[-1][0, 0, :HEADS_KV]
+                request.v_cache[:, step] = outs[-1][1, 0, :HEADS_KV]
+                pause()
+            request = request._replace(q=16 * outs[-1])
+        return outs
+
+    apart = steps(torch.cuda.synchronize)
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(steps(lambda: None), apart, strict=True))

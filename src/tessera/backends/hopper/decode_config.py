@@ -10,6 +10,9 @@ ROWS = 16
 COLUMNS = 64
 """Columns of one part of a head dim: 128 bytes, the widest swizzle of TMA."""
 
+PARTING = 8
+"""Tiles that a program has yet to ask for when it lets the next kernel begin, under DecodeFeature.PARTING."""
+
 PARTS_TOGETHER = 16
 """Parts of an item that one program adds up in one of two steps; up to twice as many in one step, where that is all of them."""
 
@@ -20,6 +23,8 @@ class DecodeFeature(Enum):
     STREAM_K = "stream_k"
     EARLY = "early"
     """A tile's slots are free as soon as it has been read, not when all of it has been multiplied with: more is on its way."""
+    PARTING = "parting"
+    """The next kernel may begin with the last tiles of programs' items left to ask for, not when all have been."""
     PAGED = "paged"
     PACKED = "packed"
     BATCH_INDEX = "batch_index"

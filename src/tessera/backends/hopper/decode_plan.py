@@ -31,6 +31,12 @@ has `MANY` tiles. Too many come late, and the first loads wait behind them (H200
 0, 1, 2, 4 tiles 11.8, 11.3, 11.2, 11.5; 4 x 8k with 2, 3, 4, 5 33.2, 33.0, 33.2, 33.4; 1 x 32k with 2, 3, 4 32.5, 32.2, 32.6;
 FP8 1 x 32k with 2, 3, 4 18.9, 18.8, 19.0; 64 sequences of 100 to 32k keys with 0, 2 346.6, 344.3;
 16 x 8k with 0, 2, 3, 4, 8 120.6, 119.9, 119.8, 120.2, 121.1; 1 x 128k with 0, 2, 3, 4, 6 120.3, 119.8, 119.4, 119.2, 119.7."""
+PARTED, AHEAD_OF_PARTED = range(96, 257), 6
+"""Where each program has one item of so many tiles, the next kernel's may begin with PARTING of them left, and bring more into
+L2: they stand where programs ended sooner than the last. H200, 2026-11-22, against 3 tiles and nothing left: 16 x 8k with 8 left
+and 3, 4, 5, 6, 8 tiles 1.008, 1.010, 1.012, 1.012, 1.014, with 4, 6, 12 left and 5, 5, 6 tiles 1.011, 1.013, 1.013; with 8 left
+and 6 tiles 4 x 32k and 1 x 128k 1.007, 16 x 8k in pages of 64 1.007. Longer shares: 16 x 32k, 4 x 128k, 16 x 128k level, 16 x 32k
+in pages of 64 0.996; of 32 tiles: 4 x 8k with 4, 5 tiles 1.002, 0.997, 1 x 32k with 5 tiles 0.989."""
 IDLE = 0.05
 """Of a grid's programs that may be without work so that the others read memory in order: it is busy without them."""
 SHORT_SHARE = 64
@@ -143,6 +149,9 @@ def decode_plan(problem: CacheProblem, device: Device) -> DecodePlan:
         programs, line = (splits, shape.heads_kv * row_blocks, shape.batch), 1
         slots, rounds, crew = items * splits if splits > 1 else 0, 0, 0
         most_parts, team = splits, 1
+    share = items * tile.needed(shape.seqlen_k) / max(1, math.prod(programs))
+    waves = items > device.multiprocessors
+    parting = round(share) in PARTED and not waves
     pages = problem.cache.pages
     slot_rows = ROWS if packed and invariant else min(ROWS, max(1, rows))  # packed rows are the batch's
     # ptxas spills a little at 255, and nothing at 240: 4 x 8k 35.2, 34.6
@@ -152,15 +161,14 @@ def decode_plan(problem: CacheProblem, device: Device) -> DecodePlan:
         keys=tile.keys, warps=tile.warps, stages=tile.stages, dims=dims, dims_v=dims_v,
         box=tile.keys if pages is None else min(tile.keys, pages.size), registers=registers,
         storage=Storage.E4M3 if problem.cache.is_quantised else Storage.HALF,
-        features=_features(problem, schedule, early),
+        features=_features(problem, schedule, early, parting),
     )  # fmt: skip
     tickets = 1 + -(-most_parts // PARTS_TOGETHER)
     depth = _depth(problem, sum(dims) + sum(dims_v), tile)
-    share = items * tile.needed(shape.seqlen_k) / max(1, math.prod(programs))
-    ahead = _ahead(problem, schedule, share, items > device.multiprocessors)
+    ahead = _ahead(problem, schedule, share, waves)
     return DecodePlan(
-        config, programs, splits, least, crew, rounds, depth, ahead, max(ahead, AHEAD), team, line // team,
-        _line_depth(team, depth, tile), row_blocks, slot_rows, slots, items, tickets,
+        config, programs, splits, least, crew, rounds, depth, AHEAD_OF_PARTED if parting else ahead, max(ahead, AHEAD), team,
+        line // team, _line_depth(team, depth, tile), row_blocks, slot_rows, slots, items, tickets,
     )  # fmt: skip
 
 
@@ -299,12 +307,13 @@ def _frees_early(problem: CacheProblem, schedule: Schedule, items: int, multipro
     return long and schedule is Schedule.STREAM_K and problem.cache.pages is None
 
 
-def _features(problem: CacheProblem, schedule: Schedule, early: bool) -> tuple[DecodeFeature, ...]:
+def _features(problem: CacheProblem, schedule: Schedule, early: bool, parting: bool) -> tuple[DecodeFeature, ...]:
     """What must be compiled in, always in the same order."""
     mask, score = problem.mask, problem.score
     wanted = {
         DecodeFeature.STREAM_K: schedule is Schedule.STREAM_K,
         DecodeFeature.EARLY: early,
+        DecodeFeature.PARTING: parting,
         DecodeFeature.PAGED: problem.cache.pages is not None,
         DecodeFeature.PACKED: problem.layout is Layout.VARLEN,
         DecodeFeature.BATCH_INDEX: "cache_batch_idx" in problem.lengths,

@@ -5,11 +5,13 @@ they stand then, and the first tiles by them are brought into L2. Lengths, pages
 before has ended everything is read again, and L2 has what memory has.
 """
 
+from tessera.backends.hopper.decode_config import PARTING
 from tessera.backends.hopper.pieces.cached import cache_entry, foresee_box, load_box, locate_box
 from tessera.backends.hopper.pieces.shares import after, first_share, first_turn, segment_of
 from tessera.backends.hopper.pieces.tiles import has, head_bytes
 from tessera.jit.compat import gl, gluon, let_next_begin, wait_for_previous
 
+PARTED = gl.constexpr(PARTING)
 LOADS_TOGETHER = gl.constexpr(8)
 """Boxes whose page numbers are read side by side."""
 
@@ -95,6 +97,10 @@ def producer(config: gl.constexpr, k_maps, v_maps, shared, call):
         segment = segment_of(config, call, share)
         entry = cache_entry(config, call.places, segment.seq.index)
         for tile in range(segment.begin, segment.end):
+            if has(config, "parting"):
+                left = gl.where(share.turn < 0, 0, PARTED)  # along the line of all tiles this may be no last item
+                if tile == segment.end - left:
+                    let_next_begin()
             _load_tile(config, k_maps, v_maps, shared, call, segment, entry, (n, tile))
             n = next_use(config, n, share.depth)
         share = after(config, call, share, segment)

@@ -49,6 +49,8 @@ def _problems() -> Iterator[CacheProblem]:
     for dim in (64, 128, 192, 256):
         yield describe(_request(1, dim))
         yield describe(_request(16, dim))
+    for page in (0, 64):  # a share's last tiles under the next kernel's beginning
+        yield describe(_request(16, 128, page, rows=8192))
     for rows in (LONG, 512):  # more items than SMs
         yield describe(_request(64, 128, rows=rows))
     wide = _request(16, 128)
