@@ -195,7 +195,7 @@ def test_last_tiles_leave_room_to_round(dim: int) -> None:
     request = case.request("cpu", torch.bfloat16, requires_grad=True)
     config = backward_config(bind(request)[0])
     assert config.counts_tiles
-    assert config.k_places == 1
+    assert config.division is Division.TURNS or config.k_places == 1
     check(request)
 
 

@@ -30,11 +30,13 @@ from tessera.backends.hopper.backward_writer import writer_of_dq, writer_of_many
 from tessera.backends.hopper.pieces.bias import load_bias, staged_bias, stages_bias
 from tessera.backends.hopper.pieces.channel import NAMED_BARRIER_K, NAMED_BARRIER_V, make_barriers, make_stream
 from tessera.backends.hopper.pieces.counts import count_tile, count_told, place_of_count, tells_producer
-from tessera.backends.hopper.pieces.draws import make_draws
+from tessera.backends.hopper.pieces.draws import make_draws, posts_tiles
 from tessera.backends.hopper.pieces.gradients import (
     Score,
     Shared,
     allocate_summands,
+    comes_by_ds,
+    moves_k,
     place_of_k,
     place_of_v,
     subtracts_by_products,
@@ -60,22 +62,45 @@ def divided_by(config, name):
 
 
 @gluon.jit
-def _load_keys(config: gl.constexpr, map_, buffer, place, full, span, tile):
+def _load_pieces(config: gl.constexpr, map_, buffer, place, full, span, tile):
     """Start the copies of the tile's K or V to `place` on, all of which `full` awaits."""
-    mbarrier.expect(full, config.keys * 2 * buffer.shape[-1])
     for part in gl.static_range(config.keys // M):
         load_rows((map_,), (buffer,), place + part, full, span, tile.head, tile.first + part * M)
 
 
 @gluon.jit
+def _load_keys(config: gl.constexpr, map_, buffer, place, full, span, tile):
+    """The same for `full`, which awaits these alone."""
+    mbarrier.expect(full, config.keys * 2 * buffer.shape[-1])
+    _load_pieces(config, map_, buffer, place, full, span, tile)
+
+
+@gluon.jit
 def _load_k(config: gl.constexpr, maps, shared, call, tile, seen):
     """K of a tile, before which the program had `seen` that any row sees."""
-    _load_keys(config, maps[1], shared.k, place_of_k(config, seen), shared.k_full, tile.seq.keys(call.pitch.k), tile)
+    span = tile.seq.keys(call.pitch.k)
+    if comes_by_ds(config):
+        full = shared.k_full.index(seen & 1)
+        mbarrier.expect(full, config.keys * 2 * (shared.k.shape[-1] + shared.v.shape[-1]))  # V's bytes too
+        _load_pieces(config, maps[1], shared.k, place_of_k(config, seen), full, span, tile)
+    else:
+        full = shared.k_full.index(seen & 1) if config.swaps_keys else shared.k_full
+        _load_keys(config, maps[1], shared.k, place_of_k(config, seen), full, span, tile)
 
 
 @gluon.jit
 def _load_v(config: gl.constexpr, maps, shared, call, tile, seen):
-    _load_keys(config, maps[2], shared.v, place_of_v(config, seen), shared.v_full, tile.seq.keys(call.pitch.v), tile)
+    _load_keys(config, maps[2], shared.v, place_of_v(config, seen, 0), shared.v_full, tile.seq.keys(call.pitch.v), tile)
+
+
+@gluon.jit
+def _load_v_by_ds(config: gl.constexpr, maps, shared, call, tile, seen, done):
+    """V to where dS^T of the tile's first block will lie, of all the program's blocks the one after `done`, when dQ of the block
+    before that in this slot is done. Each consumer puts its dS^T where its own V was."""
+    slot = done % config.consumers
+    mbarrier.wait(shared.v_free.index(slot), ((done // config.consumers) & 1) ^ 1)
+    full = shared.k_full.index(seen & 1)
+    _load_pieces(config, maps[2], shared.v, place_of_v(config, seen, done), full, tile.seq.keys(call.pitch.v), tile)
 
 
 @gluon.jit
@@ -157,25 +182,31 @@ def producer(config: gl.constexpr, maps, stats_map, shared, call):
 
 
 @gluon.jit
-def _load_early_k(config: gl.constexpr, maps, shared, call, tile, seen, is_wanted):
-    """K before a tile's first Q, where the last tile's V was."""
-    if is_wanted:
+def _load_next_v(config: gl.constexpr, maps, shared, call, tile, seen, done):
+    """V of a tile, when what lies in its place has been read."""
+    if comes_by_ds(config):
+        _load_v_by_ds(config, maps, shared, call, tile, seen, done)
+    elif config.swaps_keys:
+        before = seen - 1
+        if seen > 0:
+            mbarrier.wait(shared.k_free.index(before & 1), (before >> 1) & 1)
+        _load_v(config, maps, shared, call, tile, seen)
+    else:
         mbarrier.wait(shared.v_free, (seen & 1) ^ 1)
-        _load_k(config, maps, shared, call, tile, seen)
+        _load_v(config, maps, shared, call, tile, seen)
 
 
 @gluon.jit
-def _load_later_keys(config: gl.constexpr, maps, shared, call, tile, seen, turn):
-    """What of K and V does not come before a tile's first Q."""
-    if config.swaps_keys:
-        mbarrier.wait(shared.k_free, (seen & 1) ^ 1)  # V comes where the last tile's K was
-        _load_v(config, maps, shared, call, tile, seen)
-    else:
-        mbarrier.wait(shared.v_free, (seen & 1) ^ 1)  # before K's in every division
-        _load_v(config, maps, shared, call, tile, seen)
-        if turn > 0:
+def _load_next_k(config: gl.constexpr, maps, shared, call, tile, seen, is_wanted):
+    """The same of K."""
+    if is_wanted:
+        if comes_by_ds(config):
+            mbarrier.wait(shared.k_free.index(seen & 1), ((seen >> 1) & 1) ^ 1)
+        elif config.swaps_keys:
+            mbarrier.wait(shared.v_free, (seen & 1) ^ 1)
+        else:
             mbarrier.wait(shared.k_free, (seen & 1) ^ 1)
-            _load_k(config, maps, shared, call, tile, seen)
+        _load_k(config, maps, shared, call, tile, seen)
 
 
 @gluon.jit
@@ -187,24 +218,37 @@ def _ask_for_do(maps, shared, call, tile, member, row):
 
 @gluon.jit
 def _ask_for_keys(config: gl.constexpr, maps, shared, call, tile, is_wanted):
-    """A tile's K and V into L2."""
+    """Into L2 what of a tile's K and V is not loaded as soon as the tile is known."""
     if is_wanted:
         for part in gl.static_range(config.keys // M):
             first = tile.first + part * M
-            load_rows((maps[1],), (shared.k,), 0, shared.k_full, tile.seq.keys(call.pitch.k), tile.head, first, "only L2")
+            if config.k_places == 1:
+                load_rows((maps[1],), (shared.k,), 0, shared.v_full, tile.seq.keys(call.pitch.k), tile.head, first, "only L2")
             load_rows((maps[2],), (shared.v,), 0, shared.v_full, tile.seq.keys(call.pitch.v), tile.head, first, "only L2")
+
+
+@gluon.jit
+def _post(config: gl.constexpr, call, draws, turn, number):
+    """Tell the consumers what comes `turn`-th; the tile, its first row block, how many, and the place of the one that comes
+    first."""
+    if not posts_tiles(config):
+        draws.post(turn, number)
+    tile, begin, count = locate_work(config, call, draws, number)
+    start = first_place(config, call, tile, count)
+    if posts_tiles(config):
+        draws.post_tile(turn, number, tile, begin, count, start)
+    return tile, begin, count, start
 
 
 @gluon.jit
 def producer_of_many(config: gl.constexpr, maps, stats_map, shared, draws, call):
     """Tile after tile: the next one's first rows come while the consumers still work on this one, its K and V when no product
-    reads those of this one any more."""
+    reads what lies in their places any more. Each is asked for when its place is free, K last where it has but one."""
     number = call.order.number
     if adds_in_order(config):
         wait_for_previous()  # for the counter
         number = draws.draw()
-    draws.post(0, number)
-    tile, begin, count = locate_work(config, call, draws, number)
+    tile, begin, count, start = _post(config, call, draws, 0, number)
     if (count > 0) & (number < draws.tiles):
         _load_k(config, maps, shared, call, tile, 0)
     wait_for_previous()
@@ -215,15 +259,18 @@ def producer_of_many(config: gl.constexpr, maps, stats_map, shared, draws, call)
     owed = number * 0 - 1  # where the tile before is counted
     while number < draws.tiles:
         uses = _uses(config, call, count)
-        start = first_place(config, call, tile, count)
         for n in range(uses):
             member, row = _member_and_row(config, tile, begin, count, start, n)
             _load_q(config, maps, stats_map, shared, call, tile, done + n, member, row)
             if config.asks_early:
                 _ask_for_do(maps, shared, call, tile, member, row)
-            if (n == 0) & (count > 0):
-                _load_later_keys(config, maps, shared, call, tile, seen, turn)
+            if (n == 0) & (count > 0) & (not config.swaps_keys):
+                _load_next_v(config, maps, shared, call, tile, seen, done)
             _load_do(config, maps, stats_map, shared, call, tile, done + n, member, row)
+            if (n == 0) & (count > 0) & config.swaps_keys:
+                _load_next_v(config, maps, shared, call, tile, seen, done)
+            if config.k_places == 1 and not config.swaps_keys:
+                _load_next_k(config, maps, shared, call, tile, seen, (n == 0) & (count > 0) & (turn > 0))
             if n == config.q_stages:  # all consumers have left the tile before
                 count_told(config, draws, turn - 1, owed)
         if uses <= config.q_stages:
@@ -234,12 +281,12 @@ def producer_of_many(config: gl.constexpr, maps, stats_map, shared, draws, call)
         seen += gl.where(count > 0, 1, 0)
         number = number_after(config, call, draws, number)
         turn += 1
-        draws.post(turn, number)
-        tile, begin, count = locate_work(config, call, draws, number)
+        tile, begin, count, start = _post(config, call, draws, turn, number)
+        is_wanted = (count > 0) & (number < draws.tiles)
+        if config.k_places == 2 or config.swaps_keys:
+            _load_next_k(config, maps, shared, call, tile, seen, is_wanted)
         if config.asks_early:
-            _ask_for_keys(config, maps, shared, call, tile, (count > 0) & (number < draws.tiles))
-        if config.swaps_keys:
-            _load_early_k(config, maps, shared, call, tile, seen, (count > 0) & (number < draws.tiles))
+            _ask_for_keys(config, maps, shared, call, tile, is_wanted)
     count_told(config, draws, turn - 1, owed)
 
 
@@ -266,8 +313,7 @@ def producer_onward(config: gl.constexpr, maps, stats_map, shared, keys, draws, 
     """The same for backward_onward.py: K before a tile's first rows, each consumer's half of V when that consumer has read the
     last one."""
     number = call.order.number
-    draws.post(0, number)
-    tile, begin, count = locate_work(config, call, draws, number)
+    tile, begin, count, _ = _post(config, call, draws, 0, number)
     if (count > 0) & (number < draws.tiles):
         _load_k_onward(config, maps, shared, keys, call, tile, 0)
     wait_for_previous()
@@ -306,8 +352,7 @@ def producer_onward(config: gl.constexpr, maps, stats_map, shared, keys, draws, 
         done += uses
         number = draws.draw()
         turn += 1
-        draws.post(turn, number)
-        tile, begin, count = locate_work(config, call, draws, number)
+        tile, begin, count, _ = _post(config, call, draws, turn, number)
     count_told(config, draws, turn - 1, owed)
     if tells_producer(config) and last >= 0:
         count_tile(draws, last)
@@ -328,7 +373,9 @@ def _producer(config: gl.constexpr, maps, stats_map, shared, draws, call):
 def _allocate(config: gl.constexpr, maps, stats_map):
     q_map, k_map, v_map, do_map = maps[0], maps[1], maps[2], maps[3]
     k = allocate_tiles(k_map, (2 if config.swaps_keys else config.k_places) * (config.keys // M))
-    v = k if config.swaps_keys else allocate_tiles(v_map, config.keys // M)
+    v = k
+    if not config.swaps_keys:
+        v = allocate_tiles(v_map, config.consumers * config.consumers if comes_by_ds(config) else config.keys // M)
     q = allocate_tiles(q_map, config.q_stages)
     do = allocate_tiles(do_map, config.do_stages)
     bias = ()
@@ -340,17 +387,23 @@ def _allocate(config: gl.constexpr, maps, stats_map):
     else:
         lse = allocate_tiles(stats_map, config.q_stages)
         d = allocate_tiles(stats_map, config.do_stages)
-    full = make_barriers(2, 1 if config.k_places == 1 else config.k_readers)
-    free = full  # stands for what a program of one tile does not use (see sums_in); with two places for K it is that K is free
-    if config.takes_tile_after_tile and config.k_places == 1:
+    goes_on: gl.constexpr = divided_by(config, "keys, P ahead") and config.k_places == 2
+    full = make_barriers(2, config.k_readers if goes_on else 1)
+    free = full  # stands for what a program of one tile does not use (see sums_in); where turns go on it is that K is free
+    if config.takes_tile_after_tile and not goes_on:
         free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
         mbarrier.init(free.index(0), count=config.k_readers)
-        mbarrier.init(free.index(1), count=config.v_readers)
+        mbarrier.init(free.index(1), count=1 if divided_by(config, "products") and not moves_k(config) else config.k_readers)
     q_stream = make_stream(config.q_stages, config.readers, NAMED_BARRIER_K)
     do_stream = make_stream(config.do_stages, config.readers, NAMED_BARRIER_V)
-    return Shared(
-        k, v, q, do, lse, d, full.index(0), full.index(1), free.index(0), free.index(1), q_stream, do_stream, bias
-    )  # fmt: skip
+    if comes_by_ds(config):
+        of_ds = make_barriers(config.consumers, 1)
+        return Shared(k, v, q, do, lse, d, full, full.index(0), free, of_ds, q_stream, do_stream, bias)
+    else:
+        bars = (full.index(0), full.index(1), free.index(0), free.index(1))
+        if config.swaps_keys:
+            bars = (full, make_barriers(1, 1).index(0), free, make_barriers(1, 1).index(0))
+        return Shared(k, v, q, do, lse, d, bars[0], bars[1], bars[2], bars[3], q_stream, do_stream, bias)
 
 
 @gluon.jit
@@ -390,7 +443,7 @@ def _start_in_turn(config: gl.constexpr, maps, others, out, marks, rings, score,
     """The warps of backward_turns.py."""
     stats_map, dq_map, dk_map, dv_map = others
     shared, draws = rings
-    parts = make_parts(config, dq_map, out[0])
+    parts = make_parts(config, shared, dq_map, out[0])
     fence_async_shared()
     if config.consumers == 2:
         gl.warp_specialize([

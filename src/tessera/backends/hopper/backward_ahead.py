@@ -30,7 +30,7 @@ from tessera.backends.hopper.pieces.key_tiles import Call, nth_place
 from tessera.backends.hopper.pieces.kv_source import store_rows
 from tessera.backends.hopper.pieces.masking import has_lower_bound
 from tessera.backends.hopper.pieces.numbers import of_first_lane
-from tessera.backends.hopper.pieces.remainder import divides, joined, locate_work
+from tessera.backends.hopper.pieces.remainder import divides, joined
 from tessera.backends.hopper.pieces.row_ranges import cut_and_full, first_row, key_bounds
 from tessera.backends.hopper.pieces.softmax import to_16_bit, to_32_bit
 from tessera.backends.hopper.pieces.sums import Sums, add_part, adds_in_order, row_block, sums_in
@@ -318,12 +318,12 @@ def _store(me, map_, gradient, tile, place):
 @gluon.jit
 def consumer_ahead(config: gl.constexpr, index: gl.constexpr, dq_map, dk_map, dv_map, shared, pair, draws, score, call):
     me = Consumer(config, index, shared, pair, score, call)
-    number = draws.read(0)
+    number = draws.read_next(config, 0)
     n = 0
     turn = 0
     uses = 0
     while number < draws.tiles:
-        tile, begin, count = locate_work(config, call, draws, number)
+        tile, begin, count, _ = draws.read_tile(config, call, turn)
         dk = empty_accumulator(shared.k)
         dv = empty_accumulator(shared.v)
         if count > 0:
@@ -341,6 +341,6 @@ def consumer_ahead(config: gl.constexpr, index: gl.constexpr, dq_map, dk_map, dv
             _store(me, dv_map, dv, tile, n)
             _store(me, dk_map, dk * score.factor, tile, n + 1)
         turn += 1
-        number = draws.read(turn)
+        number = draws.read_next(config, turn)
         tell(config, draws)
     tma_store_wait(0)

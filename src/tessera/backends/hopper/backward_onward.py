@@ -15,11 +15,11 @@ from tessera.backends.hopper.backward_ahead import Pair, ds_of, hand_over, p_of
 from tessera.backends.hopper.pieces.counts import tell
 from tessera.backends.hopper.pieces.draws import Draws
 from tessera.backends.hopper.pieces.gradients import Score, Shared, issue_dp, issue_s
-from tessera.backends.hopper.pieces.key_tiles import Call, KeyTile, locate_keys
+from tessera.backends.hopper.pieces.key_tiles import Call, KeyTile, tile_at
 from tessera.backends.hopper.pieces.kv_source import store_rows
 from tessera.backends.hopper.pieces.masking import has_lower_bound
 from tessera.backends.hopper.pieces.numbers import carried_number, of_first_lane
-from tessera.backends.hopper.pieces.row_ranges import cut_and_full, end_row, first_row, key_bounds, row_blocks
+from tessera.backends.hopper.pieces.row_ranges import cut_and_full, end_row, first_row, key_bounds
 from tessera.backends.hopper.pieces.softmax import to_16_bit
 from tessera.backends.hopper.pieces.sums import add_part, row_block
 from tessera.backends.hopper.pieces.tiles import (
@@ -101,13 +101,13 @@ class View:
 
 
 @gluon.jit
-def _view(me, number):
-    """Tile `number`."""
+def _view(me, words):
+    """The tile of which the producer has posted these."""
     config: gl.constexpr = me.config
     rows: gl.constexpr = config.rows
     band = me.call.band
-    tile = locate_keys(config, me.call, gl.minimum(number, me.draws.tiles - 1))
-    begin, count = row_blocks(config, band, tile.seq, tile.first)
+    _, index, head, key, falls, begin, count, _ = words
+    tile = tile_at(config, me.call, index, head, key, falls > 0)
     first = tile.first + me.index * M
     unseen = count * 0
     spare = count * 0
@@ -260,10 +260,11 @@ def _bounds(me, tile):
 
 
 @gluon.jit
-def _next_start(me, number, seen):
-    """What a tile's last turn has to know of the first block that comes after, of tile `number`, where it passes over none."""
-    view = _view(me, number)
-    return seen, _bounds(me, view.tile), view.begin * me.config.rows, (number < me.draws.tiles) & (view.count > 0)
+def _next_start(me, words, seen):
+    """What a tile's last turn has to know of the first block that comes after, of the tile of `words`, where it passes over
+    none."""
+    view = _view(me, words)
+    return seen, _bounds(me, view.tile), view.begin * me.config.rows, (words[0] < me.draws.tiles) & (view.count > 0)
 
 
 @gluon.jit
@@ -300,14 +301,14 @@ def _turns(me, dq_map, at, blocks, origin, state):
 
 
 @gluon.jit
-def _main_loop(me, dq_map, view, numbers, seen, carried):
-    """dK and dV of 64 keys: the sums over all blocks of rows of all query heads that share them. `numbers`: this tile's, and the
+def _main_loop(me, dq_map, view, posted, seen, carried):
+    """dK and dV of 64 keys: the sums over all blocks of rows of all query heads that share them. `posted`: of this tile, and the
     turn in which the next one's comes. `carried`, from the tile before: the next block, the one before it and its tile; P of the
     next, if it is there."""
     config: gl.constexpr = me.config
     rows: gl.constexpr = config.rows
     n, before, held, p, is_there = carried
-    following, turn = numbers
+    following, turn = posted
     tile = view.tile
     first = view.begin + view.unseen
     end = view.count - view.spare
@@ -340,7 +341,7 @@ def _main_loop(me, dq_map, view, numbers, seen, carried):
             at, state = _turns(me, dq_map, at, (unseen, cut, full, stop), (bounds, row, block), (dk, dv, p))
             if _leads_over(config, me.index):
                 if closes:
-                    following = me.draws.read(turn)
+                    following = me.draws.read_posted(turn)
                 then = _next_start(me, following, gl.where(closes, seen + 1, seen))
                 is_there = then[3]
                 dk, dv, p = _turn(me, dq_map, at, closes, state, then, True)
@@ -373,35 +374,35 @@ def _store(me, map_, gradient, tile):
 def consumer_onward(config: gl.constexpr, index: gl.constexpr, dq_map, dk_map, dv_map, shared, pair, keys, draws, score, call):
     me = Consumer(config, index, shared, pair, keys, draws, score, call)
     rows: gl.constexpr = config.rows
-    number = draws.read(0)
+    words = draws.read_posted(0)
     turn = 0
     seen = 0
-    n = number * 0
+    n = words[0] * 0
     before = n - 1
     held = n
     p = gl.zeros([M, rows], shared.q.dtype, accumulator_layout(rows))
     is_there = n > 0
-    while number < draws.tiles:
-        view = _view(me, number)
+    while words[0] < draws.tiles:
+        view = _view(me, words)
         dk = empty_accumulator(shared.k)
         dv = empty_accumulator(shared.v)
         turn += 1
-        following = number
+        following = words
         if view.count > 0:
             _await_k(me, seen)
             carried = (n, before, held, p, is_there)
-            dk, dv, following, carried = _main_loop(me, dq_map, view, (number, turn), seen, carried)
+            dk, dv, following, carried = _main_loop(me, dq_map, view, (words, turn), seen, carried)
             n, before, held, p, is_there = carried
             seen += 1
         elif _leads_over(config, index):
-            following = draws.read(turn)
+            following = draws.read_posted(turn)
         _store(me, dv_map, dv, view.tile)
         _store(me, dk_map, dk * score.factor, view.tile)
         if _leads_over(config, index):
-            number = following
+            words = following
         else:
-            number = draws.read(turn)
-        if number < draws.tiles:
+            words = draws.read_posted(turn)
+        if words[0] < draws.tiles:
             tell(config, draws)
     _sum_dq(me, dq_map, At(n, held, before, held))
     tma_store_wait(0)

@@ -103,8 +103,8 @@ class BackwardConfig:
 
     @property
     def k_places(self) -> int:
-        """Places for a tile's K: with two, a tile's end runs under the next one's start (backward_onward.py)."""
-        return 2 if self.rows_seen is RowsSeen.FEW and self.division is Division.AHEAD else 1
+        """Places for a tile's K: with two a tile's end runs under the next one's start (backward_onward.py; `brings_v_by_ds`)."""
+        return 2 if self.brings_v_by_ds or (self.rows_seen is RowsSeen.FEW and self.division is Division.AHEAD) else 1
 
     @property
     def consumers(self) -> int:
@@ -215,10 +215,6 @@ class BackwardConfig:
         return 2 if self.division is Division.PRODUCTS else self.consumers
 
     @property
-    def v_readers(self) -> int:
-        return 1 if self.division is Division.PRODUCTS else self.consumers
-
-    @property
     def writers(self) -> int:
         """Warps that add parts of dQ up in an order (backward_writer.py); in any order the consumers add."""
         if self.adding is Adding.ANY_ORDER:
@@ -308,11 +304,14 @@ class BackwardConfig:
         return self.division is Division.TURNS
 
     @property
-    def swaps_keys(self) -> bool:
-        """Whether K and V have one buffer of two tiles and change places from tile to tile: V is in registers as soon as a tile
-        begins, so the next K comes where it was, while this tile's rows still do. (In an order a window of 256 keys at 16k then
-        took 1.13 of FA3's time for 0.98, others 0.97 to 0.99 of what they had; H200, 2026-11-22.)"""
+    def brings_v_by_ds(self) -> bool:
+        """Whether V comes to its registers by a slot of dS's ring, free two blocks before a tile ends; K has V's place too."""
         return self.keeps_v and self.takes_tile_after_tile and self.adding is Adding.ANY_ORDER
+
+    @property
+    def swaps_keys(self) -> bool:
+        """Whether K and V change places: V is read two blocks of dQ before K, and P needs K alone (1.002 to 1.005)."""
+        return self.dim == self.dim_v == 256 and self.takes_tile_after_tile and self.adding is Adding.ANY_ORDER
 
     @property
     def parts(self) -> int:

@@ -23,14 +23,18 @@ from tessera.backends.hopper.pieces.gradients import (
     BARRIER_K,
     BARRIER_V,
     allocate_ds,
+    await_keys,
     derivatives,
     drawn,
+    free_keys,
     issue_transposed,
     keep_ds,
     kept_p,
     masks_of,
     meet,
     needs_slope_apart,
+    place_of_k,
+    place_of_v,
     probabilities,
     put_ds,
     row_values,
@@ -152,10 +156,10 @@ def _store(config: gl.constexpr, map_, buffer, slot, call, draws, number, index:
 
 
 @gluon.jit
-def _let_go(config: gl.constexpr, free):
-    """The tile's K or V may be overwritten, as far as this consumer goes; in a program of one tile nobody wants to."""
+def _let_go_of_k(config: gl.constexpr, shared, seen):
+    """The tile's K may be overwritten, as far as this consumer goes; in a program of one tile nobody wants to."""
     if config.takes_tile_after_tile:
-        mbarrier.arrive(free)
+        free_keys(config, shared, seen)
 
 
 @gluon.jit
@@ -220,9 +224,10 @@ def _row_of(config: gl.constexpr, tile, rows, n):
 
 
 @gluon.jit
-def _issue_s(shared, n):
+def _issue_s(config: gl.constexpr, shared, n, seen):
     shared.q_stream.wait(n)
-    return issue_transposed(matrix(shared.k.index(fresh_zero())), matrix(shared.q.index(shared.q_stream.slot(n))))
+    k = matrix(shared.k.index(place_of_k(config, seen) + fresh_zero()))
+    return issue_transposed(k, matrix(shared.q.index(shared.q_stream.slot(n))))
 
 
 @gluon.constexpr_function
@@ -264,9 +269,9 @@ def _sum_dv(config: gl.constexpr, shared, exchange, score, call, tile, rows, don
     if count > 0:
         bounds = key_bounds(config, call.band, tile.seq, tile.first)
         cut, full = cut_and_full(config, call.band, tile.seq, tile.first, begin, count)
-        mbarrier.wait(shared.k_full, seen & 1)
-        part_neighbours(config, (shared.k.index(0),))
-        s, lse = _finished_s(config, shared, _issue_s(shared, done), done)
+        await_keys(config, shared, seen)
+        part_neighbours(config, (shared.k.index(place_of_k(config, seen)),))
+        s, lse = _finished_s(config, shared, _issue_s(config, shared, done, seen), done)
         scored = score_of_keys(config, score, tile.seq, tile.head * call.group, tile.first)
         start = first_place(config, call, tile, count)
         row = _row_of(config, tile, rows, start)
@@ -276,7 +281,7 @@ def _sum_dv(config: gl.constexpr, shared, exchange, score, call, tile, rows, don
         for n in range(done, last):
             shared.do_stream.wait(n)
             dv = _issue_sum(p, _do_of(config, shared, n), dv)  # first: the next dO waits for its buffer
-            s = _issue_s(shared, n + 1)
+            s = _issue_s(config, shared, n + 1, seen)
             dv = warpgroup_mma_wait(1, deps=(dv,))
             shared.do_stream.release(n)
             s, lse = _finished_s(config, shared, s, n + 1)
@@ -285,7 +290,7 @@ def _sum_dv(config: gl.constexpr, shared, exchange, score, call, tile, rows, don
             place = nth_place(config, tile, count, block)
             is_cut = (place < cut) | (place >= cut + full)
             p = _next_p(config, shared, exchange, scored, bounds, s, lse, n + 1, (begin + place) * config.rows, is_cut)
-        _let_go(config, shared.k_free)
+        _let_go_of_k(config, shared, seen)
         shared.do_stream.wait(last)
         dv = warpgroup_mma_wait(0, deps=(_issue_sum(p, _do_of(config, shared, last), dv),))
     else:
@@ -359,9 +364,9 @@ def _next_ds(config: gl.constexpr, shared, exchange, score, dp, d, p, n, row):
 
 
 @gluon.jit
-def _issue_dp(config: gl.constexpr, shared, n):
+def _issue_dp(config: gl.constexpr, shared, n, seen):
     shared.do_stream.wait(n)
-    return issue_transposed(matrix(shared.v.index(fresh_zero())), _do_of(config, shared, n))
+    return issue_transposed(matrix(shared.v.index(place_of_v(config, seen, 0) + fresh_zero())), _do_of(config, shared, n))
 
 
 @gluon.jit
@@ -372,8 +377,8 @@ def _sum_dk(config: gl.constexpr, shared, exchange, score, call, tile, rows, don
     last = done + places(call, count) - 1
     if count > 0:
         mbarrier.wait(shared.v_full, seen & 1)
-        part_neighbours(config, (shared.v.index(0),))
-        dp, d, p = _finished_dp(config, shared, exchange, _issue_dp(config, shared, done), done)
+        part_neighbours(config, (shared.v.index(place_of_v(config, seen, 0)),))
+        dp, d, p = _finished_dp(config, shared, exchange, _issue_dp(config, shared, done, seen), done)
         scored = score_of_keys(config, score, tile.seq, tile.head * call.group, tile.first)
         start = first_place(config, call, tile, count)
         ds = _next_ds(config, shared, exchange, scored, dp, d, p, done, _row_of(config, tile, rows, start))
@@ -382,14 +387,15 @@ def _sum_dk(config: gl.constexpr, shared, exchange, score, call, tile, rows, don
         for n in range(done, last):
             shared.q_stream.wait(n)
             dk = _issue_sum(ds, matrix(shared.q.index(shared.q_stream.slot(n))), dk)
-            dp = _issue_dp(config, shared, n + 1)
+            dp = _issue_dp(config, shared, n + 1, seen)
             dk = warpgroup_mma_wait(1, deps=(dk,))
             shared.q_stream.release(n)
             dp, d, p = _finished_dp(config, shared, exchange, dp, n + 1)
             block, member = _next_block(config, block, member, count, start, n + 1 - done)
             scored = score_of_keys(config, score, tile.seq, tile.head * call.group + member, tile.first)
             ds = _next_ds(config, shared, exchange, scored, dp, d, p, n + 1, _row_of(config, tile, rows, block))
-        _let_go(config, shared.v_free)
+        if config.takes_tile_after_tile:
+            mbarrier.arrive(shared.v_free)
         shared.q_stream.wait(last)
         dk = warpgroup_mma_wait(0, deps=(_issue_sum(ds, matrix(shared.q.index(shared.q_stream.slot(last))), dk),))
     else:
@@ -424,25 +430,25 @@ def consumer_of_dk(config: gl.constexpr, dk_map, shared, exchange, draws, score,
 
 
 @gluon.jit
-def _issue_part(config: gl.constexpr, shared, ds, index: gl.constexpr):
+def _issue_part(config: gl.constexpr, shared, ds, seen, index: gl.constexpr):
     """Start part `index` of dQ = dS K."""
     columns: gl.constexpr = config.part_columns
-    k = matrix(shared.k.index(fresh_zero())).slice(index * columns, columns, dim=1)
+    k = matrix(shared.k.index(place_of_k(config, seen) + fresh_zero())).slice(index * columns, columns, dim=1)
     return warpgroup_mma(ds, k, gl.zeros([M, columns], gl.float32, accumulator_layout(columns)), use_acc=False, is_async=True)
 
 
 @gluon.jit
-def _add_under_products(config: gl.constexpr, dq_map, shared, exchange, ds, n, block):
+def _add_under_products(config: gl.constexpr, dq_map, shared, exchange, ds, seen, n, block):
     """dQ of block n, part after part, where parts lie as in registers: the next one's product runs under the fence behind this
     one's stores, which took 40% of this consumer's time (H200, full 1k, 2026-11-22)."""
     parts: gl.constexpr = config.parts
-    dq = _issue_part(config, shared, ds, 0)
+    dq = _issue_part(config, shared, ds, seen, 0)
     for j in gl.static_range(parts):
         await_buffer(config)
         dq = warpgroup_mma_wait(0, deps=(dq,))
         put_in_registers_order(exchange.sums, n * parts + j, dq)
         if j + 1 < parts:
-            dq = _issue_part(config, shared, ds, j + 1)
+            dq = _issue_part(config, shared, ds, seen, j + 1)
         fence_async_shared()
         send_part(config, dq_map, exchange.sums, n * parts + j, block, j)
 
@@ -455,7 +461,7 @@ def _differentiate_q(config: gl.constexpr, dq_map, shared, exchange, draws, scor
     chain = chain_of(config, call, tile, score.factor)
     end = done + places(call, count)
     if count > 0:
-        mbarrier.wait(shared.k_full, seen & 1)
+        await_keys(config, shared, seen)
         start = first_place(config, call, tile, count)
         at = start
         member = 0
@@ -466,15 +472,15 @@ def _differentiate_q(config: gl.constexpr, dq_map, shared, exchange, draws, scor
             ds = rows_of_ds(config, exchange.ds.index(exchange.ds_ring.slot(n)))
             if lies_in_rows(config):
                 for j in gl.static_range(parts):
-                    dq = warpgroup_mma_wait(0, deps=(_issue_part(config, shared, ds, j),))
+                    dq = warpgroup_mma_wait(0, deps=(_issue_part(config, shared, ds, seen, j),))
                     if j == parts - 1:
                         exchange.ds_ring.release(n)
                     add_part(config, dq_map, exchange.sums, n * parts + j, dq, block, j, chain, place * config.rows)
             else:
-                _add_under_products(config, dq_map, shared, exchange, ds, n, block)
+                _add_under_products(config, dq_map, shared, exchange, ds, seen, n, block)
                 exchange.ds_ring.release(n)
             at, member = _next_block(config, at, member, count, start, n + 1 - done)
-        _let_go(config, shared.k_free)
+        _let_go_of_k(config, shared, seen)
     else:
         exchange.ds_ring.wait(done)
         exchange.ds_ring.release(done)

@@ -15,8 +15,11 @@ from tessera.backends.hopper.pieces.counts import tell
 from tessera.backends.hopper.pieces.gradients import (
     BARRIER_DS,
     BARRIER_K,
+    await_keys,
+    comes_by_ds,
     drawn,
     draws_by_words,
+    free_keys,
     issue_transposed,
     kept_derivatives,
     meet,
@@ -32,19 +35,21 @@ from tessera.backends.hopper.pieces.key_tiles import first_place, locate_keys, n
 from tessera.backends.hopper.pieces.lines import part_neighbours
 from tessera.backends.hopper.pieces.masking import has_lower_bound
 from tessera.backends.hopper.pieces.numbers import of_first_lane
-from tessera.backends.hopper.pieces.remainder import divides, joined, locate_work
+from tessera.backends.hopper.pieces.remainder import divides, joined
 from tessera.backends.hopper.pieces.row_ranges import cut_and_full, end_row, first_row, key_bounds, row_blocks
 from tessera.backends.hopper.pieces.softmax import to_16_bit
 from tessera.backends.hopper.pieces.sums import Sums, add_part, adds_in_order, make_sums, row_block
 from tessera.backends.hopper.pieces.tiles import M, accumulator_layout, empty_accumulator, fresh_zero, has, matrix, operand_layout
 from tessera.jit.compat import (
     aggregate,
+    barrier,
     begin_shared_text,
     end_shared_text,
     fence_async_shared,
     gl,
     gluon,
     mbarrier,
+    reinterpret,
     tma_store_wait,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -53,7 +58,8 @@ from tessera.jit.compat import (
 
 @aggregate
 class Parts:
-    """dS^T of up to three blocks, a tile (64 keys, 64 rows) from each consumer; and dQ of up to three, one from each."""
+    """dS^T of up to three blocks, a tile (64 keys, 64 rows) from each consumer, where before a tile's first block there may lie
+    the consumer's V; and dQ of up to three blocks, one from each."""
 
     ds: gl.shared_memory_descriptor
     ring: Ring
@@ -70,12 +76,17 @@ def _piece(config: gl.constexpr, consumer):
 
 
 @gluon.jit
-def make_parts(config: gl.constexpr, dq_map, out_map):
+def make_parts(config: gl.constexpr, shared, dq_map, out_map):
     dtype: gl.constexpr = out_map.dtype
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, config.rows], dtype)
     count: gl.constexpr = config.consumers
-    ds = gl.allocate_shared_memory(dtype, [count * count, M, config.rows], layout)
-    empty = make_barriers(count, 1)
+    shape: gl.constexpr = [count * count, M, config.rows]
+    if comes_by_ds(config):
+        ds = reinterpret(shared.v, dtype, shape, layout)
+        empty = shared.v_free
+    else:
+        ds = gl.allocate_shared_memory(dtype, shape, layout)
+        empty = make_barriers(count, 1)
     if adds_in_order(config):
         full = make_barriers(count, count)
     else:
@@ -165,13 +176,15 @@ def _holds_v(config, consumer):
 
 
 @gluon.jit
-def _own_v(config: gl.constexpr, consumer, shared, seen):
+def _own_v(config: gl.constexpr, consumer, shared, done, seen):
     """This consumer's V as dP's operand from registers; 0 where it is read from shared memory."""
-    if not _waits_late(config):
+    if not _waits_late(config) and not comes_by_ds(config):
         mbarrier.wait(shared.v_full, seen & 1)
     if _holds_v(config, consumer) and not _waits_late(config):
-        v = matrix(shared.v.index(place_of_v(config, seen) + _piece(config, consumer))).load(operand_layout(config.rows))
-        if config.takes_tile_after_tile:
+        v = matrix(shared.v.index(place_of_v(config, seen, done) + _piece(config, consumer))).load(operand_layout(config.rows))
+        if comes_by_ds(config):
+            barrier()  # every thread's before dS^T is put there; here, or Triton puts one into every turn
+        elif config.takes_tile_after_tile:
             mbarrier.arrive(shared.v_free)
         return v
     else:
@@ -307,8 +320,9 @@ def _with_v(config: gl.constexpr, consumer, shared, own):
 @gluon.jit
 def _main_loop(config: gl.constexpr, consumer, dq_map, shared, parts, score, call, work, done, seen):
     """dK and dV of 64 keys: the sums over all blocks of rows of all query heads that share them. `work`: the tile, its first row
-    block, how many. `done` blocks came before, and `seen` tiles that any row sees; both are returned with this tile's."""
-    tile, begin, count = work
+    block, how many, and which comes first. `done` blocks came before, and `seen` tiles that any row sees; both are returned with
+    this tile's."""
+    tile, begin, count, start = work
     first = tile.first + _piece(config, consumer) * M
     own_begin = first_row(config, call.band, tile.seq, first) // config.rows
     unseen = gl.minimum(gl.maximum(own_begin - begin, 0), count)
@@ -317,10 +331,10 @@ def _main_loop(config: gl.constexpr, consumer, dq_map, shared, parts, score, cal
     state = (empty_accumulator(shared.k), empty_accumulator(shared.v))
     if count > 0:
         if not _waits_late(config):
-            mbarrier.wait(shared.k_full, seen & 1)
+            await_keys(config, shared, seen)
         chain = chain_of(config, call, tile, score.factor)
         bounds = key_bounds(config, call.band, tile.seq, first)
-        own = (bounds, _own_v(config, consumer, shared, seen), place_of_k(config, seen), chain)
+        own = (bounds, _own_v(config, consumer, shared, done, seen), place_of_k(config, seen), chain)
         rows: gl.constexpr = config.rows
         row = begin * rows
         for member in range(call.group):
@@ -328,7 +342,7 @@ def _main_loop(config: gl.constexpr, consumer, dq_map, shared, parts, score, cal
             block = row_block(call, tile, member, begin)
             scored = score_of_keys(config, score, tile.seq, tile.head * call.group + member, first)
             _await_late(config, consumer, shared, seen, member)
-            place = first_place(config, call, tile, count)
+            place = start
             own = _with_bounds(config, call, tile, first, own)
             mine = _with_v(config, consumer, shared, own)
             for i in range(unseen):
@@ -352,7 +366,7 @@ def _main_loop(config: gl.constexpr, consumer, dq_map, shared, parts, score, cal
                 for i in range(gl.maximum(seen_end, unseen), count):
                     _pass_over(config, consumer, dq_map, shared, parts, mine, n + i, row + i * rows, block + i)
         if config.takes_tile_after_tile:
-            mbarrier.arrive(shared.k_free)
+            free_keys(config, shared, seen)
             if not config.keeps_v:
                 mbarrier.arrive(shared.v_free)
     return state, done + count * call.group, seen + gl.where(count > 0, 1, 0)
@@ -363,7 +377,8 @@ def _one_tile(config: gl.constexpr, consumer, dq_map, dk_map, dv_map, shared, pa
     """dK and dV leave through V's and K's buffers."""
     tile = locate_keys(config, call, call.order.number)
     begin, count = row_blocks(config, call.band, tile.seq, tile.first)
-    state, _, _ = _main_loop(config, consumer, dq_map, shared, parts, score, call, (tile, begin, count), 0, 0)
+    work = (tile, begin, count, first_place(config, call, tile, count))
+    state, _, _ = _main_loop(config, consumer, dq_map, shared, parts, score, call, work, 0, 0)
     dk, dv = state
     row = tile.first + consumer * M
     # nobody else reads these rows of V
@@ -389,7 +404,7 @@ def _tile_after_tile(config: gl.constexpr, consumer, dq_map, dk_map, dv_map, sha
     done = 0
     seen = 0
     while number < draws.tiles:
-        work = locate_work(config, call, draws, number)
+        work = draws.read_tile(config, call, turn)
         state, done, seen = _main_loop(config, consumer, dq_map, shared, parts, score, call, work, done, seen)
         dk, dv = state
         if adds_in_order(config):
@@ -403,7 +418,7 @@ def _tile_after_tile(config: gl.constexpr, consumer, dq_map, dk_map, dv_map, sha
         else:
             _store(config, consumer, dk_map, dv_map, parts, score, work[0], dk, dv)
         turn += 1
-        number = draws.read(turn)
+        number = draws.read_next(config, turn)
         tell(config, draws)
 
 

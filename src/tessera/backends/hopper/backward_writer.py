@@ -14,6 +14,7 @@ while they still compute it; they add, round, and hand back 16 bits.
 
 from tessera.backends.hopper.pieces.chain import Chain, chain_of
 from tessera.backends.hopper.pieces.counts import count_tile, place_of_count
+from tessera.backends.hopper.pieces.draws import posts_tiles
 from tessera.backends.hopper.pieces.key_tiles import KeyTile, locate_keys, nth_place
 from tessera.backends.hopper.pieces.kv_source import store_rows
 from tessera.backends.hopper.pieces.row_ranges import row_blocks
@@ -172,17 +173,20 @@ def writer_of_dq(config: gl.constexpr, dq_map, out, sums, marks, call):
 def writer_of_many(config: gl.constexpr, writer: gl.constexpr, dq_map, out, sums, draws, marks, call):
     """Writer 0 or 1 of a program that takes tile after tile."""
     wait_for_previous()
-    number = draws.read(0)
+    number = draws.read_next(config, 0)
     turn = 0
     done = 0
     while number < draws.tiles:
-        tile = locate_keys(config, call, number)
-        begin, count = row_blocks(config, call.band, tile.seq, tile.first)
+        if posts_tiles(config):
+            tile, begin, count, _ = draws.read_tile(config, call, turn)
+        else:
+            tile = locate_keys(config, call, number)
+            begin, count = row_blocks(config, call.band, tile.seq, tile.first)
         task = Task(tile, begin, count, chain_of(config, call, tile, out[2]), marks, done)
         _write_in_turn(config, writer, dq_map, out, sums, call, task)
         if config.counts_tiles:
             count_tile(draws, place_of_count(config, call, tile))
         done += count * call.group
         turn += 1
-        number = draws.read(turn)
+        number = draws.read_next(config, turn)
     tma_store_wait(0)

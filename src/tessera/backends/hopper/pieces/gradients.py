@@ -25,6 +25,7 @@ from tessera.jit.compat import (
     fence_async_shared,
     gl,
     gluon,
+    mbarrier,
     reinterpret,
     tma_store,
     tma_store_wait,
@@ -54,9 +55,10 @@ class Score:
 
 @aggregate
 class Shared:
-    """K and V of the tile in pieces of 64 keys (in one buffer of two tiles, where they change places); rings of Q with lse, of
-    dO with D (or of Q with both: allocate_summands); `bias`: of its blocks, 64 keys each, with Q, or empty. `k_free`, `v_free`:
-    their readers are done with the tile's K, and its V."""
+    """K and V of the tile in pieces of 64 keys (of K two tiles, and V where dS^T is, if `comes_by_ds`); rings of Q with lse, of
+    dO with D (or of Q with both: allocate_summands); `bias`: of its blocks, 64 keys each, with Q, or empty. `k_full`, `v_full`:
+    the tile's are there; `k_free`, `v_free`: its readers are done with them. If V comes by dS's ring K has one of each a place,
+    of which the first tells of V too, and `v_free` are the ring's."""
 
     k: gl.shared_memory_descriptor
     v: gl.shared_memory_descriptor
@@ -73,21 +75,54 @@ class Shared:
     bias: gl.tuple
 
 
+@gluon.constexpr_function
+def comes_by_ds(config):
+    """Whether V comes to its registers by way of dS's ring."""
+    return config.brings_v_by_ds
+
+
+@gluon.constexpr_function
+def moves_k(config):
+    """Whether the tiles' K lie at two places in turn, each with an mbarrier that it is there."""
+    return config.brings_v_by_ds or config.swaps_keys
+
+
 @gluon.jit
 def place_of_k(config: gl.constexpr, seen):
     """Where the pieces of K begin, when the program has had `seen` tiles that any row sees."""
-    if config.swaps_keys:
+    if moves_k(config):
         return (seen & 1) * (config.keys // M)
     else:
         return 0
 
 
 @gluon.jit
-def place_of_v(config: gl.constexpr, seen):
-    if config.swaps_keys:
-        return config.keys // M - place_of_k(config, seen)
+def place_of_v(config: gl.constexpr, seen, done):
+    """The same of V, when it has had `done` blocks of rows: if it comes by dS's ring where the tile's first dS^T will lie."""
+    if comes_by_ds(config):
+        return done % config.consumers * config.consumers
+    elif config.swaps_keys:
+        return (seen & 1) ^ 1
     else:
         return 0
+
+
+@gluon.jit
+def await_keys(config: gl.constexpr, shared, seen):
+    """Until K of the tile is there, and V if it comes by dS's ring."""
+    if moves_k(config):
+        mbarrier.wait(shared.k_full.index(seen & 1), (seen >> 1) & 1)
+    else:
+        mbarrier.wait(shared.k_full, seen & 1)
+
+
+@gluon.jit
+def free_keys(config: gl.constexpr, shared, seen):
+    """The tile's K has been read, as far as this consumer goes."""
+    if moves_k(config):
+        mbarrier.arrive(shared.k_free.index(seen & 1))
+    else:
+        mbarrier.arrive(shared.k_free)
 
 
 @gluon.constexpr_function

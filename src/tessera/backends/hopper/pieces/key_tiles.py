@@ -123,7 +123,7 @@ def _heads_together(call, rows):
 
 
 @gluon.jit
-def _dense_tile(config: gl.constexpr, number, call):
+def _dense_place(config: gl.constexpr, number, call):
     heads = call.batch * call.heads_kv
     section = gl.minimum(_heads_together(call, call.seqlen_q), heads)
     block, pair, falls = _ordered(config, number, call.order.blocks, heads, section)
@@ -133,10 +133,7 @@ def _dense_tile(config: gl.constexpr, number, call):
     else:
         batch = pair // call.heads_kv
         head = pair - batch * call.heads_kv
-    seq = dense_sequence(config, call.lengths, batch, call.seqlen_q, call.seqlen_k)
-    written = Span(batch * call.seqlen_k + seq.k_begin, call.seqlen_k - seq.k_begin)
-    work = batch * _padded(call.seqlen_q)
-    return KeyTile(seq, head, block * config.keys, written, work, falls)
+    return batch, head, block, falls
 
 
 @gluon.jit
@@ -154,26 +151,40 @@ def tiles_of_packed(config: gl.constexpr, lengths, index, batch, seqlen_k):
 
 
 @gluon.jit
-def _packed_tile(config: gl.constexpr, number, call):
+def _packed_place(config: gl.constexpr, number, call):
     offsets = call.lengths.cu_k
     index = _find(offsets, call.batch, number // call.heads_kv, config.keys)
-    seq = packed_sequence(config, call.lengths, index, call.batch, call.seqlen_q)
-    begin, end = _packed_keys(call.lengths, index, call.batch, call.seqlen_k)
-    first = begin // config.keys + index
+    rows = packed_sequence(config, call.lengths, index, call.batch, call.seqlen_q).q_rows
+    first = _first_block(offsets, index, config.keys)
     blocks = tiles_of_packed(config, call.lengths, index, call.batch, call.seqlen_k)
-    section = gl.minimum(_heads_together(call, seq.q_rows), call.heads_kv)
+    section = gl.minimum(_heads_together(call, rows), call.heads_kv)
     block, head, falls = _ordered(config, number - first * call.heads_kv, blocks, call.heads_kv, section)
-    work = _first_block(call.lengths.cu_q, index, WORK) * WORK
-    return KeyTile(seq, head, block * config.keys, Span(begin, end - begin), work, falls)
+    return index, head, block, falls
+
+
+@gluon.jit
+def tile_at(config: gl.constexpr, call, index, head, first, falls):
+    """The tile of sequence `index` and a head whose keys begin with `first`."""
+    if has(config, "varlen"):
+        seq = packed_sequence(config, call.lengths, index, call.batch, call.seqlen_q)
+        begin, end = _packed_keys(call.lengths, index, call.batch, call.seqlen_k)
+        written = Span(begin, end - begin)
+        work = _first_block(call.lengths.cu_q, index, WORK) * WORK
+    else:
+        seq = dense_sequence(config, call.lengths, index, call.seqlen_q, call.seqlen_k)
+        written = Span(index * call.seqlen_k + seq.k_begin, call.seqlen_k - seq.k_begin)
+        work = index * _padded(call.seqlen_q)
+    return KeyTile(seq, head, first, written, work, falls)
 
 
 @gluon.jit
 def locate_keys(config: gl.constexpr, call, number):
     """Tile `number`. Packed calls may have one more a sequence than it needs: it sees no row and writes none."""
     if has(config, "varlen"):
-        return _packed_tile(config, number, call)
+        index, head, block, falls = _packed_place(config, number, call)
     else:
-        return _dense_tile(config, number, call)
+        index, head, block, falls = _dense_place(config, number, call)
+    return tile_at(config, call, index, head, block * config.keys, falls)
 
 
 @gluon.constexpr_function
