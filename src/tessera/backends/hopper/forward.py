@@ -138,14 +138,32 @@ def _useful_tile(config: gl.constexpr, call, number, turn):
     return number, tile
 
 
+@gluon.constexpr_function
+def _asks_in_turn(config):
+    """Whether consumers end a tile one after another, and Q has one place: the next tile's Q is then asked for as these come
+    free, between blocks of K and V, whose places are free earlier. (Where all end together Q is what they wait for longest.)"""
+    return config.queries == 1 and has_spare(config)
+
+
 @gluon.jit
-def _load_q(config: gl.constexpr, maps, shared, call, tile, turn):
-    consumers: gl.constexpr = config.consumers
-    for consumer in gl.static_range(consumers):
-        n = turn * consumers + consumer
+def _queries_due(config: gl.constexpr, further):
+    """Of how many consumers Q is to be asked for when `further` blocks of K are, behind a tile's first; of all before the ring
+    is full, since no block's place is free again before every consumer has its Q."""
+    due = gl.minimum(further, config.consumers)
+    return gl.where(further + 1 < config.stages, due, config.consumers)
+
+
+@gluon.jit
+def _load_queries(config: gl.constexpr, maps, shared, call, tile, turn, begin, end):
+    """Q of the `begin`-th to `end`-th consumer in the order in which they begin."""
+    span = tile.seq.queries(call.pitch.q)
+    for i in range(begin, end):
+        consumer = i
+        if has(config, "right") and not takes_turns(config):
+            consumer = config.consumers - 1 - i
+        n = turn * config.consumers + consumer
         shared.q_ring.acquire(n)
         bar = shared.q_ring.expect(n, head_bytes(config.dims) * M)
-        span = tile.seq.queries(call.pitch.q)
         load_rows(maps, shared.q, shared.q_ring.slot(n), bar, span, tile.head, tile.first + consumer * M)
 
 
@@ -192,13 +210,20 @@ def producer(config: gl.constexpr, q_maps, k_maps, v_maps, bias, shared, modifie
         begin, end = tile_blocks(config, call.band, tile)
         _load_block(shared.k_stream, k_maps, shared.k, n, k_bytes, keys, head, (end - 1) * config.keys)
         _load_bias(config, bias, shared, tile, n, (end - 1) * config.keys)
-        _load_q(config, q_maps, shared, call, tile, turn)
+        if not _asks_in_turn(config):
+            _load_queries(config, q_maps, shared, call, tile, turn, 0, config.consumers)
         for i in range(end - 1 - begin):
             n += 1
             block = end - 2 - i
             _load_block(shared.k_stream, k_maps, shared.k, n, k_bytes, keys, head, block * config.keys)
             _load_bias(config, bias, shared, tile, n, block * config.keys)
             _load_block(shared.v_stream, v_maps, shared.v, n - 1, v_bytes, values, head, (block + 1) * config.keys)
+            if _asks_in_turn(config):
+                due = _queries_due(config, i)
+                _load_queries(config, q_maps, shared, call, tile, turn, due, _queries_due(config, i + 1))
+        if _asks_in_turn(config):
+            due = _queries_due(config, end - 1 - begin)
+            _load_queries(config, q_maps, shared, call, tile, turn, due, config.consumers)
         answer = ask(config, call.schedule)
         _load_block(shared.v_stream, v_maps, shared.v, n, v_bytes, values, head, begin * config.keys)
         n += 1
@@ -265,6 +290,7 @@ def _main_loop(me, tile, share, bounds, n, q_use):
     row = tile.first + me.index * M
     if has_unseen(me.config):
         n = _pass_over(me, n, share.unseen)
+    me.shared.q_ring.wait(q_use)
     q = query_tiles(me.shared.q, _q_slot(me, q_use), me.config.keys, me.config.held)
     if holds_query(me.config):
         me.shared.q_ring.release(q_use)
@@ -364,7 +390,6 @@ def _attend_rows(me, tile, share, bounds, n, turn, o_maps, lse_ptr):
     q_use = turn * me.config.consumers + me.index
     row = tile.first + me.index * M
     mine = _at_rows(me, tile, row)
-    shared.q_ring.wait(q_use)
     state, n, right_alone = _main_loop(mine, tile, share, bounds, n, q_use)
     if not holds_query(me.config):
         shared.q_ring.release(q_use)  # every product with this Q is done
