@@ -80,6 +80,8 @@ class Staging(Enum):
     """The store of a tile runs under the first products of the next."""
     HALVES = "buffer of half its width"
     """The right half waits until the left one has been read: where shared memory is short (head_dim 256)."""
+    QUERY = "its Q's place"
+    """No buffer: out goes where the tile's Q was, which is free for another Q when the store has read it."""
 
 
 class Pairing(Enum):
@@ -160,7 +162,7 @@ class ForwardConfig:
     def shared_bytes(self) -> int:
         """Shared memory of the tiles, in bytes (16-bit elements; barriers not counted)."""
         q, k, v = sum(self.dims) * self.rows * self.queries, sum(self.dims) * self.keys, sum(self.dims_v) * self.keys
-        o = sum(self.staged) * self.rows
+        o = 0 if self.staging is Staging.QUERY else sum(self.staged) * self.rows
         bias = self.rows * self.keys if self.stages_bias else 0
         return 2 * (q + o + self.stages * (k + v + bias))
 

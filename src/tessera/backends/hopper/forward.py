@@ -77,6 +77,7 @@ from tessera.backends.hopper.pieces.tiles import (
     row_layout,
     shares_text,
     stages_halves,
+    stages_in_query,
     takes_turns,
 )
 from tessera.jit.compat import (
@@ -277,6 +278,15 @@ def _q_slot(me, use):
 
 
 @gluon.jit
+def _free_place(me, turn):
+    """Where out waits in its Q's place: the one of the turn before is free when the store has read it, which it has by now."""
+    if stages_in_query(me.config):
+        if turn > 0:
+            tma_store_wait(0)
+            me.shared.q_ring.release((turn - 1) * me.config.consumers + me.index)
+
+
+@gluon.jit
 def _masked(me, tile):
     """What the mask makes of this consumer's rows of a tile: their share of the blocks, and their bounds."""
     share = share_of(me.config, me.call.band, tile, me.index)
@@ -284,12 +294,14 @@ def _masked(me, tile):
 
 
 @gluon.jit
-def _main_loop(me, tile, share, bounds, n, q_use):
+def _main_loop(me, tile, share, bounds, n, turn):
     """All blocks of this consumer's rows, but for the last P V where that overlaps; the state, the streams' position, and whether
     the last block's right half is all that there was of it. Keys count as for the tile of `share` and `bounds`."""
     row = tile.first + me.index * M
+    q_use = turn * me.config.consumers + me.index
     if has_unseen(me.config):
         n = _pass_over(me, n, share.unseen)
+    _free_place(me, turn)
     me.shared.q_ring.wait(q_use)
     q = query_tiles(me.shared.q, _q_slot(me, q_use), me.config.keys, me.config.held)
     if holds_query(me.config):
@@ -363,24 +375,28 @@ def _outputs(me, tile, row, o, factor):
 
 
 @gluon.jit
-def _send(me, tile, row, parts, o_maps, HALF: gl.constexpr = None):
+def _send(me, tile, row, parts, o_maps, place, HALF: gl.constexpr = None):
     """Parts of out, or their left or right halves (0, 1), through shared memory, and TMA on its way with them."""
-    tma_store_wait(0)  # the last store has left the buffer
+    if not stages_in_query(me.config):
+        tma_store_wait(0)  # the last store has left the buffer
     for part in gl.static_range(len(parts)):
-        matrix(me.shared.o[part].index(me.index)).store(parts[part])
+        matrix(me.shared.o[part].index(place)).store(parts[part])
     fence_async_shared()
-    store_rows(o_maps, me.shared.o, me.index, tile.seq.queries(me.call.pitch.o), tile.head, row, HALF)
+    store_rows(o_maps, me.shared.o, place, tile.seq.queries(me.call.pitch.o), tile.head, row, HALF)
 
 
 @gluon.jit
-def _write_output(me, tile, row, o, factor, o_maps):
+def _write_output(me, tile, row, o, factor, o_maps, q_use):
     parts = _outputs(me, tile, row, o, factor)
+    place = me.index
+    if stages_in_query(me.config):
+        place = _q_slot(me, q_use)
     if stages_halves(me.config):
         left, right = halves_of_all(parts)
-        _send(me, tile, row, left, o_maps, 0)
-        _send(me, tile, row, right, o_maps, 1)
+        _send(me, tile, row, left, o_maps, place, 0)
+        _send(me, tile, row, right, o_maps, place, 1)
     else:
-        _send(me, tile, row, parts, o_maps)
+        _send(me, tile, row, parts, o_maps, place)
 
 
 @gluon.jit
@@ -390,8 +406,8 @@ def _attend_rows(me, tile, share, bounds, n, turn, o_maps, lse_ptr):
     q_use = turn * me.config.consumers + me.index
     row = tile.first + me.index * M
     mine = _at_rows(me, tile, row)
-    state, n, right_alone = _main_loop(mine, tile, share, bounds, n, q_use)
-    if not holds_query(me.config):
+    state, n, right_alone = _main_loop(mine, tile, share, bounds, n, turn)
+    if not holds_query(me.config) and not stages_in_query(me.config):
         shared.q_ring.release(q_use)  # every product with this Q is done
     if overlaps(me.config):
         o, p, m, l = state
@@ -408,7 +424,7 @@ def _attend_rows(me, tile, share, bounds, n, turn, o_maps, lse_ptr):
     if overlaps(me.config):
         o = wait_for_values(o)
         shared.v_stream.release(n - 1)
-    _write_output(me, tile, row, o, factor, o_maps)
+    _write_output(me, tile, row, o, factor, o_maps, q_use)
     if has_spare(me.config):
         n = _pass_over(me, n, share.spare)
         number, following = read(me.config, shared.board, me.call, turn + 1)
@@ -439,7 +455,9 @@ def _stand_by(me, tile, n, turn):
     q_use = turn * me.config.consumers + me.index
     begin, end = tile_blocks(me.config, me.call.band, tile)
     me.shared.q_ring.wait(q_use)
-    me.shared.q_ring.release(q_use)
+    _free_place(me, turn)
+    if not stages_in_query(me.config):
+        me.shared.q_ring.release(q_use)
     n = _pass_over(me, n, end - begin)
     number, following = read(me.config, me.shared.board, me.call, turn + 1)
     return n, number, following
@@ -494,7 +512,9 @@ def _allocate_all(config: gl.constexpr, q_maps, k_maps, v_maps, o_maps, bias_map
     q = _allocate(q_maps, config.consumers * config.queries)
     k = _allocate(k_maps, config.stages)
     v = _allocate(v_maps, config.stages)
-    o = _allocate(o_maps, config.consumers)
+    o = q
+    if not stages_in_query(config):
+        o = _allocate(o_maps, config.consumers)
     q_ring = make_ring(config.consumers * config.queries, 1)
     k_peer, v_peer = make_peers(config)
     first: gl.constexpr = barriers_of_slots(config.stages)

@@ -161,7 +161,7 @@ def _config_alone(problem: Problem, keys: float) -> ForwardConfig:
             return deepest(replace(triples, overlap=Overlap.NONE) if exact else replace(triples, queries=pairs.queries))
         return deepest(replace(triples, overlap=Overlap.MAXIMA) if exact else triples)
     if dims == dims_v == (128,) and not exact and _has_many_keys(problem, features, keys):
-        return replace(triples, keys=64, overlap=Overlap.DRIFTING, stages=4)
+        return replace(triples, keys=64, overlap=Overlap.DRIFTING, stages=4, queries=2, staging=Staging.QUERY)
     ragged = _is_ragged(features)
     if widest <= 96 and keys > (2048 if ragged else 1536):
         # three over two: 1.06 at 2k, 1.07 at 4k and 16k full, 1.08 at 16k causal; 0.98 at 1k full, 0.97 at 2k causal

@@ -62,6 +62,11 @@ def stages_halves(config):
 
 
 @gluon.constexpr_function
+def stages_in_query(config):
+    return config.staging is Staging.QUERY
+
+
+@gluon.constexpr_function
 def masks_by_words(config):
     """Which of masking.py's two ways a cut block goes: words in the forward, but not where registers are few, in a window's three
     consumers and under dropout. Chunks have few cut blocks. (Nor where Q has a second part of 16 or 32 columns: with half blocks
