@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from tessera.jit import cache, operand_places, ptx, shared_text
+from tessera.jit import cache, operand_places, pairs, ptx, shared_text
 from tessera.jit.binary import Binary
 from tessera.jit.spec import KernelSpec, parameter_layout
 from tessera.jit.toolchain import binary_key, hash_sources, source_key, toolchain_key, triton_version
@@ -108,9 +108,14 @@ def _compile(spec: KernelSpec) -> Binary:
     compat.hasten(reach.check(spec, function))
     lowered = compat.lower(spec, function)
     text = shared_text.merged(ptx.rewritten(lowered.ptx, 32 * spec.num_warps))
-    lowered = replace(lowered, ptx=operand_places.added(text) if compat.ADDS_PLACES_IN_32_BITS else text)
+    text = operand_places.added(text) if compat.ADDS_PLACES_IN_32_BITS else text
+    whole = pairs.joined(text) if compat.COPIES_HALVES else text
+    lowered = replace(lowered, ptx=whole)
     _check_parameters(spec, lowered.ptx)
     assembled = compat.assemble(spec, lowered)
+    if whole is not text and pairs.are_in_the_way(assembled.messages):
+        lowered = replace(lowered, ptx=text)
+        assembled = compat.assemble(spec, lowered)
     return Binary(
         entry=lowered.entry,
         cubin=assembled.cubin,

@@ -94,7 +94,7 @@ def source_files(module: str) -> tuple[Path, ...]:
     found = importlib.util.find_spec(module)
     if found is None or found.origin is None:
         raise ModuleNotFoundError(f"no module named {module!r}", name=module)
-    ours = [Path(__file__).with_name(name) for name in ("compat.py", "operand_places.py", "ptx.py", "shared_text.py")]
+    ours = [Path(__file__).with_name(name) for name in ("compat.py", "operand_places.py", "pairs.py", "ptx.py", "shared_text.py")]
     origin = Path(found.origin)
     package = [origin] if "." not in module else sorted(origin.parent.rglob("*.py"))
     return (*package, *ours)
