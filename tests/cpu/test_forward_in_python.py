@@ -163,6 +163,17 @@ def test_many_tiles_adrift(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     check(request, monkeypatch, replace(forward_config(bind(request)[0]), **SHALLOW | adrift))
 
 
+@pytest.mark.parametrize("stages", [2, 4])
+@pytest.mark.parametrize(
+    "case", [case for case in MANY_TILES if not case.dropout_p and not case.alibi], ids=lambda case: case.name
+)
+def test_out_in_its_querys_place(case: Case, stages: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Little in flight and much; some tiles leave consumers idle, who free their places all the same."""
+    request = case.request("cpu", torch.bfloat16)
+    form = {"consumers": 3, "overlap": Overlap.DRIFTING, "keys": 64, "queries": 2, "staging": Staging.QUERY}
+    check(request, monkeypatch, replace(forward_config(bind(request)[0]), **SHALLOW | form | {"stages": stages}))
+
+
 @pytest.mark.parametrize("keys", [400, 417, 464])
 @pytest.mark.parametrize("window", [(None, 0), (130, 0), (256, 30)], ids=str)
 def test_halves_of_blocks(window: tuple[int | None, int], keys: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from tessera.backends.hopper.backward_plan import Adding, backward_config, backw
 from tessera.backends.hopper.backward_sizes import workspace_bytes
 from tessera.backends.hopper.chunk_plan import chunk_plan
 from tessera.backends.hopper.config import ForwardConfig, Overlap, Pairing, Staging
+from tessera.backends.hopper.launch import kernel_spec
 from tessera.backends.hopper.plan import LOW, SHARED_LIMIT, forward_config, forward_family, tall_blocks
 from tessera.backends.hopper.serving import SERVING_BACKEND, kernels_of
 from tessera.cases import CASES, Case
@@ -101,6 +102,23 @@ def test_any_length_has_a_backward_of_the_family(name: str, head_dim: int, bitwi
     assert {backward_config(p) for p in problems} == set(family)
     rounded = ("full", "causal", "causal softcap") if bitwise else ("causal",)
     assert any(config.adding is Adding.ROUNDED for config in family) == (head_dim == 128 and name in rounded)
+
+
+@pytest.mark.parametrize(("head_dim", "left", "three"), [(128, 128, False), (128, 256, True), (128, 4096, True), (64, 128, True)])
+def test_windows_by_three_consumers_without_turns(head_dim: int, left: int, three: bool) -> None:
+    """Their kernels alone join halves of P, whatever the Triton: it dies before the next one is taken."""
+    planned = problem(8192, head_dim, {"window": (left, 0)})
+    config = forward_config(planned)
+    assert (config.consumers, config.overlap is Overlap.DRIFTING) == ((3, True) if three else (2, False))
+    assert (config.staging is Staging.QUERY) == (three and head_dim == 128)
+    assert kernel_spec(config, planned.dtype).joins_halves is three
+
+
+@pytest.mark.parametrize("change", [{"queries": 1}, {"held": 1}, {"dims_v": (64,)}], ids=str)
+def test_out_takes_its_querys_place_where_it_can(change: dict[str, Any]) -> None:
+    config = forward_config(problem(8192, 128, {"window": (1024, 0)}))
+    with pytest.raises(ValueError, match="out waits in its Q's place where"):
+        replace(config, **change)
 
 
 @pytest.mark.parametrize(("heads_kv", "options", "pairing"), [

@@ -113,6 +113,8 @@ class KernelSpec:
     `num_warps` is the default partition's, as in Gluon; a warp-specialised kernel's total comes with the binary.
     `cluster`: programs, neighbours along the grid's x, that run at the same time on SMs near each other and reach each other's
     shared memory (compat.meet_cluster, place_in, tma_load_as); each is compiled like a program by itself.
+    `joins_halves`: what a loop carries in 16 bits is joined in its PTX (tessera.jit.pairs), whatever the Triton: nothing of it
+    is made while a product that takes it is at work.
 
     Two specs are equal when `text` is: 1, 1.0 and True are different constants to a compiler, though not to Python.
     """
@@ -125,6 +127,7 @@ class KernelSpec:
     maxnreg: int | None = None
     fp_fusion: bool = True
     early: bool = False
+    joins_halves: bool = False
     target: str = "sm_90a"
     text: str = field(init=False, repr=False)
 
@@ -139,7 +142,7 @@ class KernelSpec:
             "kernel": self.kernel,
             "arguments": [[name, canonical(argument)] for name, argument in self.arguments],
             "constants": sorted([name, canonical(value)] for name, value in self.constants),
-            "options": [self.num_warps, self.cluster, self.maxnreg, self.fp_fusion, self.early, self.target],
+            "options": [self.num_warps, self.cluster, self.maxnreg, self.fp_fusion, self.early, self.joins_halves, self.target],
         }
         object.__setattr__(self, "text", json.dumps(described, sort_keys=True))
 

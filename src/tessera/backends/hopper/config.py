@@ -122,6 +122,8 @@ class ForwardConfig:
 
     def __post_init__(self) -> None:
         refuse_deep_rings(self.stages, STAGES if self.overlap.takes_turns else STAGES_WITHOUT_TURNS)
+        if self.staging is Staging.QUERY and (self.queries == 1 or self.held or self.dims != self.dims_v):
+            raise ValueError("out waits in its Q's place where two of them lie in shared memory, as wide as out is")
 
     @property
     def cluster(self) -> int:

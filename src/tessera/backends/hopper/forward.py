@@ -140,31 +140,20 @@ def _useful_tile(config: gl.constexpr, call, number, turn):
 
 
 @gluon.constexpr_function
-def _asks_in_turn(config):
-    """Whether consumers end a tile one after another, and Q has one place: the next tile's Q is then asked for as these come
-    free, between blocks of K and V, whose places are free earlier. (Where all end together Q is what they wait for longest.)"""
-    return config.queries == 1 and has_spare(config)
+def _nth_to_begin(config, n):
+    """A consumer in the order in which they begin a tile: in a window, without turns, the last one has its first block."""
+    return config.consumers - 1 - n if has(config, "right") and has_spare(config) else n
 
 
 @gluon.jit
-def _queries_due(config: gl.constexpr, further):
-    """Of how many consumers Q is to be asked for when `further` blocks of K are, behind a tile's first; of all before the ring
-    is full, since no block's place is free again before every consumer has its Q."""
-    due = gl.minimum(further, config.consumers)
-    return gl.where(further + 1 < config.stages, due, config.consumers)
-
-
-@gluon.jit
-def _load_queries(config: gl.constexpr, maps, shared, call, tile, turn, begin, end):
-    """Q of the `begin`-th to `end`-th consumer in the order in which they begin."""
-    span = tile.seq.queries(call.pitch.q)
-    for i in range(begin, end):
-        consumer = i
-        if has(config, "right") and not takes_turns(config):
-            consumer = config.consumers - 1 - i
-        n = turn * config.consumers + consumer
+def _load_q(config: gl.constexpr, maps, shared, call, tile, turn):
+    consumers: gl.constexpr = config.consumers
+    for i in gl.static_range(consumers):
+        consumer = _nth_to_begin(config, i)
+        n = turn * consumers + consumer
         shared.q_ring.acquire(n)
         bar = shared.q_ring.expect(n, head_bytes(config.dims) * M)
+        span = tile.seq.queries(call.pitch.q)
         load_rows(maps, shared.q, shared.q_ring.slot(n), bar, span, tile.head, tile.first + consumer * M)
 
 
@@ -211,23 +200,17 @@ def producer(config: gl.constexpr, q_maps, k_maps, v_maps, bias, shared, modifie
         begin, end = tile_blocks(config, call.band, tile)
         _load_block(shared.k_stream, k_maps, shared.k, n, k_bytes, keys, head, (end - 1) * config.keys)
         _load_bias(config, bias, shared, tile, n, (end - 1) * config.keys)
-        if not _asks_in_turn(config):
-            _load_queries(config, q_maps, shared, call, tile, turn, 0, config.consumers)
+        _load_q(config, q_maps, shared, call, tile, turn)
         for i in range(end - 1 - begin):
-            n += 1
+            n = shared.k_stream.next(n)
             block = end - 2 - i
             _load_block(shared.k_stream, k_maps, shared.k, n, k_bytes, keys, head, block * config.keys)
             _load_bias(config, bias, shared, tile, n, block * config.keys)
-            _load_block(shared.v_stream, v_maps, shared.v, n - 1, v_bytes, values, head, (block + 1) * config.keys)
-            if _asks_in_turn(config):
-                due = _queries_due(config, i)
-                _load_queries(config, q_maps, shared, call, tile, turn, due, _queries_due(config, i + 1))
-        if _asks_in_turn(config):
-            due = _queries_due(config, end - 1 - begin)
-            _load_queries(config, q_maps, shared, call, tile, turn, due, config.consumers)
+            before = shared.v_stream.before(n)
+            _load_block(shared.v_stream, v_maps, shared.v, before, v_bytes, values, head, (block + 1) * config.keys)
         answer = ask(config, call.schedule)
         _load_block(shared.v_stream, v_maps, shared.v, n, v_bytes, values, head, begin * config.keys)
-        n += 1
+        n = shared.k_stream.next(n)
         turn += 1
         number = next_number(config, call.schedule, shared.box, turn, answer)
         number, tile = _useful_tile(config, call, number, turn)
@@ -253,14 +236,15 @@ class Consumer:
 def _pass_over(me, n, count):
     """Blocks that other consumers' rows see and this one's do not: release them, and keep the turns in step."""
     for i in range(count):
-        me.shared.k_stream.wait(n + i)
-        me.shared.k_stream.release(n + i)
+        use = me.shared.k_stream.further(n, i)
+        me.shared.k_stream.wait(use)
+        me.shared.k_stream.release(use)
         if takes_turns(me.config):
             take_turn(me.index)
             pass_turn(me.index, me.config.consumers)
-        me.shared.v_stream.wait(n + i)
-        me.shared.v_stream.release(n + i)
-    return n + count
+        me.shared.v_stream.wait(use)
+        me.shared.v_stream.release(use)
+    return me.shared.k_stream.further(n, count)
 
 
 @gluon.jit
@@ -280,10 +264,9 @@ def _q_slot(me, use):
 @gluon.jit
 def _free_place(me, turn):
     """Where out waits in its Q's place: the one of the turn before is free when the store has read it, which it has by now."""
-    if stages_in_query(me.config):
-        if turn > 0:
-            tma_store_wait(0)
-            me.shared.q_ring.release((turn - 1) * me.config.consumers + me.index)
+    if stages_in_query(me.config) and turn > 0:
+        tma_store_wait(0)
+        me.shared.q_ring.release((turn - 1) * me.config.consumers + me.index)
 
 
 @gluon.jit
@@ -301,8 +284,6 @@ def _main_loop(me, tile, share, bounds, n, turn):
     q_use = turn * me.config.consumers + me.index
     if has_unseen(me.config):
         n = _pass_over(me, n, share.unseen)
-    _free_place(me, turn)
-    me.shared.q_ring.wait(q_use)
     q = query_tiles(me.shared.q, _q_slot(me, q_use), me.config.keys, me.config.held)
     if holds_query(me.config):
         me.shared.q_ring.release(q_use)
@@ -310,7 +291,9 @@ def _main_loop(me, tile, share, bounds, n, turn):
     if has_left_half(me.config):
         left_alone = share.left_alone
     state, started = start_blocks(me, n, q, bounds, (share.end - 1) * me.config.keys, left_alone)
-    n += started
+    _free_place(me, turn)
+    if started == 1:
+        n = me.shared.k_stream.next(n)
     end = share.end - started
     full_end = share.full_end
     if falls_evenly(me.config, None):
@@ -406,13 +389,16 @@ def _attend_rows(me, tile, share, bounds, n, turn, o_maps, lse_ptr):
     q_use = turn * me.config.consumers + me.index
     row = tile.first + me.index * M
     mine = _at_rows(me, tile, row)
+    shared.q_ring.wait(q_use)
     state, n, right_alone = _main_loop(mine, tile, share, bounds, n, turn)
     if not holds_query(me.config) and not stages_in_query(me.config):
         shared.q_ring.release(q_use)  # every product with this Q is done
+    last = n
     if overlaps(me.config):
         o, p, m, l = state
-        shared.v_stream.wait(n - 1)
-        o = issue_last_values(me, n - 1, p, o, right_alone)
+        last = shared.v_stream.before(n)
+        shared.v_stream.wait(last)
+        o = issue_last_values(me, last, p, o, right_alone)
     else:
         o, m, l = state
 
@@ -423,7 +409,7 @@ def _attend_rows(me, tile, share, bounds, n, turn, o_maps, lse_ptr):
     factor = _finish_rows(me, tile, row, m, l, lse_ptr)
     if overlaps(me.config):
         o = wait_for_values(o)
-        shared.v_stream.release(n - 1)
+        shared.v_stream.release(last)
     _write_output(me, tile, row, o, factor, o_maps, q_use)
     if has_spare(me.config):
         n = _pass_over(me, n, share.spare)
@@ -518,7 +504,7 @@ def _allocate_all(config: gl.constexpr, q_maps, k_maps, v_maps, o_maps, bias_map
     q_ring = make_ring(config.consumers * config.queries, 1)
     k_peer, v_peer = make_peers(config)
     first: gl.constexpr = barriers_of_slots(config.stages)
-    by_bits: gl.constexpr = (config.stages == 2 or config.stages == 4) and keeps_masks(config)
+    by_bits: gl.constexpr = config.stages != 3 and keeps_masks(config)
     k_stream = make_paired_stream(config.stages, config.consumers, first[0], 1, k_peer, by_bits)
     v_stream = make_paired_stream(config.stages, config.consumers, first[1], 1, v_peer, by_bits)
     board = make_board(config.consumers)

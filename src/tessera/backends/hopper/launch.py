@@ -17,7 +17,7 @@ from torch import Tensor
 from tessera import jit
 from tessera.backends.hopper import modifiers
 from tessera.backends.hopper.arguments import FAR, WRAP_STRIDE, reach, score_scales
-from tessera.backends.hopper.config import ROWS, Feature, ForwardConfig
+from tessera.backends.hopper.config import ROWS, Feature, ForwardConfig, Overlap
 from tessera.backends.hopper.plan import tall_blocks
 from tessera.backends.hopper.room import room
 from tessera.dispatch import Shortcut
@@ -58,7 +58,9 @@ def kernel_spec(config: ForwardConfig, dtype: torch.dtype) -> jit.KernelSpec:
     modifiers.describe(config.features, element, arguments, constants)
     modifiers.describe_staged(config.stages_bias, element, config.keys, arguments, constants)
     spec = jit.KernelSpec.of("tessera.backends.hopper.forward:attention_forward", arguments, constants)
-    return replace(spec, cluster=config.cluster)
+    # where P dies before the next one is taken: windows 1.13 of halves, but under a plain diagonal 0.99 (H200, 2026-11-22)
+    joins = config.overlap is Overlap.DRIFTING and config.features != (Feature.RIGHT,)
+    return replace(spec, cluster=config.cluster, joins_halves=joins)
 
 
 _POINTERS = ("cu_q", "cu_k", "used_q", "used_k", "key_start", "key_end", "query_end", "document_begin", "document_end")

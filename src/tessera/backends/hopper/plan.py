@@ -159,9 +159,12 @@ def _config_alone(problem: Problem, keys: float) -> ForwardConfig:
             # P at once over no overlap: 1.13 for a window of 4096 at 16k; 64 keys 0.90 of it. Without overlap two tiles of Q are
             # an illegal address: ptxas leaves their descriptors unset on a path (H200, 2026-11-22; jit/descriptors.py)
             return deepest(replace(triples, overlap=Overlap.NONE) if exact else replace(triples, queries=pairs.queries))
-        return deepest(replace(triples, overlap=Overlap.MAXIMA) if exact else triples)
+        # two Qs over one: full 512 1.045, 1k 1.010 to 1.017, 4k 1.006, 16k 1.00, causal 4k 1.008, packed 1.008
+        return deepest(replace(triples, overlap=Overlap.MAXIMA) if exact else replace(triples, queries=2))
     if dims == dims_v == (128,) and not exact and _has_many_keys(problem, features, keys):
-        return replace(triples, keys=64, overlap=Overlap.DRIFTING, stages=4, queries=2, staging=Staging.QUERY)
+        many = replace(triples, keys=64, overlap=Overlap.DRIFTING, stages=4)
+        # two Qs over one: windows 1.03, packed 1.00, under a diagonal 0.99
+        return many if features == (Feature.RIGHT,) else replace(many, queries=2, staging=Staging.QUERY)
     ragged = _is_ragged(features)
     if widest <= 96 and keys > (2048 if ragged else 1536):
         # three over two: 1.06 at 2k, 1.07 at 4k and 16k full, 1.08 at 16k causal; 0.98 at 1k full, 0.97 at 2k causal
@@ -173,11 +176,15 @@ def _config_alone(problem: Problem, keys: float) -> ForwardConfig:
 
 
 def _has_many_keys(problem: Problem, features: tuple[Feature, ...], keys: float) -> bool:
-    """Whether three consumers of 64 keys without turns pay at head_dim 128. Over two of 128: windows of 512 1.01, 1024 1.013,
-    2048 1.005, 4096 1.016; causal 2k 1.00, 4k 1.003 to 1.007, over pairs 8k 1.014 to 1.022, 16k 1.012 to 1.014 (not over pairs by
-    heads: not measured); full 0.996 to 1.00 (H200, 2026-11-22)."""
-    if features == (Feature.LEFT, Feature.RIGHT):
-        return keys > 400
+    """Whether three consumers of 64 keys without turns pay at head_dim 128. Over two of 128: windows of 256 1.05, with softcap
+    1.085, with sinks 1.04; packed windows 1.05, causal 1.048 (sequences of 2000 rows in the mean), full 0.985; causal 2k 1.00, 4k
+    1.003 to 1.007, over pairs 8k 1.014 to 1.022, 16k 1.012 to 1.014, over pairs by heads 1.00; full 0.98 to 1.00; windows of 128
+    0.98 to 0.99 (H200, 2026-11-22)."""
+    kinds = set(features)
+    if Feature.VARLEN in kinds:
+        return kinds in ({Feature.VARLEN, Feature.RIGHT}, {Feature.VARLEN, Feature.LEFT, Feature.RIGHT}) and keys > 700
+    if {Feature.LEFT, Feature.RIGHT} <= kinds <= {Feature.LEFT, Feature.RIGHT, Feature.SOFTCAP, Feature.SINKS}:
+        return keys > 200
     return features == (Feature.RIGHT,) and keys > 2000 and problem.shape.group % 2 == 1
 
 

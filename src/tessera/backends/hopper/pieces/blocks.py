@@ -173,8 +173,9 @@ def _overlapped_block(me, n, q, bounds, first_key, state, CUT: gl.constexpr, HAL
     if takes_turns(me.config):
         take_turn(me.index)
     s = _issue_scores(me, n, q, HALF)
-    me.shared.v_stream.wait(n - 1)
-    products = issue_values(me, n - 1, p, o)
+    before = me.shared.v_stream.before(n)
+    me.shared.v_stream.wait(before)
+    products = issue_values(me, before, p, o)
     if takes_turns(me.config):
         pass_turn(me.index, me.config.consumers)
     bias, kept = beside_product(me, n, first_key, CUT)
@@ -184,11 +185,11 @@ def _overlapped_block(me, n, q, bounds, first_key, state, CUT: gl.constexpr, HAL
     if takes_p_at_once(me.config):
         if not keeps_p_during_softmax(me.config):
             o = wait_for_values(products)
-            me.shared.v_stream.release(n - 1)
+            me.shared.v_stream.release(before)
         p, sums, m, alpha = _softmax_at_once(me, s, m, HALF)
         if keeps_p_during_softmax(me.config):
             o = wait_for_values(products)
-            me.shared.v_stream.release(n - 1)
+            me.shared.v_stream.release(before)
         return _rescale_output(o, alpha), less_dropped(me.config, me.score, p, kept), m, l * alpha + sums
     else:
         m, alpha = next_reference(me.config, me.score, s, m, first_key, CUT)
@@ -197,11 +198,11 @@ def _overlapped_block(me, n, q, bounds, first_key, state, CUT: gl.constexpr, HAL
             sums = partial_sums(p)
             finish_before(sums, 4)
             o = wait_for_values(products)
-            me.shared.v_stream.release(n - 1)
+            me.shared.v_stream.release(before)
         else:
             finish_before(m, 2)
             o = wait_for_values(products)
-            me.shared.v_stream.release(n - 1)
+            me.shared.v_stream.release(before)
             p = probabilities(me.config, me.score, s, m, first_key, CUT)
             sums = partial_sums(p)
         p = rounded(me.config, me.score, p, kept, me.shared.v[0].dtype)
@@ -268,5 +269,5 @@ def run_blocks(me, n, q, bounds, block, state, count, CUT: gl.constexpr, HALF: g
             state = _overlapped_block(me, n, q, bounds, first_key, state, CUT, HALF)
         else:
             state = _lone_block(me, n, q, bounds, first_key, state, CUT)
-        n += 1
+        n = me.shared.k_stream.next(n)
     return state, n

@@ -135,25 +135,50 @@ class Stream:
     warps: gl.constexpr
     peer: gl.tuple
     by_bits: gl.constexpr
+    places: gl.constexpr
+
+    @gluon.jit
+    def next(self, n):
+        """The use behind use n."""
+        if self.by_bits and self.slots < self.places:
+            return n + gl.where((n & (self.places - 1)) == self.slots - 1, 1 + self.places - self.slots, 1)
+        else:
+            return n + 1
+
+    @gluon.jit
+    def further(self, n, count):
+        """The use so many behind use n."""
+        if self.by_bits and self.slots < self.places:
+            return n + count + (self.places - self.slots) * (((n & (self.places - 1)) + count) // self.slots)
+        else:
+            return n + count
+
+    @gluon.jit
+    def before(self, n):
+        """The use before use n."""
+        if self.by_bits and self.slots < self.places:
+            return n - gl.where((n & (self.places - 1)) == 0, 1 + self.places - self.slots, 1)
+        else:
+            return n - 1
 
     @gluon.jit
     def slot(self, n):
         if self.by_bits:
-            return n & (self.slots - 1)
+            return n & (self.places - 1)
         else:
             return n % self.slots
 
     @gluon.jit
     def parity(self, n):
         if self.by_bits:
-            return (n >> (self.slots // 2)) & 1
+            return (n >> _bits(self.places)) & 1
         else:
             return (n // self.slots) & 1
 
     @gluon.jit
     def acquire(self, n):
         """Producer: wait until every consumer has released use n - slots."""
-        if n >= self.slots:
+        if n >= self.places:
             named_barrier("sync", self.first + self.slot(n), self.warps, self.consumers)
 
     @gluon.jit
@@ -193,6 +218,17 @@ def _arrivals(warps):
 
 
 @gluon.constexpr_function
+def _bits(places):
+    return places.bit_length() - 1
+
+
+@gluon.constexpr_function
+def _places(slots, by_bits):
+    """Numbers of a lap's uses: as many as slots, or the next power of two."""
+    return 1 << (slots - 1).bit_length() if by_bits else slots
+
+
+@gluon.constexpr_function
 def barriers_of_slots(slots):
     """The first named barrier of K's slots, and of V's."""
     return (NAMED_BARRIER_K, NAMED_BARRIER_V) if slots <= 3 else (NAMED_BARRIER_DEEP_K, NAMED_BARRIER_DEEP_V)
@@ -207,7 +243,8 @@ def make_stream(slots: gl.constexpr, consumers: gl.constexpr, first: gl.constexp
 def make_paired_stream(
     slots: gl.constexpr, consumers: gl.constexpr, first: gl.constexpr, warps: gl.constexpr, peer, by_bits: gl.constexpr = False
 ):
-    return Stream(make_barriers(slots, _arrivals(warps)), slots, consumers, first, warps, peer, by_bits)
+    places: gl.constexpr = _places(slots, by_bits)
+    return Stream(make_barriers(slots, _arrivals(warps)), slots, consumers, first, warps, peer, by_bits, places)
 
 
 @gluon.constexpr_function

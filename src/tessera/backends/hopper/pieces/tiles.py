@@ -63,7 +63,7 @@ def stages_halves(config):
 
 @gluon.constexpr_function
 def stages_in_query(config):
-    return config.staging is Staging.QUERY
+    return isinstance(config, ForwardConfig) and config.staging is Staging.QUERY
 
 
 @gluon.constexpr_function
