@@ -34,9 +34,7 @@ from tessera.backends.hopper.pieces.channel import (
     take_turn,
 )
 from tessera.backends.hopper.pieces.cluster import is_pair, make_box, make_peers, member_of_pair
-from tessera.backends.hopper.pieces.dropout import scale_of_kept
-from tessera.backends.hopper.pieces.epilogue import LOG2_E, normalise, normaliser
-from tessera.backends.hopper.pieces.kv_source import Lengths, Pitch, load_rows, store_rows
+from tessera.backends.hopper.pieces.kv_source import Lengths, Pitch, load_rows
 from tessera.backends.hopper.pieces.masking import (
     Band,
     has_lower_bound,
@@ -47,36 +45,23 @@ from tessera.backends.hopper.pieces.masking import (
     share_of,
     tile_blocks,
 )
-from tessera.backends.hopper.pieces.modifiers import (
-    below_diagonal,
-    falls_evenly,
-    make_modifiers,
-)
+from tessera.backends.hopper.pieces.modifiers import below_diagonal, falls_evenly, make_modifiers
+from tessera.backends.hopper.pieces.output import finish_rows, free_place, q_slot, write_output
 from tessera.backends.hopper.pieces.scheduler import Schedule, ask, first_number, locate, next_number, take, taken
-from tessera.backends.hopper.pieces.scores import (
-    Score,
-    score_of_rows,
-)
-from tessera.backends.hopper.pieces.softmax import reference_of_rows
+from tessera.backends.hopper.pieces.scores import Score, score_of_rows
 from tessera.backends.hopper.pieces.tiles import (
     M,
     allocate_tiles,
-    columns_of,
-    halves_of_all,
     has,
-    has_bias,
     has_left_half,
     has_right_half,
     head_bytes,
     holds_query,
     keeps_masks,
-    matrix,
     may_stand_by,
     overlaps,
     query_tiles,
-    row_layout,
     shares_text,
-    stages_halves,
     stages_in_query,
     takes_turns,
 )
@@ -254,22 +239,6 @@ def _at_rows(me, tile, row):
 
 
 @gluon.jit
-def _q_slot(me, use):
-    if me.config.queries == 1:
-        return me.index
-    else:
-        return me.shared.q_ring.slot(use)
-
-
-@gluon.jit
-def _free_place(me, turn):
-    """Where out waits in its Q's place: the one of the turn before is free when the store has read it, which it has by now."""
-    if stages_in_query(me.config) and turn > 0:
-        tma_store_wait(0)
-        me.shared.q_ring.release((turn - 1) * me.config.consumers + me.index)
-
-
-@gluon.jit
 def _masked(me, tile):
     """What the mask makes of this consumer's rows of a tile: their share of the blocks, and their bounds."""
     share = share_of(me.config, me.call.band, tile, me.index)
@@ -284,14 +253,14 @@ def _main_loop(me, tile, share, bounds, n, turn):
     q_use = turn * me.config.consumers + me.index
     if has_unseen(me.config):
         n = _pass_over(me, n, share.unseen)
-    q = query_tiles(me.shared.q, _q_slot(me, q_use), me.config.keys, me.config.held)
+    q = query_tiles(me.shared.q, q_slot(me, q_use), me.config.keys, me.config.held)
     if holds_query(me.config):
         me.shared.q_ring.release(q_use)
     left_alone = None
     if has_left_half(me.config):
         left_alone = share.left_alone
     state, started = start_blocks(me, n, q, bounds, (share.end - 1) * me.config.keys, left_alone)
-    _free_place(me, turn)
+    free_place(me, turn)
     if started == 1:
         n = me.shared.k_stream.next(n)
     end = share.end - started
@@ -326,63 +295,6 @@ def _main_loop(me, tile, share, bounds, n, turn):
 
 
 @gluon.jit
-def _finish_rows(me, tile, row, m, l, lse_ptr):
-    """Write the log-sum-exp, (batch, heads, seqlen_q), or (heads, total_q) packed, where it has an address; the factor that
-    makes O out."""
-    layout: gl.constexpr = row_layout(columns_of(me.shared.v[0].shape))
-    rows = row + gl.arange(0, M, layout)
-    m = gl.convert_layout(reference_of_rows(m, l), layout)
-    l = gl.convert_layout(gl.sum(l, axis=1), layout)
-    sink = gl.zeros([M], gl.float32, layout)
-    if has(me.config, "sinks"):
-        sink = sink + gl.load(me.score.sinks + tile.head)
-        if not has_bias(me.config):
-            sink = sink * LOG2_E
-    factor, lse = normaliser(me.config, m, l, sink, rows < tile.seq.q_live)
-    line = (tile.seq.batch * me.call.heads + tile.head).to(gl.int64) * me.call.seqlen_q
-    asked_for = lse_ptr.to(gl.int64) != 0
-    gl.store(lse_ptr + line + tile.seq.q_begin + rows, lse, mask=(rows < tile.seq.q_rows) & asked_for)
-    if has(me.config, "dropout"):
-        factor = factor * scale_of_kept(me.config, me.score.modifiers.dropout[0], me.shared.v[0].dtype)
-    return factor
-
-
-@gluon.jit
-def _outputs(me, tile, row, o, factor):
-    """out = O / l in 16 bits, a part of head_dim_v each."""
-    parts = ()
-    for part in gl.static_range(len(o)):
-        out = normalise(me.config, o[part], factor, row, tile.seq.q_live)
-        parts = parts + (out.to(me.shared.o[part].dtype),)
-    return parts
-
-
-@gluon.jit
-def _send(me, tile, row, parts, o_maps, place, HALF: gl.constexpr = None):
-    """Parts of out, or their left or right halves (0, 1), through shared memory, and TMA on its way with them."""
-    if not stages_in_query(me.config):
-        tma_store_wait(0)  # the last store has left the buffer
-    for part in gl.static_range(len(parts)):
-        matrix(me.shared.o[part].index(place)).store(parts[part])
-    fence_async_shared()
-    store_rows(o_maps, me.shared.o, place, tile.seq.queries(me.call.pitch.o), tile.head, row, HALF)
-
-
-@gluon.jit
-def _write_output(me, tile, row, o, factor, o_maps, q_use):
-    parts = _outputs(me, tile, row, o, factor)
-    place = me.index
-    if stages_in_query(me.config):
-        place = _q_slot(me, q_use)
-    if stages_halves(me.config):
-        left, right = halves_of_all(parts)
-        _send(me, tile, row, left, o_maps, place, 0)
-        _send(me, tile, row, right, o_maps, place, 1)
-    else:
-        _send(me, tile, row, parts, o_maps, place)
-
-
-@gluon.jit
 def _attend_rows(me, tile, share, bounds, n, turn, o_maps, lse_ptr):
     """This consumer's rows of a tile, from Q to out; the streams' position, and the next tile."""
     shared = me.shared
@@ -406,11 +318,11 @@ def _attend_rows(me, tile, share, bounds, n, turn, o_maps, lse_ptr):
     number, following = tile.first, tile
     if not has_spare(me.config):
         number, following = read(me.config, shared.board, me.call, turn + 1)
-    factor = _finish_rows(me, tile, row, m, l, lse_ptr)
+    factor = finish_rows(me, tile, row, m, l, lse_ptr)
     if overlaps(me.config):
         o = wait_for_values(o)
         shared.v_stream.release(last)
-    _write_output(me, tile, row, o, factor, o_maps, q_use)
+    write_output(me, tile, row, o, factor, o_maps, q_use)
     if has_spare(me.config):
         n = _pass_over(me, n, share.spare)
         number, following = read(me.config, shared.board, me.call, turn + 1)
@@ -441,7 +353,7 @@ def _stand_by(me, tile, n, turn):
     q_use = turn * me.config.consumers + me.index
     begin, end = tile_blocks(me.config, me.call.band, tile)
     me.shared.q_ring.wait(q_use)
-    _free_place(me, turn)
+    free_place(me, turn)
     if not stages_in_query(me.config):
         me.shared.q_ring.release(q_use)
     n = _pass_over(me, n, end - begin)
