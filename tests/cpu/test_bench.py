@@ -116,6 +116,13 @@ def test_a_turn_may_begin_with_calls_that_are_not_measured():
     assert times["a"] == (1.0,) * 4
 
 
+def test_no_round_begins_while_kernels_compile_beside_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr("tessera.bench.timing.settle", lambda: calls.append("settled"))
+    interleaved({name: lambda name=name: calls.append(name) or 1.0 for name in "ab"}, CountingClock(), Schedule(rounds=2, turn_s=0.0))
+    assert calls == [*"aabb", "settled", *"abba"]
+
+
 def test_no_round_begins_after_the_limit():
     times = interleaved({"a": lambda: 1.0}, CountingClock(), Schedule(rounds=50, turn_s=0.0, limit_s=0.0))
     assert len(times["a"]) == 2

@@ -14,6 +14,8 @@ from typing import Protocol
 
 import torch
 
+from tessera.jit import settle
+
 Call = Callable[[], object]
 
 _MEGABYTE = 1 << 20
@@ -101,13 +103,15 @@ class Schedule:
 
 
 def interleaved(calls: Mapping[str, Call], clock: Clock, schedule: Schedule) -> dict[str, tuple[float, ...]]:
-    """Seconds of each call in each round, the calls taking turns; each call first runs twice to warm up."""
+    """Seconds of each call in each round, the calls taking turns; each call first runs twice to warm up, and what it has compiled
+    beside the program, which takes the host's time from all calls, is waited for."""
     deadline = time.monotonic() + schedule.limit_s
     repeats = {}
     for name, call in calls.items():
         call()
         estimate = clock.seconds(call, 1)
         repeats[name] = max(1, min(schedule.most_repeats, int(schedule.turn_s / max(estimate, 1e-9))))
+    settle()
     times: dict[str, list[float]] = {name: [] for name in calls}
     for round_number in range(schedule.rounds):
         if round_number >= 2 and time.monotonic() > deadline:

@@ -81,6 +81,8 @@ def masks_by_words(config):
 def keeps_masks(config):
     """Whether what a mask makes of a tile is kept for the tiles behind it that it does the same to: those that see whole windows.
     Windows of 256 to 1024 keys at head_dim 128 1.01, at 64 (up to 2048 keys) 1.02; elsewhere not measured (H200, 2026-11-22)."""
+    if not isinstance(config, ForwardConfig):
+        return False
     named = {feature.value for feature in config.features}
     plain = {"left", "right"} <= named <= {"left", "right", "softcap", "sinks", "scale first"}
     measured = sum(config.dims) in (64, 128) and config.dims_v == config.dims
