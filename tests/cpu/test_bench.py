@@ -119,7 +119,8 @@ def test_a_turn_may_begin_with_calls_that_are_not_measured():
 def test_no_round_begins_while_kernels_compile_beside_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     monkeypatch.setattr("tessera.bench.timing.settle", lambda: calls.append("settled"))
-    interleaved({name: lambda name=name: calls.append(name) or 1.0 for name in "ab"}, CountingClock(), Schedule(rounds=2, turn_s=0.0))
+    contenders = {name: lambda name=name: calls.append(name) or 1.0 for name in "ab"}
+    interleaved(contenders, CountingClock(), Schedule(rounds=2, turn_s=0.0))
     assert calls == [*"aabb", "settled", *"abba"]
 
 
