@@ -136,7 +136,7 @@ def config_for(problem: CacheProblem, result: Result) -> ChunkConfig | LatentCon
     widest = max(sum(dims), sum(dims_v))
     keys = 128 if widest <= 128 else 64
     reading, box = reading_of(problem, keys)
-    consumer, producer = _registers(problem, reading, box)
+    consumer, producer = _registers(problem, reading)
     if latent:
         pairing = _pairing(problem, packing.blocks, reading, box, result)
         turns = Turns.SINGLE if pairing else _turns(problem, reading, result)
@@ -175,13 +175,13 @@ def _overlap(widest: int) -> Overlap:
     return Overlap.WHOLE if widest <= 192 else Overlap.MAXIMA
 
 
-def _registers(problem: CacheProblem, reading: Reading, box: int) -> tuple[int, int]:
-    """A consumer's and the producer's: pages are looked up, many boxes a tile take many addresses."""
+def _registers(problem: CacheProblem, reading: Reading) -> tuple[int, int]:
+    """A consumer's and the producer's: pages are looked up, rows copied one by one take many addresses."""
     if problem.cache.pages is None:
         return 240, 24
     if reading is Reading.ROWS:
         return (224, 56) if problem.shape.head_dim <= 64 else (216, 72)
-    return (232, 40) if box >= 64 else (224, 56)
+    return 232, 40
 
 
 def _pairing(problem: CacheProblem, tiles: int, reading: Reading, box: int, result: Result) -> Pairing | None:

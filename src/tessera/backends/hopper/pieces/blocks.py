@@ -32,6 +32,7 @@ from tessera.backends.hopper.pieces.tiles import (
     accumulator_layout,
     beside,
     columns_of,
+    compares_sums,
     empty_accumulator,
     halves_of,
     has_right_half,
@@ -161,7 +162,7 @@ def _softmax_at_once(me, s, m, HALF: gl.constexpr):
     scale = scale_left(me.config, me.score)
     m = as_sums(m, s.shape[1])
     p, sums = exponentials_at_once(s, m, scale, me.shared.v[0].dtype)
-    p, sums, m, alpha = overtake(p, sums, m, s, scale)
+    p, sums, m, alpha = overtake(p, sums, m, s, scale, compares_sums(me.config))
     return _of_whole_block(p, HALF), as_sums(sums, keys), as_sums(m, keys), as_sums(alpha, keys)
 
 

@@ -151,12 +151,15 @@ def _headroom(dtype):
 
 
 @gluon.constexpr_function
-def _outgrown_asm(sums, word):
+def _outgrown_asm(sums, word, compares):
     """Lines that set `kept` unless a thread's P may have outgrown their reference (or are infinite, or NaN): unless one of its
     four sums, of 16 P at most each, has reached 2 in bfloat16, 2^9 in float16. So all P that are kept are below that, and where
     they are not one is 2^-4 of it at least. In bfloat16 that is one bit of a sum; else the greatest is asked for, as numbers, in
-    whose order NaN comes last."""
+    whose order NaN comes last. `compares`: each sum is compared by itself, which takes no register (NaN is below nothing)."""
     a, b, c, d = (f"${sums + i}" for i in range(4))
+    if compares:
+        most = 2.0 if word == "bf16x2" else 512.0
+        return [f"setp.lt.f32 kept, {a}, {most};", *(f"setp.lt.and.f32 kept, {x}, {most}, kept;" for x in (b, c, d))]
     if word == "bf16x2":
         return [f"lop3.b32 t, {a}, {b}, {c}, 0xFE;", f"or.b32 t, t, {d};", "and.b32 t, t, 0x40000000;", "setp.eq.u32 kept, t, 0;"]
     return [f"max.u32 t, {a}, {b};", f"max.u32 t, t, {c};", f"max.u32 t, t, {d};", "setp.lt.u32 kept, t, 0x44000000;"]
@@ -183,7 +186,7 @@ def _new_reference_asm(top, reference, alpha, growth):
 
 
 @gluon.constexpr_function
-def _at_once_asm(n, word, headroom):
+def _at_once_asm(n, word, headroom, compares):
     """Unless all P of the warp are kept: its rows' references, their alphas, P and the sums anew.
 
     Operands: n / 2 pairs of P, then n each of sums, reference and alpha out, but for the first four of each copies; the same in,
@@ -194,7 +197,7 @@ def _at_once_asm(n, word, headroom):
     scale = s + n
     lines = [
         "{ .reg .pred kept, grows; .reg .b32 t; .reg .f32 a, b, x, row0, row1;",
-        *_outgrown_asm(sums, word),
+        *_outgrown_asm(sums, word, compares),
         "vote.sync.all.pred kept, kept, 0xffffffff;",
         *(f"mov.f32 ${alpha + 2 * row}, 1.0;" for row in range(2)),
         "@kept bra DONE;",
@@ -272,13 +275,14 @@ def exponentials_at_once(s, m, scale, dtype: gl.constexpr):
 
 
 @gluon.jit
-def overtake(p, sums, m, s, scale):
+def overtake(p, sums, m, s, scale, COMPARES: gl.constexpr):
     """P (64, keys), its sums, the reference and alpha, from what `exponentials_at_once` gave: just that, and alpha 1, in warps
-    where no row outgrew its reference, all of it anew in the others. What P held there does not matter."""
+    where no row outgrew its reference, all of it anew in the others. What P held there does not matter. `COMPARES`: see
+    `_outgrown_asm`."""
     keys: gl.constexpr = s.shape[1]
     registers: gl.constexpr = keys // 2
     headroom: gl.constexpr = _headroom(p.dtype)
-    asm: gl.constexpr = _at_once_asm(registers, "bf16x2" if p.dtype == gl.bfloat16 else "f16x2", headroom)
+    asm: gl.constexpr = _at_once_asm(registers, "bf16x2" if p.dtype == gl.bfloat16 else "f16x2", headroom, COMPARES)
     constraints: gl.constexpr = _at_once_constraints(registers)
     p, sums, m, alpha = gl.inline_asm_elementwise(
         asm, constraints, [p, gl.expand_dims(sums, 1), gl.expand_dims(m, 1), _in_groups(s), scale],

@@ -27,6 +27,12 @@ def takes_p_at_once(config):
 
 
 @gluon.constexpr_function
+def compares_sums(config):
+    """Whether what P at once looks at is compared sum by sum, for a register less: chunks of pages of 16 rows would spill it."""
+    return not isinstance(config, ForwardConfig)
+
+
+@gluon.constexpr_function
 def overlaps(config):
     """Whether P V of a block runs under the softmax of the next."""
     return config.overlap is not Overlap.NONE
