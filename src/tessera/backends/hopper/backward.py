@@ -36,7 +36,6 @@ from tessera.backends.hopper.pieces.gradients import (
     Shared,
     allocate_summands,
     comes_by_ds,
-    moves_k,
     place_of_k,
     place_of_v,
     subtracts_by_products,
@@ -84,8 +83,7 @@ def _load_k(config: gl.constexpr, maps, shared, call, tile, seen):
         mbarrier.expect(full, config.keys * 2 * (shared.k.shape[-1] + shared.v.shape[-1]))  # V's bytes too
         _load_pieces(config, maps[1], shared.k, place_of_k(config, seen), full, span, tile)
     else:
-        full = shared.k_full.index(seen & 1) if config.swaps_keys else shared.k_full
-        _load_keys(config, maps[1], shared.k, place_of_k(config, seen), full, span, tile)
+        _load_keys(config, maps[1], shared.k, place_of_k(config, seen), shared.k_full, span, tile)
 
 
 @gluon.jit
@@ -186,11 +184,6 @@ def _load_next_v(config: gl.constexpr, maps, shared, call, tile, seen, done):
     """V of a tile, when what lies in its place has been read."""
     if comes_by_ds(config):
         _load_v_by_ds(config, maps, shared, call, tile, seen, done)
-    elif config.swaps_keys:
-        before = seen - 1
-        if seen > 0:
-            mbarrier.wait(shared.k_free.index(before & 1), (before >> 1) & 1)
-        _load_v(config, maps, shared, call, tile, seen)
     else:
         mbarrier.wait(shared.v_free, (seen & 1) ^ 1)
         _load_v(config, maps, shared, call, tile, seen)
@@ -202,8 +195,6 @@ def _load_next_k(config: gl.constexpr, maps, shared, call, tile, seen, is_wanted
     if is_wanted:
         if comes_by_ds(config):
             mbarrier.wait(shared.k_free.index(seen & 1), ((seen >> 1) & 1) ^ 1)
-        elif config.swaps_keys:
-            mbarrier.wait(shared.v_free, (seen & 1) ^ 1)
         else:
             mbarrier.wait(shared.k_free, (seen & 1) ^ 1)
         _load_k(config, maps, shared, call, tile, seen)
@@ -264,12 +255,10 @@ def producer_of_many(config: gl.constexpr, maps, stats_map, shared, draws, call)
             _load_q(config, maps, stats_map, shared, call, tile, done + n, member, row)
             if config.asks_early:
                 _ask_for_do(maps, shared, call, tile, member, row)
-            if (n == 0) & (count > 0) & (not config.swaps_keys):
+            if (n == 0) & (count > 0):
                 _load_next_v(config, maps, shared, call, tile, seen, done)
             _load_do(config, maps, stats_map, shared, call, tile, done + n, member, row)
-            if (n == 0) & (count > 0) & config.swaps_keys:
-                _load_next_v(config, maps, shared, call, tile, seen, done)
-            if config.k_places == 1 and not config.swaps_keys:
+            if config.k_places == 1:
                 _load_next_k(config, maps, shared, call, tile, seen, (n == 0) & (count > 0) & (turn > 0))
             if n == config.q_stages:  # all consumers have left the tile before
                 count_told(config, draws, turn - 1, owed)
@@ -283,7 +272,7 @@ def producer_of_many(config: gl.constexpr, maps, stats_map, shared, draws, call)
         turn += 1
         tile, begin, count, start = _post(config, call, draws, turn, number)
         is_wanted = (count > 0) & (number < draws.tiles)
-        if config.k_places == 2 or config.swaps_keys:
+        if config.k_places == 2:
             _load_next_k(config, maps, shared, call, tile, seen, is_wanted)
         if config.asks_early:
             _ask_for_keys(config, maps, shared, call, tile, is_wanted)
@@ -372,10 +361,8 @@ def _producer(config: gl.constexpr, maps, stats_map, shared, draws, call):
 @gluon.jit
 def _allocate(config: gl.constexpr, maps, stats_map):
     q_map, k_map, v_map, do_map = maps[0], maps[1], maps[2], maps[3]
-    k = allocate_tiles(k_map, (2 if config.swaps_keys else config.k_places) * (config.keys // M))
-    v = k
-    if not config.swaps_keys:
-        v = allocate_tiles(v_map, config.consumers * config.consumers if comes_by_ds(config) else config.keys // M)
+    k = allocate_tiles(k_map, config.k_places * (config.keys // M))
+    v = allocate_tiles(v_map, config.consumers * config.consumers if comes_by_ds(config) else config.keys // M)
     q = allocate_tiles(q_map, config.q_stages)
     do = allocate_tiles(do_map, config.do_stages)
     bias = ()
@@ -393,17 +380,16 @@ def _allocate(config: gl.constexpr, maps, stats_map):
     if config.takes_tile_after_tile and not goes_on:
         free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
         mbarrier.init(free.index(0), count=config.k_readers)
-        mbarrier.init(free.index(1), count=1 if divided_by(config, "products") and not moves_k(config) else config.k_readers)
+        mbarrier.init(free.index(1), count=1 if divided_by(config, "products") else config.k_readers)
     q_stream = make_stream(config.q_stages, config.readers, NAMED_BARRIER_K)
     do_stream = make_stream(config.do_stages, config.readers, NAMED_BARRIER_V)
     if comes_by_ds(config):
         of_ds = make_barriers(config.consumers, 1)
         return Shared(k, v, q, do, lse, d, full, full.index(0), free, of_ds, q_stream, do_stream, bias)
     else:
-        bars = (full.index(0), full.index(1), free.index(0), free.index(1))
-        if config.swaps_keys:
-            bars = (full, make_barriers(1, 1).index(0), free, make_barriers(1, 1).index(0))
-        return Shared(k, v, q, do, lse, d, bars[0], bars[1], bars[2], bars[3], q_stream, do_stream, bias)
+        return Shared(
+            k, v, q, do, lse, d, full.index(0), full.index(1), free.index(0), free.index(1), q_stream, do_stream, bias
+        )  # fmt: skip
 
 
 @gluon.jit

@@ -309,11 +309,6 @@ class BackwardConfig:
         return self.keeps_v and self.takes_tile_after_tile and self.adding is Adding.ANY_ORDER
 
     @property
-    def swaps_keys(self) -> bool:
-        """Whether K and V change places: V is read two blocks of dQ before K, and P needs K alone (1.002 to 1.005)."""
-        return self.dim == self.dim_v == 256 and self.takes_tile_after_tile and self.adding is Adding.ANY_ORDER
-
-    @property
     def parts(self) -> int:
         """Parts of a block of rows."""
         return self.dim // self.part_columns

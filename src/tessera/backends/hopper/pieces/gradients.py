@@ -81,16 +81,10 @@ def comes_by_ds(config):
     return config.brings_v_by_ds
 
 
-@gluon.constexpr_function
-def moves_k(config):
-    """Whether the tiles' K lie at two places in turn, each with an mbarrier that it is there."""
-    return config.brings_v_by_ds or config.swaps_keys
-
-
 @gluon.jit
 def place_of_k(config: gl.constexpr, seen):
     """Where the pieces of K begin, when the program has had `seen` tiles that any row sees."""
-    if moves_k(config):
+    if comes_by_ds(config):
         return (seen & 1) * (config.keys // M)
     else:
         return 0
@@ -101,8 +95,6 @@ def place_of_v(config: gl.constexpr, seen, done):
     """The same of V, when it has had `done` blocks of rows: if it comes by dS's ring where the tile's first dS^T will lie."""
     if comes_by_ds(config):
         return done % config.consumers * config.consumers
-    elif config.swaps_keys:
-        return (seen & 1) ^ 1
     else:
         return 0
 
@@ -110,7 +102,7 @@ def place_of_v(config: gl.constexpr, seen, done):
 @gluon.jit
 def await_keys(config: gl.constexpr, shared, seen):
     """Until K of the tile is there, and V if it comes by dS's ring."""
-    if moves_k(config):
+    if comes_by_ds(config):
         mbarrier.wait(shared.k_full.index(seen & 1), (seen >> 1) & 1)
     else:
         mbarrier.wait(shared.k_full, seen & 1)
@@ -119,7 +111,7 @@ def await_keys(config: gl.constexpr, shared, seen):
 @gluon.jit
 def free_keys(config: gl.constexpr, shared, seen):
     """The tile's K has been read, as far as this consumer goes."""
-    if moves_k(config):
+    if comes_by_ds(config):
         mbarrier.arrive(shared.k_free.index(seen & 1))
     else:
         mbarrier.arrive(shared.k_free)
