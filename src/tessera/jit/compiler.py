@@ -109,7 +109,7 @@ def _compile(spec: KernelSpec) -> Binary:
     lowered = compat.lower(spec, function)
     text = shared_text.merged(ptx.rewritten(lowered.ptx, 32 * spec.num_warps))
     text = operand_places.added(text) if compat.ADDS_PLACES_IN_32_BITS else text
-    whole = pairs.joined(text) if compat.COPIES_HALVES or spec.joins_halves else text
+    whole = pairs.joined(text) if spec.joins_halves else text
     lowered = replace(lowered, ptx=whole)
     _check_parameters(spec, lowered.ptx)
     assembled = compat.assemble(spec, lowered)

@@ -5,9 +5,10 @@ one product. LLVM carries them apart, and puts them together again in front of t
 
     mov.b32 {%rs3, %rs4}, %r961;  ...  mov.b32 %r794, {%rs3, %rs4};
 
-What Triton 3.9 writes so, ptxas keeps beside the registers that the products want, and copies it there in each turn: twelve
-copies between S and P V at head dim 64, 4 to 5% of its time (benchmarks/LOG.md). Two halves that are nowhere apart are one
-register here. PTX without such ones comes back as it is.
+ptxas may keep them beside the registers that the products want, and copies them there in each turn: up to 30 instructions
+between S and P V in the forward's windows. Two halves that are nowhere apart are one register here, in kernels that ask for it
+(KernelSpec.joins_halves; elsewhere it was measured not to pay: benchmarks/LOG.md, tenth session). PTX without such ones comes
+back as it is.
 
 Where a turn makes its P while the product of the last one's is still at work, ptxas then writes to that product's registers and
 lets all products wait for each other, and says so: there the halves stay apart.

@@ -124,8 +124,9 @@ class Stream:
     arrives when its own copies have landed; those are ordinary writes to shared memory, so a consumer orders them before its
     products, which read it asynchronously.
 
-    `peer` has one, where another program reads the same (pieces/cluster.py). `by_bits`: a use's last bits say which of two or
-    four slots. To divide what may have a sign, for all that the compiler knows, is four instructions more before a product.
+    `peer` has one, where another program reads the same (pieces/cluster.py). `by_bits`: a use's last bits say which slot. A lap's
+    uses then have `places` numbers, a power of two, of which those past the slots are left out (`next`, `further`, `before`). To
+    divide what may have a sign, for all that the compiler knows, is four instructions more before a product.
     """
 
     full: gl.shared_memory_descriptor
@@ -140,7 +141,7 @@ class Stream:
     @gluon.jit
     def next(self, n):
         """The use behind use n."""
-        if self.by_bits and self.slots < self.places:
+        if self.slots < self.places:
             return n + gl.where((n & (self.places - 1)) == self.slots - 1, 1 + self.places - self.slots, 1)
         else:
             return n + 1
@@ -148,7 +149,7 @@ class Stream:
     @gluon.jit
     def further(self, n, count):
         """The use so many behind use n."""
-        if self.by_bits and self.slots < self.places:
+        if self.slots < self.places:
             return n + count + (self.places - self.slots) * (((n & (self.places - 1)) + count) // self.slots)
         else:
             return n + count
@@ -156,7 +157,7 @@ class Stream:
     @gluon.jit
     def before(self, n):
         """The use before use n."""
-        if self.by_bits and self.slots < self.places:
+        if self.slots < self.places:
             return n - gl.where((n & (self.places - 1)) == 0, 1 + self.places - self.slots, 1)
         else:
             return n - 1
