@@ -51,6 +51,7 @@ MANY_TILES = (
     Case("wide window d64", window=(2300, 0), batch=1, seqlen_q=900, seqlen_k=3200, heads_q=36, heads_kv=12),
     Case("varlen causal", causal=True, head_dim=128, **PACKED),
     Case("varlen", **PACKED),
+    Case("varlen, not all used", used_k=tuple(length // 2 for length in LENGTHS), **PACKED),
     Case("documents", head_dim=128, documents=(300, 500, 1, 299), causal=True, **MANY),
     Case("padding", key_end=(1000, 0, 1100), key_start=(3, 0, 500), query_end=(900, 1100, 1), **MANY),
     Case("sinks, softcap", sinks=True, softcap=20.0, causal=True, **MANY),
@@ -212,14 +213,15 @@ def test_out_without_lse(case: Case) -> None:
     assert runner.shortcut(operands[3:]) is None, "nothing has been launched"
     out, _ = runner.forward(operands)
     shortcut = runner.shortcut(operands[3:])
-    if case.dropout_p or any(x is not None for x in request[3:TENSORS]):
+    offsets = tuple(x for x in request[3:5] if x is not None)
+    if case.dropout_p or any(x is not None for x in request[5:TENSORS]):
         assert shortcut is None
         return
     assert shortcut is not None
     inputs = operands[:3]
-    assert torch.equal(shortcut(*inputs), out)
+    assert torch.equal(shortcut(*inputs, *offsets), out)
     misaligned = [torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)[1:].view(x.shape).copy_(x) for x in inputs]
-    assert torch.equal(shortcut(*misaligned), out)
+    assert torch.equal(shortcut(*misaligned, *offsets), out)
 
 
 def test_two_streams_at_once() -> None:

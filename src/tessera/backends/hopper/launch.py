@@ -69,6 +69,7 @@ _NO_POINTERS = (0, *(0 for _ in _POINTERS))
 _NO_MORE_POINTERS = _NO_POINTERS[3:]
 """Where there are offsets alone."""
 WITHOUT_POINTERS = frozenset({Feature.LEFT, Feature.RIGHT, Feature.SOFTCAP, Feature.SCALE_FIRST})
+_WITH_OFFSETS_ALONE = WITHOUT_POINTERS | {Feature.VARLEN}
 _INTEGERS = (
     "batch", "heads", "group", "seqlen_q", "seqlen_k", "left", "right", "document_stride", "tiles", "blocks", "tall", "section",
     "q_pitch", "k_pitch", "v_pitch", "o_pitch",
@@ -183,8 +184,7 @@ class ForwardLaunch:
         bound = self.bound.get(_AS_THEY_ARE)
         if bound is None or is_captured(jit.current_stream(bound.device)):
             return None
-        has_others = self.has_pointers and self.problem.layout is not Layout.VARLEN
-        if has_others or self.is_modified or not are_dense(others[0]):
+        if not _WITH_OFFSETS_ALONE.issuperset(self.config.features) or not are_dense(others[0]):
             return None
         device, make_out, _, maps, _, launch, _ = bound
         q_maps, k_maps, v_maps, out_maps = maps
