@@ -66,6 +66,10 @@ _modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torc
 _transforms, _autocasts = torch._C._are_functorch_transforms_active, torch._C._is_any_autocast_enabled
 _keeps_gradients, _is_wrapped = torch.is_grad_enabled, torch._C._functorch.is_functorch_wrapped_tensor
 _is_traced, _latest = torch.compiler.is_dynamo_compiling, calls.latest
+_recorded: Any = torch._C._get_tracing_state
+"""What torch.jit.trace records into, if it does: it would see none of a kernel's launches."""
+_is_batched: Any = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: False)
+"""Whether autograd gave a tensor of many gradients: those of `is_grads_batched`, or of a vectorized jacobian."""
 
 
 def recall(words: tuple[object, ...], *tensors: Tensor) -> Tensor | None:
@@ -122,6 +126,7 @@ def is_unwatched(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return (
         type(q) is type(k) is type(v) is Tensor
         and not q.is_meta
+        and _recorded() is None
         and not _modes()
         and not _function_modes()
         and not _transforms()
@@ -220,7 +225,7 @@ def _differentiate(
     request = Request._make((*tensors, *ctx.options))
     dout = torch.zeros_like(out) if dout is None else dout
     if backward is None:
-        backward = torch.ops.tessera.backward if _is_watched(dout, out, request.q) else _backward
+        backward = torch.ops.tessera.backward if _is_watched(dout, out, request.q, dlse) else _backward
     dq, dk, dv, dbias, dsinks = backward(dout, dlse, out, lse, *request)
     gradients: dict[str, Tensor] = {"q": dq, "k": dk, "v": dv}
     if request.bias_requires_grad:
@@ -230,9 +235,10 @@ def _differentiate(
     return tuple(gradients.get(name) for name in _NAMES)
 
 
-def _is_watched(dout: Tensor, out: Tensor, q: Tensor) -> bool:
-    """Whether the backward must go through its operator."""
-    return torch.is_grad_enabled() or torch.compiler.is_compiling() or not is_unwatched(dout, out, q)
+def _is_watched(dout: Tensor, out: Tensor, q: Tensor, dlse: Tensor | None = None) -> bool:
+    """Whether the backward must go through its operator, which runs once for each of many gradients."""
+    batched = _is_batched(dout) or (dlse is not None and _is_batched(dlse))
+    return batched or torch.is_grad_enabled() or torch.compiler.is_compiling() or not is_unwatched(dout, out, q)
 
 
 class _Attention(torch.autograd.Function):
@@ -270,7 +276,7 @@ class _PlainAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, made: _Made, q: Tensor, k: Tensor, v: Tensor, *offsets: Tensor) -> Tensor:
         out, lse = made.runner.forward(Operands(q, k, v, *with_offsets(made.operands, offsets)))
-        ctx.save_for_backward(out, lse, q, k, v, *offsets)
+        ctx.save_for_backward(out, lse, q, k, v, *(offsets and (offsets[0], offsets[-1])))
         ctx.made = made
         return out
 
@@ -278,7 +284,7 @@ class _PlainAttention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         made, (out, lse, *inputs) = ctx.made, ctx.saved_tensors
         q, k, v, *offsets = inputs
-        nothing, cu = (None,) * len(offsets), (offsets[0], offsets[-1]) if offsets else (None, None)
+        nothing, cu = (None,) * (len(ctx.needs_input_grad) - 4), offsets or (None, None)
         if _is_watched(dout, out, q):
             return None, *torch.ops.tessera.backward(dout, None, out, lse, q, k, v, *cu, *made.request)[:3], *nothing
         upstream = Upstream(out, lse, dout.contiguous(), None)

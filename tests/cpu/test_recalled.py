@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import warnings
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import tessera
 from tessera import attention, calls
@@ -158,3 +160,61 @@ def test_repeated_packed_calls_with_gradients_are_recalled(shared: bool, monkeyp
         torch.autograd.grad(out.sum(), inputs, create_graph=True)[0].sum().backward()
     monkeypatch.setattr(tessera.api, "Request", None)
     assert all(map(torch.equal, gradients(), expected))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_checkpoint_finds_as_many_tensors_as_it_left(shared: bool) -> None:
+    """A block's first pass goes the whole way, and what is computed again the short one: both keep the same tensors."""
+    inputs = [leaf(12, 2, 8) for _ in range(3)]
+    cu_q = torch.tensor([0, 5, 12], dtype=torch.int32)
+    cu_k = cu_q if shared else cu_q.clone()
+
+    def block(*tensors: Tensor) -> Tensor:
+        return tessera.attention_varlen(*(x * 1 for x in tensors), cu_q, cu_k, causal=True, softcap=7.5)
+
+    expected = torch.autograd.grad(block(*inputs).square().sum(), inputs)
+    calls._plain.clear()
+    calls.latest.clear()
+    for _ in range(2):
+        out = checkpoint(block, *inputs, use_reentrant=False)
+        assert isinstance(out, Tensor)
+        assert all(map(torch.equal, torch.autograd.grad(out.square().sum(), inputs), expected))
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}], ids=["torch's kernel", "tiles"])
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_what_torch_jit_trace_records_is_the_operator(is_packed: bool, options: dict[str, Any]) -> None:
+    """Not what a backend does for tensors of these sizes (on a GPU nothing that a trace sees: out would be a constant of it)."""
+
+    def call(q: Tensor, k: Tensor, v: Tensor, cu: Tensor) -> Tensor:
+        out = tessera.attention_varlen(q, k, v, cu, cu, **options) if is_packed else attention(q, k, v, causal=True, **options)
+        assert isinstance(out, Tensor)
+        return out
+
+    def inputs(seqlen: int) -> tuple[Tensor, ...]:
+        shape = (seqlen, 2, 8) if is_packed else (1, seqlen, 2, 8)
+        return *(torch.randn(shape) for _ in range(3)), torch.tensor([0, 4, seqlen], dtype=torch.int32)
+
+    example, others = inputs(9), inputs(300)
+    for _ in range(3):
+        call(*example)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated; tracers warn of shapes that are looked at
+        traced = torch.jit.trace(call, example)
+    assert "tessera::forward" in str(traced.graph)
+    assert torch.equal(traced(*others), call(*others))
+
+
+@pytest.mark.parametrize("returns", ["out", "lse"])
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}], ids=["torch's kernel", "tiles"])
+def test_many_gradients_at_once_are_those_of_each(options: dict[str, Any], returns: str) -> None:
+    """autograd's is_grads_batched, which a vectorized jacobian uses: its tensors have no memory of their own."""
+    inputs = [leaf(1, 9, 2, 8) for _ in range(3)]
+    for _ in range(3):  # the last one recalled
+        found = attention(*inputs, causal=True, return_lse=returns == "lse", **options)
+        result = found[1] if isinstance(found, tuple) else found
+        upstream = torch.randn(4, *result.shape)
+        together = torch.autograd.grad(result, inputs, upstream, is_grads_batched=True, retain_graph=True)
+        each = [torch.autograd.grad(result, inputs, one, retain_graph=True) for one in upstream]
+        for many, ones in zip(together, zip(*each, strict=True), strict=True):
+            torch.testing.assert_close(many, torch.stack(ones))

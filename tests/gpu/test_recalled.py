@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import tessera
 from tessera import calls
@@ -154,3 +156,29 @@ def test_most_calls_go_the_short_way(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(calls, "recall", None)
         monkeypatch.setattr(calls, "prepare", None)
         assert all(torch.equal(call(), out) for call, out in zip(both, expected, strict=True))
+
+
+def test_checkpoints_traces_and_many_gradients() -> None:
+    """Who looks at a call from outside finds the operator, or the same tensors kept, whichever way it goes."""
+    inputs = [random(500, heads, 64).requires_grad_() for heads in (4, 2, 2)]
+    cu = offsets(200, 500)
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return tessera.attention_varlen(q, k, v, cu, cu, causal=True, deterministic=True, softcap=9.5)
+
+    expected = call(*inputs)
+    upstream = torch.randn(2, *expected.shape, device="cuda", dtype=expected.dtype)
+    calls._plain.clear()
+    calls.latest.clear()
+    for _ in range(3):
+        out = checkpoint(lambda *x: call(*(one * 1 for one in x)), *inputs, use_reentrant=False)
+        each = torch.autograd.grad(out, inputs, upstream[0])
+        out = call(*inputs)
+        together = torch.autograd.grad(out, inputs, upstream, is_grads_batched=True)
+        assert torch.equal(out, expected)
+        assert all(torch.equal(many[0], one) for many, one in zip(together, each, strict=True))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(call, inputs)
+        others = [random(500, heads, 64) for heads in (4, 2, 2)]
+        assert torch.equal(traced(*others), call(*others))
