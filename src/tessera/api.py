@@ -27,6 +27,7 @@ from tessera.options import (
     DenseOptions,
     PackedOptions,
     Window,
+    check_backend,
     check_options,
     check_tensor,
     mask_of,
@@ -258,16 +259,17 @@ def plan(
     Raises: what the call itself would raise.
     """
     options.pop("return_lse", None)  # every backend returns both
-    check_options(options, _OPTIONS)
+    packed = not are_absent([options.get(name) for name in _OFFSETS])
+    check_options(options, _ALL_OPTIONS if packed else DENSE_OPTIONS)  # a packed bias or mask is refused in words further on
     if v is None:
         v = k
-    tensors = [shape_as_tensor(x, dtype) for x in (q, k, v)]
+    tensors = [shape_as_tensor(x, dtype, name) for name, x in (("q", q), ("k", k), ("v", v))]
     if device is None:
         device = q.device if isinstance(q, Tensor) and q.device.type != "meta" else "cpu"
     described = device if isinstance(device, Device) else Device.named(str(device))
     for name, stand_in in _TENSOR_OPTIONS.items():
         if isinstance(options.get(name), tuple):
-            options[name] = torch.empty(options[name], dtype=stand_in or dtype, device="meta")
+            options[name] = shape_as_tensor(options[name], stand_in or dtype, name)
     trainable = [x for x in (*tensors, *options.values()) if isinstance(x, Tensor) and x.requires_grad]
     causal, window, mask = (options.pop(name, None) for name in ("causal", "window", "mask"))
     q, k, v = (x.detach().to("meta") for x in tensors)
@@ -296,7 +298,7 @@ def warmup(problems: Planned | Iterable[Planned], *, device: str | torch.device 
     """
     from tessera import jit  # what compiles is not needed to import tessera
 
-    if isinstance(problems, Planned):
+    if isinstance(problems, Planned) or not isinstance(problems, Iterable):
         problems = (problems,)
     described = device if isinstance(device, Device) else Device.named(str(device))
     return jit.warmup(dict.fromkeys(spec for problem in problems for spec in _kernels(problem, described)))
@@ -324,10 +326,11 @@ _TENSOR_OPTIONS: dict[str, torch.dtype | None] = {
 }
 
 
-_OPTIONS = (DENSE_OPTIONS | PACKED_OPTIONS | {"cu_seqlens_q", "cu_seqlens_k"}) - {"return_lse"}
+_OFFSETS = ("cu_seqlens_q", "cu_seqlens_k")
+_ALL_OPTIONS = DENSE_OPTIONS | PACKED_OPTIONS | {*_OFFSETS}
 
 
-def shape_as_tensor(x: Tensor | tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def shape_as_tensor(x: Tensor | tuple[int, ...], dtype: torch.dtype, name: str) -> Tensor:
     """A tensor as it is; a shape as a tensor without memory."""
     if not isinstance(dtype, torch.dtype):
         raise bad_type("dtype", repr(dtype), "shapes become tensors of a dtype", "give a torch.dtype, as torch.bfloat16")
@@ -336,7 +339,7 @@ def shape_as_tensor(x: Tensor | tuple[int, ...], dtype: torch.dtype) -> Tensor:
     try:
         return torch.empty(x, dtype=dtype, device="meta")
     except (RuntimeError, TypeError):  # below 0, past 2^63 bytes, no integers
-        raise bad_value("shape", repr(x), "no tensor has it", "give sizes from 0 on, or a tensor") from None
+        raise bad_value(name, repr(x), "no tensor has it", "give sizes from 0 on, or a tensor") from None
 
 
 show_options(attention, _attention)
@@ -355,8 +358,7 @@ def _complete(request: Request, window: Window | None, mask: Mask | None, device
         for name, value in zip(Request._fields[3:TENSORS], request[3:TENSORS], strict=True):
             if value is not None:
                 check_tensor(name, value)
-    if request.backend is not None and not isinstance(request.backend, str):
-        raise bad_type("backend", repr(request.backend), "backends go by name", "use one of tessera.backend_names(), or None")
+    check_backend(request.backend)
     if torch._C._is_any_autocast_enabled():
         request = _autocast(request, device_kind or request.q.device.type)
     if mask is not None or window is not None:

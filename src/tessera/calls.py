@@ -68,7 +68,7 @@ def prepare(request: Request) -> tuple[Prepared, Operands]:
     try:
         prepared = _known.get(key)
     except TypeError:  # something among the options cannot be hashed: say which
-        check_scalars(request)
+        describe(request)
         raise
     if prepared is None:
         problem = describe(request)

@@ -35,7 +35,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tessera.errors import bad_value
+from tessera.errors import bad_type, bad_value
 
 ROUNDS = 7
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
@@ -66,8 +66,23 @@ def is_kept(draws: Tensor, dropout_p: float) -> Tensor:
     return draws >= least if least <= DRAWS // 2 else draws < DRAWS - least
 
 
+def check_seed(seed: int) -> None:
+    """A seed of 63 bits."""
+    if isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt)):
+        raise bad_type("seed", type(seed).__name__, "it keys a counter-based generator", "give an int")
+    if not 0 <= seed < 1 << 63:
+        raise bad_value("seed", seed, "Philox is keyed by 63 bits here", "use 0 <= seed < 2**63")
+
+
+def drawn_seed() -> int:
+    """A seed by torch's default generator: for calls by the signatures of others, which have none."""
+    return int(torch.randint(2**62, (), device="cpu"))
+
+
 def check_probability(dropout_p: float) -> None:
     """A probability that a byte can draw, or 0."""
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
+        raise bad_type("dropout_p", type(dropout_p).__name__, "it is one number for the whole call", "give a Python float")
     if not 0 <= dropout_p < 1:
         raise bad_value("dropout_p", dropout_p, "it is a probability below 1", "use 0 <= dropout_p < 1")
     if dropout_p and threshold(dropout_p) in (0, DRAWS):
@@ -135,6 +150,10 @@ def dropout_mask(
     and columns count from each sequence's start.
     """
     check_probability(dropout_p)
+    check_seed(seed)
+    for name, size in (("batch", batch), ("heads", heads), ("seqlen_q", seqlen_q), ("seqlen_k", seqlen_k)):
+        if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+            raise bad_value(name, repr(size), "it is a size", "give an int from 0 on")
     numbers = torch.arange(heads, device=device)
     tiles = [keep_tile(seed, b, numbers, range(seqlen_q), range(seqlen_k), dropout_p) for b in range(batch)]
     return torch.stack(tiles) if tiles else torch.empty(0, heads, seqlen_q, seqlen_k, dtype=torch.bool, device=device)

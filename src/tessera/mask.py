@@ -125,6 +125,9 @@ class Mask:
             for name, values in (("ids", queries), ("key_ids", keys)):
                 if values.device.type == "cpu" and (values.diff(dim=-1) < 0).any():
                     raise bad_value(name, "unsorted", "with key_ids, ids must not decrease", "renumber the documents")
+        if queries.shape[0] != keys.shape[0] and 1 not in (queries.shape[0], keys.shape[0]):
+            why = f"ids has {queries.shape[0]} batch entries"
+            raise bad_value("key_ids", f"shape {tuple(keys.shape)}", why, "give as many, or one for all")
         rows = max(queries.shape[0], keys.shape[0])
         keys, queries = keys.expand(rows, -1).contiguous(), queries.expand(rows, -1).contiguous()
         return Mask(
@@ -138,11 +141,11 @@ class Mask:
         return Mask(
             left=_least(self.left, other.left),
             right=_least(self.right, other.right),
-            key_start=_combine(torch.maximum, self.key_start, other.key_start),
-            key_end=_combine(torch.minimum, self.key_end, other.key_end),
-            query_end=_combine(torch.minimum, self.query_end, other.query_end),
-            document_begin=_combine(torch.maximum, self.document_begin, other.document_begin),
-            document_end=_combine(torch.minimum, self.document_end, other.document_end),
+            key_start=_combine("key_start", torch.maximum, self, other),
+            key_end=_combine("key_end", torch.minimum, self, other),
+            query_end=_combine("query_end", torch.minimum, self, other),
+            document_begin=_combine("document_begin", torch.maximum, self, other),
+            document_end=_combine("document_end", torch.minimum, self, other),
         )
 
     @property
@@ -195,8 +198,17 @@ def _least(a: int | None, b: int | None) -> int | None:
     return b if a is None else a if b is None else min(a, b)
 
 
-def _combine(pick: Callable[[Tensor, Tensor], Tensor], a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return b if a is None else a if b is None else pick(a, b)
+def _combine(name: str, pick: Callable[[Tensor, Tensor], Tensor], one: Mask, other: Mask) -> Tensor | None:
+    """One bound of two masks; one row of documents' bounds serves all batch entries."""
+    a, b = getattr(one, name), getattr(other, name)
+    if a is None or b is None:
+        return b if a is None else a
+    serves_all = a.dim() == 2 == b.dim() and a.shape[1] == b.shape[1] and 1 in (a.shape[0], b.shape[0])
+    if a.device != b.device or not (a.shape == b.shape or serves_all):
+        forms = f"shape {tuple(b.shape)} on {b.device}"
+        why = f"the other mask's has shape {tuple(a.shape)} on {a.device}"
+        raise bad_value(name, forms, why, "make both masks for the same batch, on one device")
+    return pick(a, b)
 
 
 def _bound(argument: str, value: Tensor | None) -> Tensor | None:

@@ -7,8 +7,7 @@ is how `plan` answers from shapes alone. Contents are read on the CPU only: on a
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -17,9 +16,9 @@ import torch
 from torch import Tensor
 
 from tessera.checking import reads_contents
-from tessera.dropout import check_probability
+from tessera.dropout import check_probability, check_seed
 from tessera.errors import bad_type, bad_value
-from tessera.mask import Mask
+from tessera.mask import Mask, check_window_side
 from tessera.problem import (
     MAX_HEAD_DIM,
     Alibi,
@@ -176,7 +175,7 @@ def _mask_of(request: Request) -> Mask:
     )  # fmt: skip
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=256, typed=True)  # 4.0 is refused, and is not to be found by who says 4
 def _band(left: int | None, right: int | None) -> Mask:
     return Mask(left, right)
 
@@ -297,8 +296,17 @@ def check_device(name: str, value: Tensor, q: Tensor) -> None:
 
 
 def _check_mask(q: Tensor, mask: Mask, shape: Shape, layout: Layout) -> None:
+    for name in ("left", "right"):
+        side = getattr(mask, name)
+        if check_window_side(f"mask.{name}", side) != side:
+            raise bad_value(f"mask.{name}", side, "it is a number of keys from 0 on", "use Mask.window, or None for no limit")
+    if (mask.document_begin is None) != (mask.document_end is None):
+        missing = "document_begin" if mask.document_begin is None else "document_end"
+        raise bad_value(f"mask.{missing}", None, "documents have two ends", "use Mask.documents")
     for name in mask.spec.bounds:
         value = getattr(mask, name)
+        if not isinstance(value, Tensor):
+            raise bad_type(f"mask.{name}", type(value).__name__, "bounds are int32 vectors", "use Mask.padding or Mask.documents")
         if layout is Layout.VARLEN:
             why = "packed sequences carry their lengths themselves"
             raise bad_value(f"mask.{name}", f"shape {tuple(value.shape)}", why, "use cu_seqlens and seqused instead")
@@ -377,27 +385,43 @@ def check_scalars(request: Request) -> None:
     """The request's numbers: finite scale, softcap >= 0, dropout_p in [0, 1) with a seed."""
     dropout_p, seed = request.dropout_p, request.seed
     check_scale(request.softmax_scale, request.softcap)
-    _check_number("dropout_p", dropout_p)
+    check_flag("deterministic", request.deterministic)
     check_probability(dropout_p)
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt))):
-        raise bad_type("seed", type(seed).__name__, "it keys a counter-based generator", "give an int")
-    if seed is not None and not 0 <= seed < 1 << 63:
-        raise bad_value("seed", seed, "Philox is keyed by 63 bits here", "use 0 <= seed < 2**63")
+    if seed is not None:
+        check_seed(seed)
     if dropout_p > 0 and seed is None:
         why = "dropout draws from an explicit seed"
         raise bad_value("seed", None, why, "give an int, for example int(torch.randint(2**62, ()))")
+
+
+MOST = 1e38
+"""What a scale may be at most, and a scale over a cap: kernels take both as float32, some times log2(e)."""
 
 
 def check_scale(softmax_scale: float | None, softcap: float) -> None:
     """A finite scale and a softcap of at least 0."""
     if softmax_scale is not None:
         _check_number("softmax_scale", softmax_scale)
-        if not math.isfinite(softmax_scale):
+        if not abs(softmax_scale) <= MOST:
             instead = "use a finite scale, or None for d**-0.5"
-            raise bad_value("softmax_scale", softmax_scale, "scores would not be finite", instead)
+            raise bad_value("softmax_scale", _shown(softmax_scale), "scores would not be finite", instead)
     _check_number("softcap", softcap)
-    if not (softcap >= 0 and math.isfinite(softcap)):
-        raise bad_value("softcap", softcap, "a cap is positive", "use softcap > 0, or 0 for none")
+    if not 0 <= softcap <= MOST:
+        raise bad_value("softcap", _shown(softcap), "a cap is positive", "use softcap > 0, or 0 for none")
+    scale = 1.0 if softmax_scale is None else abs(softmax_scale)
+    if softcap and scale / softcap > MOST:
+        raise bad_value("softcap", softcap, "scores over it would not be finite", "use a larger cap, or 0 for none")
+
+
+def _shown(value: float) -> str:
+    """A number; of a long int its size."""
+    return f"an int of {value.bit_length()} bits" if isinstance(value, int) and value.bit_length() > 64 else str(value)
+
+
+def check_flag(name: str, value: object) -> None:
+    """A choice between two is no tensor, whose contents would have to be read, and no word, which would always be true."""
+    if isinstance(value, (Tensor, str)) or not isinstance(value, Hashable):
+        raise bad_type(name, repr(value), "it is one choice for the whole call", "give True or False")
 
 
 def _check_number(name: str, value: object) -> None:

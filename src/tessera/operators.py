@@ -68,7 +68,7 @@ _keeps_gradients, _is_wrapped = torch.is_grad_enabled, torch._C._functorch.is_fu
 _is_traced, _latest = torch.compiler.is_dynamo_compiling, calls.latest
 _recorded: Any = torch._C._get_tracing_state
 """What torch.jit.trace records into, if it does: it would see none of a kernel's launches."""
-_is_batched: Any = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: False)
+_is_batched: Any = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda _: False)
 """Whether autograd gave a tensor of many gradients: those of `is_grads_batched`, or of a vectorized jacobian."""
 
 

@@ -48,12 +48,31 @@ DENSE_OPTIONS = frozenset({*DenseOptions.__annotations__, "return_lse"})
 PACKED_OPTIONS = frozenset({*PackedOptions.__annotations__, "return_lse"})
 
 
+ELSEWHERE = {
+    "window_size": "window", "return_attn_probs": "return_lse", "return_softmax_lse": "return_lse", "block_table": "page_table",
+    "is_causal": "causal", "scale": "softmax_scale", "scaling": "softmax_scale", "attn_mask": "mask", "attn_bias": "bias",
+    "s_aux": "sinks", "dropout": "dropout_p", "logits_soft_cap": "softcap", "sliding_window": "window",
+}  # fmt: skip
+"""What flash_attn, torch, vLLM and Transformers call this package's options."""
+
+
 def check_options(options: Mapping[str, object], known: frozenset[str]) -> None:
     """What is passed on by name is an option of the call."""
     for name, value in options.items():
         if name not in known:
             shown = type(value).__name__ if isinstance(value, Tensor) else repr(value)
-            raise bad_type(name, shown, "there is no such option", f"use some of {', '.join(sorted(known))}")
+            instead = f"use some of {', '.join(sorted(known))}"
+            if ELSEWHERE.get(name) in known:
+                instead = f"it is {ELSEWHERE[name]} here (docs/replacing.md)"
+            elif name.startswith("max_seqlen"):
+                instead = "leave it out: no longest length is asked for"
+            raise bad_type(name, shown, "there is no such option", instead)
+
+
+def check_backend(backend: object) -> None:
+    """A backend goes by its name."""
+    if backend is not None and not isinstance(backend, str):
+        raise bad_type("backend", repr(backend), "backends go by name", "use one of tessera.backend_names(), or None")
 
 
 def show_options(call: Callable[..., Any], whole: Callable[..., Any]) -> None:

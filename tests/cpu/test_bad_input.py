@@ -17,7 +17,19 @@ import torch
 from torch import Tensor
 
 import tessera
-from tessera import Mask, Unsupported, attention, attention_varlen, dispatch, plan, plan_kvcache, support, verify, warmup
+from tessera import (
+    Mask,
+    Unsupported,
+    attention,
+    attention_varlen,
+    attention_with_kvcache,
+    dispatch,
+    plan,
+    plan_kvcache,
+    support,
+    verify,
+    warmup,
+)
 from tessera.backends.cpu import ATEN, TILED
 from tessera.problem import Gradients
 
@@ -136,6 +148,17 @@ MASKS = (
     Bad("window is an int", lambda: dense(window=128), ValueError, "window=128", ("(left, right)",)),
     Bad("window of three", lambda: dense(window=(1, 2, 3)), ValueError, "window=(1, 2, 3)", ("two sides",)),
     Bad("window a list", lambda: dense(window=[4, 0]), ValueError, "window=[4, 0]", ("a tuple",)),
+    Bad("sides made by hand", lambda: dense(mask=Mask(left=-5)), ValueError, "mask.left=-5", ("None for no limit",)),
+    Bad("a side of half a key", lambda: dense(mask=Mask(right=2.5)), TypeError, "mask.right=2.5", ("int or None",)),
+    Bad("documents without an end", lambda: dense(mask=Mask(document_begin=torch.zeros(1, 6).int())), ValueError,
+        "mask.document_end=None", ("two ends", "Mask.documents")),
+    Bad("a list by hand", lambda: dense(mask=Mask(key_end=[3, 4])), TypeError, "mask.key_end=list", ("Mask.padding",)),
+    Bad("masks of two batches", lambda: Mask.padding(int32(1, 2)) & Mask.padding(int32(1, 2, 3)), ValueError,
+        "key_end=shape (3,)", ("(2,)", "same batch")),
+    Bad("masks of one and of many", lambda: Mask.padding(int32(1)) & Mask.padding(int32(1, 2)), ValueError,
+        "key_end=shape (2,)", ("(1,)", "same batch")),
+    Bad("ids of two batches", lambda: Mask.documents(tensor(2, 3).int(), tensor(3, 4).int()), ValueError,
+        "key_ids=shape (3, 4)", ("2 batch entries",)),
     Bad("Mask.window negative", lambda: Mask.window(0, -5), ValueError, "window[1]=-5", (">= 0",)),
 )  # fmt: skip
 SCORES = (
@@ -147,6 +170,15 @@ SCORES = (
     Bad("negative softcap", lambda: dense(softcap=-1.0), ValueError, "softcap=-1.0", ("softcap > 0", "0 for none")),
     Bad("NaN softcap", lambda: dense(softcap=math.nan), ValueError, "softcap=nan", ("softcap > 0",)),
     Bad("softcap None", lambda: dense(softcap="30"), TypeError, "softcap=str", ("float",)),
+    Bad("a scale past float32", lambda: dense(softmax_scale=1e300), ValueError, "softmax_scale=1e+300", ("finite",)),
+    Bad("a scale past floats", lambda: dense(softmax_scale=10**400), ValueError, "softmax_scale=an int of 1329 bits",
+        ("finite",)),
+    Bad("a cap past float32", lambda: dense(softcap=1e39), ValueError, "softcap=1e+39", ("0 for none",)),
+    Bad("a cap of nothing", lambda: dense(softcap=1e-300), ValueError, "softcap=1e-300", ("finite", "larger")),
+    Bad("deterministic is a word", lambda: dense(deterministic="no"), TypeError, "deterministic='no'", ("True or False",)),
+    Bad("deterministic is a tensor", lambda: packed(deterministic=torch.tensor(False)), TypeError, "deterministic=tensor(False)",
+        ("True or False",)),
+    Bad("deterministic is a list", lambda: dense(deterministic=[]), TypeError, "deterministic=[]", ("True or False",)),
     Bad("dropout 1", lambda: dense(dropout_p=1.0, seed=0), ValueError, "dropout_p=1.0", ("0 <= dropout_p < 1",)),
     Bad("negative dropout", lambda: dense(dropout_p=-0.1, seed=0), ValueError, "dropout_p=-0.1", ("0 <= dropout_p < 1",)),
     Bad("NaN dropout", lambda: dense(dropout_p=math.nan, seed=0), ValueError, "dropout_p=nan", ("probability",)),
@@ -229,6 +261,30 @@ LENGTHS = (
         ("torch.bfloat16",)),
     Bad("plan of another library's cache", lambda: plan_kvcache((2, 1, 4, 8), (2, 9, 4, 8), block_table=(2, 4)), TypeError,
         "block_table=(2, 4)", ("page_table",)),
+    Bad("a dense plan of packed lengths", lambda: plan((1, 4, 2, 8), (1, 4, 2, 8), seqused_q=(1,)), TypeError, "seqused_q=(1,)",
+        ("no such option",)),
+    Bad("plan of no shape", lambda: plan((1, 4, -2, 8), (1, 4, 2, 8)), ValueError, "q=(1, 4, -2, 8)", ("from 0 on",)),
+    Bad("plan of a bias of no shape", lambda: plan((1, 4, 2, 8), (1, 4, 2, 8), bias=(-1,)), ValueError, "bias=(-1,)",
+        ("tensor",)),
+    Bad("plan of a cache without rows", lambda: plan_kvcache((), (2, 9, 4, 8), (2, 9, 4, 8)), ValueError, "q=shape ()",
+        ("(batch, seqlen_q, heads_q, head_dim)",)),
+    Bad("plan of a cache with listed offsets", lambda: plan_kvcache((2, 4, 8), (2, 9, 4, 8), (2, 9, 4, 8), cu_seqlens_q=[0, 2]),
+        TypeError, "cu_seqlens_q=list", ("torch.Tensor",)),
+    Bad("plan of lengths by name", lambda: plan_kvcache((2, 1, 4, 8), (2, 9, 4, 8), (2, 9, 4, 8), cache_seqlens="all"),
+        TypeError, "cache_seqlens=str", ("torch.Tensor",)),
+    Bad("plan of negative pages", lambda: plan_kvcache((2, 1, 4, 8), (2, 9, 4, 8), (2, 9, 4, 8), page_table=(2, -1)),
+        ValueError, "page_table=(2, -1)", ("from 0 on",)),
+    Bad("flash_attn's window", lambda: dense(window_size=(4, 0)), TypeError, "window_size=(4, 0)", ("it is window here",)),
+    Bad("flash_attn's lse", lambda: packed(return_attn_probs=True), TypeError, "return_attn_probs=True",
+        ("it is return_lse here",)),
+    Bad("flash_attn's longest length", lambda: packed(max_seqlen_q=4), TypeError, "max_seqlen_q=4", ("leave it out",)),
+    Bad("torch's mask of packed rows", lambda: packed(attn_mask=None), TypeError, "attn_mask=None", ("use some of",)),
+    Bad("dropout's mask of no size", lambda: tessera.dropout_mask(1, 1, 1, -2, 2, 0.5), ValueError, "seqlen_q=-2",
+        ("from 0 on",)),
+    Bad("dropout's mask by a word", lambda: tessera.dropout_mask("x", 1, 1, 2, 2, 0.5), TypeError, "seed=str", ("int",)),
+    Bad("dropout's mask of a seed no call takes", lambda: tessera.dropout_mask(-1, 1, 1, 2, 2, 0.5), ValueError, "seed=-1",
+        ("2**63",)),
+    Bad("compile a number ahead", lambda: warmup(3), TypeError, "problems=int", ("plan_kvcache",)),
     Bad("compile a shape ahead", lambda: warmup([(1, 4, 2, 8)]), TypeError, "problems=tuple", ("plan_kvcache",)),
 )  # fmt: skip
 BAD = {bad.name: bad for bad in (*TENSORS, *MASKS, *SCORES, *LENGTHS)}
@@ -256,6 +312,18 @@ def test_a_good_call_first_does_not_let_a_bad_one_through() -> None:
     test_bad_input("slopes want a gradient")
     with pytest.raises(TypeError, match="softmax_scale=bool"):
         dense(softmax_scale=True, dropout_p=0.5, seed=1, causal=True)
+
+
+def test_a_bad_call_first_does_not_stand_in_the_way_of_a_good_one() -> None:
+    """What is remembered of a call is found by equal words: 4.0 is no number of keys or columns, and equals 4, which is."""
+    with pytest.raises(TypeError, match=r"mask\.left=4\.0"):
+        dense(mask=Mask(left=4.0, right=1), return_lse=True)
+    out, _ = dense(mask=Mask(left=4, right=1), return_lse=True)
+    assert out.shape == (2, 6, 4, 8)
+    q, k_cache, lengths = tensor(2, 1, 4, 8), tensor(2, 9, 4, 8), int32(3, 4)
+    with pytest.raises(TypeError, match=r"head_dim_v=4\.0"):
+        attention_with_kvcache(q, k_cache, cache_seqlens=lengths, head_dim_v=4.0)
+    assert attention_with_kvcache(q, k_cache, cache_seqlens=lengths, head_dim_v=4).shape == (2, 1, 4, 4)
 
 
 def test_compiled_calls_refuse_too() -> None:

@@ -117,6 +117,13 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str, tuple[str, ...]]] 
     "window": (lambda: call(window=(-2, 0)), ValueError, "window[0]=", (">= 0",)),
     "sinks": (lambda: call(sinks=torch.zeros(2)), ValueError, "sinks=", ("(4,)",)),
     "backend": (lambda: call(backend="magic"), ValueError, "backend=", ("cpu",)),
+    "backend a list": (lambda: call(backend=["cpu"]), TypeError, "backend=['cpu']", ("backend_names",)),
+    "schedule a list": (lambda: call(schedule=["split"]), ValueError, "schedule=['split']", ("stream_k",)),
+    "head_dim_v a float": (lambda: call(v_cache=None, head_dim_v=4.0), TypeError, "head_dim_v=4.0", ("int",)),
+    "invariant by a word": (lambda: call(batch_invariant="no"), TypeError, "batch_invariant='no'", ("True or False",)),
+    "rotary by a tensor": (
+        lambda: call(rotary_interleaved=torch.tensor(True)), TypeError, "rotary_interleaved=", ("True or False",)),
+    "scale past float32": (lambda: call(softmax_scale=1e300), ValueError, "softmax_scale=", ("finite",)),
     "gradient": (lambda: call(q=lambda q: q.requires_grad_()), ValueError, "q.requires_grad=", ("no_grad",)),
     "cascade, window": (
         lambda: call(function=attention_cascade, shared_pages=1, window=(3, 0)),
@@ -132,6 +139,16 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str, tuple[str, ...]]] 
     "cascade, a float": (lambda: call(function=attention_cascade, shared_pages=1.0), TypeError, "shared_pages=", ("int",)),
     "cascade, not shared": (
         lambda: call(function=attention_cascade, shared_pages=1), ValueError, "shared_pages=1", ("sequence 1",)),
+    "cascade, listed scales": (
+        lambda: call(function=attention_cascade, shared_pages=1, k_descale=[1.0]), TypeError, "k_descale=list", ("Tensor",)),
+    "cascade, listed offsets": (
+        lambda: call(function=attention_cascade, shared_pages=1, cu_seqlens_q=[0, 1, 2]), TypeError, "cu_seqlens_q=list",
+        ("Tensor",)),
+    "cascade, listed rows": (
+        lambda: call(function=attention_cascade, shared_pages=1, k=[1.0]), TypeError, "k=list", ("Tensor",)),
+    "cascade, another's option": (
+        lambda: call(function=attention_cascade, shared_pages=1, window_size=(4, 0)),
+        TypeError, "window_size=", ("it is window",)),
     "cascade, invariant": (
         lambda: call(function=attention_cascade, shared_pages=1, batch_invariant=True),
         ValueError, "batch_invariant=", ("batch's",)),

@@ -222,6 +222,17 @@ def test_refused_in_words(mask: Tensor | None, options: dict[str, Any], message:
         attention(LAYER, Q, K, K, mask, **options)
 
 
+def test_tokens_behind_the_last_sequence_see_nothing() -> None:
+    """As where sequences alone are packed: offsets need not reach to the end, nor intervals be there."""
+    q, k = Q[:1], K[:1, :, :6]
+    short = torch.tensor([0, 2, 5], dtype=torch.int32)
+    everything = torch.tensor([0, 6], dtype=torch.int32).expand(1, 1, 6, 2).mT.contiguous()
+    plain, _ = attention(LAYER, q, k, k, None, is_causal=False, cu_seq_lens_q=short, cu_seq_lens_k=short)
+    both, _ = attention(LAYER, q, k, k, everything, cu_seq_lens_q=short, cu_seq_lens_k=short)
+    torch.testing.assert_close(both, plain)
+    assert not both[:, 5].any()
+
+
 def test_a_layer_without_a_mask_function() -> None:
     """A mask of None, as a model without transformers' masks leaves it: the layer's own causality and window, total size 4."""
     q, k = Q, K[:, :, :6]

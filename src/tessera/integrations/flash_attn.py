@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tessera import attention, attention_varlen
+from tessera.dropout import drawn_seed
 from tessera.errors import bad_value
 from tessera.integrations import flash_attn_interface, vllm_flash_attn
 from tessera.integrations.flash_attn_interface import Window, limits
@@ -127,7 +127,7 @@ def flash_attn_with_kvcache(
 
 
 def _dropout(dropout_p: float) -> dict[str, Any]:
-    return {"dropout_p": dropout_p, "seed": int(torch.randint(2**62, ()))} if dropout_p else {}
+    return {"dropout_p": dropout_p, "seed": drawn_seed()} if dropout_p else {}
 
 
 def _results(found: Tensor | tuple[Tensor, Tensor]) -> Result:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tessera.api import attention
+from tessera.dropout import drawn_seed
 from tessera.errors import bad_type, bad_value
 from tessera.mask import Mask
 
@@ -47,7 +48,7 @@ def scaled_dot_product_attention(
     q, k, v = (_token_major(x) for x in (query, key, value))
     options: dict[str, Any] = {"softmax_scale": scale}
     if dropout_p != 0.0:
-        options |= {"dropout_p": dropout_p, "seed": int(torch.randint(2**62, ()))}
+        options |= {"dropout_p": dropout_p, "seed": drawn_seed()}
     if isinstance(attn_mask, Tensor):
         options["bias"] = _added(attn_mask, query)
     elif attn_mask is not None:

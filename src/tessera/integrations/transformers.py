@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tessera.api import attention as dense_attention
 from tessera.api import attention_varlen
+from tessera.dropout import drawn_seed
 from tessera.errors import bad_value
 from tessera.mask import Mask
 
@@ -93,7 +94,7 @@ def attention(
     _refuse(others)
     options: dict[str, Any] = {"softmax_scale": scaling, "softcap": softcap or 0.0, "sinks": _sinks(s_aux, query)}
     if dropout > 0:
-        options |= {"dropout_p": dropout, "seed": int(torch.randint(2**62, ()))}
+        options |= {"dropout_p": dropout, "seed": drawn_seed()}
     q, k, v = (_token_major(x) for x in (query, key, value))
     offsets = Offsets.of(cu_seq_lens_q, cu_seq_lens_k)
     if attention_mask is None:
@@ -201,4 +202,5 @@ def _documents(offsets: Offsets, q: Tensor) -> Mask:
         raise bad_value("cu_seq_lens_q", f"batch of {q.shape[0]}", why, "pack into a batch of 1, or leave out the offsets")
     rows = torch.arange(q.shape[1], device=q.device)
     document = torch.searchsorted(offsets.q[1:].contiguous(), rows, right=True)
-    return Mask(document_begin=offsets.k[document][None], document_end=offsets.k[document + 1][None])
+    edges = torch.cat((offsets.k, offsets.k[-1:]))  # rows behind the last sequence are in one without keys
+    return Mask(document_begin=edges[document][None], document_end=edges[document + 1][None])

@@ -16,7 +16,7 @@ from torch import Tensor
 from tessera.api import shape_as_tensor
 from tessera.device import Device
 from tessera.errors import bad_value
-from tessera.options import Window, check_options, check_tensor, mask_of, right_of
+from tessera.options import Window, check_backend, check_options, check_tensor, mask_of, right_of
 from tessera.serving import dispatch, operators
 from tessera.serving.operands import TENSORS, CacheRequest, describe
 from tessera.serving.plan import CachePlan
@@ -46,6 +46,9 @@ class CacheOptions(TypedDict, total=False):
     schedule: str | None
     batch_invariant: bool
     backend: str | None
+
+
+CACHE_OPTIONS = frozenset(CacheOptions.__annotations__)
 
 
 @overload
@@ -155,6 +158,7 @@ def _checked(request: CacheRequest) -> CacheRequest:
         if value is None and name not in _REQUIRED:
             continue
         check_tensor(name, value)
+    check_backend(request.backend)
     if torch.is_grad_enabled():
         for name in ("q", "k_cache", "v_cache", "k", "v", "sinks"):
             value = getattr(request, name)
@@ -193,16 +197,20 @@ def plan_kvcache(
     if device is None:
         device = q.device if isinstance(q, Tensor) and q.device.type != "meta" else "cpu"
     described = device if isinstance(device, Device) else Device.named(str(device))
-    for name in _TENSOR_NAMES[4:]:
+    for name in _TENSOR_NAMES[3:]:
         if isinstance(options.get(name), tuple):
-            options[name] = torch.empty(options[name], dtype=_OPTION_DTYPES.get(name, dtype), device="meta")
-    q = shape_as_tensor(q, dtype)
-    caches = [None if x is None else shape_as_tensor(x, cache_dtype or dtype) for x in (k_cache, v_cache)]
-    packed = options.get("cu_seqlens_q")
-    batch = q.shape[0] if packed is None else packed.numel() - 1
+            options[name] = shape_as_tensor(options[name], _OPTION_DTYPES.get(name, dtype), name)
+    q = shape_as_tensor(q, dtype, "q")
+    caches = [
+        None if x is None else shape_as_tensor(x, cache_dtype or dtype, name)
+        for name, x in (("k_cache", k_cache), ("v_cache", v_cache))
+    ]
     lengths = options.pop("cache_seqlens", None)
-    if not isinstance(lengths, Tensor):
-        lengths = torch.empty(batch, dtype=torch.int32, device="meta")
+    if lengths is None:
+        packed = options.get("cu_seqlens_q")
+        batch = packed.numel() - 1 if isinstance(packed, Tensor) else q.shape[0] if q.dim() else 0
+        lengths = torch.empty(max(0, batch), dtype=torch.int32, device="meta")
+    check_tensor("cache_seqlens", lengths)
     left, right = _band(options.pop("causal", False), options.pop("window", None))
     tensors = {name: x.detach().to("meta") if isinstance(x, Tensor) else x for name, x in options.items()}
     on_meta = [None if x is None else x.detach().to("meta") for x in (q, *caches, lengths)]
@@ -210,8 +218,6 @@ def plan_kvcache(
     return dispatch.select(describe(_checked(request), described.kind), described, request.backend)
 
 
-_OPTIONS = frozenset({*CacheOptions.__annotations__, "cache_seqlens"})
-_OPTION_DTYPES = dict.fromkeys(("page_table", "cache_batch_idx", "cache_leftpad", "cu_seqlens_q"), torch.int32) | {
-    "k_descale": torch.float32,
-    "v_descale": torch.float32,
-}
+_OPTIONS = CACHE_OPTIONS | {"cache_seqlens"}
+_INTEGERS = ("cache_seqlens", "page_table", "cache_batch_idx", "cache_leftpad", "cu_seqlens_q")
+_OPTION_DTYPES = dict.fromkeys(_INTEGERS, torch.int32) | dict.fromkeys(("k_descale", "v_descale"), torch.float32)

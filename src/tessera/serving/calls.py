@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from tessera.calls import keep
 from tessera.device import Device
 from tessera.dispatch import warn_if_slow
-from tessera.operands import check_scale
 from tessera.serving import dispatch
 from tessera.serving.contents import check_contents
 from tessera.serving.operands import TENSORS, CacheOperands, CacheRequest, describe, gather
@@ -52,7 +51,7 @@ def prepare(request: CacheRequest) -> tuple[Prepared, CacheOperands]:
     try:
         prepared = _known.get(key)
     except TypeError:  # something among the options cannot be hashed: say which
-        check_scale(request.softmax_scale, request.softcap)
+        describe(request)
         raise
     if prepared is None:
         problem = describe(request)

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from tessera.checking import reads_contents
 from tessera.errors import bad_type, bad_value
-from tessera.options import check_tensor
+from tessera.options import check_options, check_tensor
 from tessera.partial import merge
-from tessera.serving.api import attention_with_kvcache
+from tessera.serving.api import CACHE_OPTIONS, attention_with_kvcache
 
 _REFUSED = {
     "window": "a window's left side cuts the prefix differently for each sequence",
@@ -82,8 +82,12 @@ def attention_cascade(
     if options.get("batch_invariant"):
         why = "which sequences share a prefix is the batch's affair"
         raise bad_value("batch_invariant", True, why, "use attention_with_kvcache")
+    check_options(options, CACHE_OPTIONS - {"page_table"})
     for name, given in (("q", q), ("k_cache", k_cache), ("cache_seqlens", cache_seqlens)):
         check_tensor(name, given)
+    for name in ("k", "v", "cu_seqlens_q", "k_descale", "v_descale"):
+        if options.get(name) is not None:
+            check_tensor(name, options[name])
     if k_cache.dim() != 4:
         raise bad_value("k_cache", f"shape {tuple(k_cache.shape)}", "pages are shared", "give (pages, page_size, heads_kv, dim)")
     _check_shared(shared_pages, q, k_cache, page_table, cache_seqlens, options)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tessera.errors import bad_type, bad_value
 from tessera.mask import MaskSpec
-from tessera.operands import check_device, check_heads, check_scale, check_sinks
+from tessera.operands import check_device, check_flag, check_heads, check_scale, check_sinks
 from tessera.problem import MAX_HEAD_DIM, Layout, Reproducibility, Score, Shape
 from tessera.serving.problem import (
     MAX_LATENT_DIM,
@@ -115,6 +115,8 @@ def describe(request: CacheRequest, device_kind: str | None = None) -> CacheProb
     append = _check_append(request, shape, layout, cache)
     sinks = check_sinks(request.sinks, request.q)
     check_scale(request.softmax_scale, request.softcap)
+    for name in ("rotary_interleaved", "batch_invariant"):
+        check_flag(name, getattr(request, name))
     return CacheProblem(
         shape=shape,
         dtype=request.q.dtype,
@@ -185,6 +187,8 @@ def _check_cache(request: CacheRequest, layout: Layout) -> tuple[Shape, Cache]:
 
 def _check_values(request: CacheRequest) -> tuple[int, Values]:
     k_cache, v_cache, head_dim_v = request.k_cache, request.v_cache, request.head_dim_v
+    if head_dim_v is not None and (isinstance(head_dim_v, bool) or not isinstance(head_dim_v, int)):
+        raise bad_type("head_dim_v", repr(head_dim_v), "it counts columns", "give an int, or None")
     if v_cache is None:
         if head_dim_v is None or not 1 <= head_dim_v <= k_cache.shape[-1]:
             why = "without v_cache the values are the first head_dim_v columns of k_cache"
