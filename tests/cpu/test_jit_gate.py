@@ -12,6 +12,7 @@ import pytest
 from tessera import jit
 from tessera.jit import barriers, gate, sass
 from tessera.jit.binary import Binary
+from tessera.jit.register_pool import Pool
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -126,6 +127,54 @@ def test_spills_in_a_loop_are_a_fault(monkeypatch):
 def test_spills_at_the_edge_are_told_and_pass(monkeypatch):
     seen = verdict(monkeypatch, TWINS + "/*0000*/ USETMAXREG.DEALLOC.CTAPOOL 0x78 ;\n")
     assert (seen.loop_spills, seen.edge_spills, seen.faults) == (0, 4, ())
+
+
+SPECIALISED = """
+        /*0000*/                   ISETP.GT.U32.AND P0, PT, R0, 0x3, PT ;
+        /*0010*/              @!P0 BRA `(.L_x_5) ;
+.L_x_1:
+        /*0020*/                   USETMAXREG.DEALLOC.CTAPOOL 0x78 ;
+        /*0030*/                   BRX R2 -0x40   (*"BRANCH_TARGETS .L_x_2,.L_x_3,.L_x_4,.L_x_6"*);
+.L_x_2:
+        /*0040*/                   USETMAXREG.TRY_ALLOC.CTAPOOL UP0, CONSUMER ;
+        /*0050*/              @!P0 BRA `(.L_x_2) ;
+        /*0060*/                   BRA `(.L_x_1) ;
+.L_x_3:
+        /*0070*/                   USETMAXREG.DEALLOC.CTAPOOL PRODUCER ;
+        /*0080*/                   BRA `(.L_x_1) ;
+.L_x_4:
+        /*0090*/                   USETMAXREG.DEALLOC.CTAPOOL PRODUCER ;
+        /*00a0*/                   BRA `(.L_x_1) ;
+.L_x_5:
+        /*00b0*/                   USETMAXREG.TRY_ALLOC.CTAPOOL UP0, 0x100 ;
+        /*00c0*/              @!P0 BRA `(.L_x_5) ;
+        /*00d0*/                   USETMAXREG.DEALLOC.CTAPOOL DEFAULT ;
+        /*00e0*/                   HGMMA.64x128x16.F32.BF16 R24, R88, gdesc[URZ], RZ, !UPT ;
+.L_x_7:
+        /*00f0*/                   USETMAXREG.TRY_ALLOC.CTAPOOL UP0, 0x100 ;
+        /*0100*/              @!P0 BRA `(.L_x_7) ;
+.L_x_6:
+        /*0110*/                   EXIT ;
+"""
+
+
+@pytest.mark.parametrize(
+    ("consumer", "producer", "default", "wanted"),
+    [(240, 24, 240, 504), (232, 40, 232, 504), (232, 48, 232, 512), (240, 24, 248, 512), (64, 24, 64, 496)],
+    ids=["as they come", "another split", "too much", "too much of the default", "most before the work"],
+)
+def test_registers_that_the_launch_does_not_reserve_are_a_fault(monkeypatch, consumer, producer, default, wanted):
+    """168 for each of 384 threads are 504 of a warpgroup's."""
+    numbers = {"CONSUMER": hex(consumer), "PRODUCER": hex(producer), "DEFAULT": hex(default)}
+    listing = SPECIALISED
+    for name, number in numbers.items():
+        listing = listing.replace(name, number)
+    found = verdict(monkeypatch, listing)
+    assert found.pool == Pool(reserved=504 * 128, wanted=wanted * 128)
+    waits = wanted > 504
+    assert (found.is_wrong, found.passed) == (waits, not waits)
+    if waits:
+        assert found.faults == ("warps want 65536 registers of 64512 that the launch reserves, and wait for ever",)
 
 
 def test_missing_instructions_and_sizes_are_faults(monkeypatch):

@@ -26,6 +26,7 @@ KERNEL = """
 	{branch}
 $L__BB0_8:
 	bar.sync 	0, 128;
+	setmaxnreg.dec.sync.aligned.u32 	{left};
 	barrier.sync 	1;
 {default}	ret;
 $L__BB0_1:                              // %.preheader
@@ -60,7 +61,7 @@ $L__BB0_6:
 """
 WHOLE = {
     "branch": "@%p4 bra 	$L__BB0_8;\n\tbra.uni 	$L__BB0_1;", "default": SHARE, "owner": BEGIN, "other": SHARE, "end": END,
-    "body": "add.s32 	%r7, %r5, %r2;",
+    "body": "add.s32 	%r7, %r5, %r2;", "left": "168",
 }  # fmt: skip
 
 
@@ -143,6 +144,7 @@ def test_addresses_that_workers_name_while_they_wait_are_named_anew():
         ({"end": ""}, "1 begin, 0 end, 2 partitions"),
         ({"owner": "", "default": BEGIN}, "elsewhere than in a worker partition"),
         ({"body": "add.s32 	%r7, %r8, %r2;"}, "uses %r8, which other partitions set"),
+        ({"left": "160"}, "warpgroup 0 has 160 registers for a text of 168"),
         ({"branch": "@%p4 bra 	$L__BB0_8;\n\tbra.uni 	$L__BB0_6;"}, "does not follow the kernel's first branch"),
     ],
 )

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from tessera.jit import descriptors
 from tessera.jit.compiler import obtain
+from tessera.jit.register_pool import Pool, pool
 from tessera.jit.sass import WARPGROUP, disassemble, parse
 from tessera.jit.spec import Variant
 from tessera.jit.toolchain import toolchain_key, triton_version
@@ -53,7 +54,8 @@ class Verdict:
 
     `spills` are those ptxas counts anywhere (stores, loads); `loop_spills` the local-memory instructions inside main loops,
     `edge_spills` those inside loops that run at a tile's edge alone (see `sass.Code.main_loops`). `faults` is empty for a
-    variant that passes. `unset` are instructions whose operands lie where a path leaves unset (see `descriptors`).
+    variant that passes. `unset` are instructions whose operands lie where a path leaves unset (see `descriptors`), `pool` the
+    registers that warps share (see `register_pool`).
     """
 
     name: str
@@ -68,6 +70,7 @@ class Verdict:
     counts: dict[str, int]
     warnings: tuple[str, ...]
     unset: tuple[str, ...]
+    pool: Pool | None
     seconds: float
     faults: tuple[str, ...]
 
@@ -77,8 +80,14 @@ class Verdict:
 
     @property
     def is_wrong(self) -> bool:
-        """Whether it did not compile, or reads what a path leaves unset. All other faults are slow."""
-        return bool(self.unset) or not self.registers
+        """Whether it did not compile, reads what a path leaves unset, or waits for registers for ever. All other faults are
+        slow."""
+        return bool(self.unset) or not self.registers or self.waits
+
+    @property
+    def waits(self) -> bool:
+        """Whether its warps want more registers than there are."""
+        return self.pool is not None and self.pool.wanted > self.pool.reserved
 
 
 def examine(variant: Variant) -> Verdict:
@@ -89,7 +98,7 @@ def examine(variant: Variant) -> Verdict:
         code = parse(disassemble(binary.cubin))
     except Exception as error:
         words = f"{type(error).__name__}: {error}"[:2000]
-        return Verdict(variant.name, 0, 0, 0, (0, 0), 0, 0, 0, 0, {}, (), (), time.perf_counter() - start, (words,))
+        return Verdict(variant.name, 0, 0, 0, (0, 0), 0, 0, 0, 0, {}, (), (), None, time.perf_counter() - start, (words,))
     loops, main_loops = code.tensor_core_loops(), code.main_loops()
     main = loops[0] if loops else None
     spills = sum(loop.spills for loop in main_loops)
@@ -107,6 +116,7 @@ def examine(variant: Variant) -> Verdict:
         counts={opcode: code.counts[opcode] for opcode in COUNTED},
         warnings=warnings,
         unset=descriptors.unset(code),
+        pool=pool(code, binary.registers, binary.threads, 32 * variant.spec.num_warps),
         seconds=time.perf_counter() - start,
         faults=(),
     )
@@ -123,6 +133,8 @@ def _faults(variant: Variant, verdict: Verdict) -> Iterable[str]:
         yield "no HGMMA or QGMMA: the products do not run on wgmma"
     if variant.setmaxnreg and not verdict.counts["USETMAXREG"]:
         yield "no USETMAXREG: registers are not moved between warpgroups"
+    if verdict.pool is not None and verdict.waits:
+        yield f"warps want {verdict.pool.wanted} registers of {verdict.pool.reserved} that the launch reserves, and wait for ever"
     if verdict.shared > SHARED_LIMIT:
         yield f"{verdict.shared} bytes of shared memory; Hopper has {SHARED_LIMIT} a block"
     if verdict.registers * verdict.threads > REGISTER_FILE:

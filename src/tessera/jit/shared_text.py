@@ -13,8 +13,9 @@ text to its first worker partition, between two marks (`compat.begin_shared_text
                   the others share the text or are one warp)
     its end       sends each warpgroup back to where it shared
 
-All of these partitions have 128 threads and as many registers. The text may use no register that another way into it does not
-set, but for addresses of shared memory: the pass looks, and raises MarkError.
+All of these partitions have 128 threads, and as many registers as the owner or more: the default one has what the others leave,
+and with less its warps would run code for registers that they do not have. The text may use no register that another way into it
+does not set, but for addresses of shared memory. The pass looks for both, and raises MarkError.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _LABEL = re.compile(r"^(\$L__BB\w+):[^\n]*\n", re.MULTILINE)
 _JUMP = re.compile(r"^\t(?P<when>@!?%p\d+ )?bra(?:\.uni)? \t(?P<to>\$L__BB\w+);", re.MULTILINE)
 _TABLE = re.compile(r"\.branchtargets\s+([^;]*);")
 _STRAIGHT = re.compile(r"(?:\t(?!setmaxnreg|bar|bra|@)[^\n]*\n| +//[^\n]*\n)*")
-_STARTED = re.compile(r"\tsetmaxnreg\.\w+\.sync\.aligned\.u32 \t\d+;\n\tbarrier\.sync \t1;\n")
+_STARTED = re.compile(r"\tsetmaxnreg\.\w+\.sync\.aligned\.u32 \t(?P<registers>\d+);\n\tbarrier\.sync \t1;\n")
 _MEETING = re.compile(r"bar\.sync \t\d+, 128;")
 _REGISTER = re.compile(r"%(?:p|r|rs|rd|f|fd|b|h)\d+\b")
 _ADDRESS = re.compile(r"^\tmov\.[bu]\d+ \t(%\w+), global_smem;\n", re.MULTILINE)
@@ -76,6 +77,8 @@ def merged(ptx: str) -> str:
     leaving = ""
     for share in sharing:
         number = _partition(ptx, share.start(), partitions)
+        begin = ptx.rfind(f"\n{partitions[number]}:", 0, share.start()) if number else 0
+        _enough_registers(start, [*_STARTED.finditer(ptx, begin, share.start())][-1:], number)
         back = f"$L__tessera_back_{number}"
         edits.append((share.end(), share.end(), f"\tbra.uni \t{_TEXT};\n{back}:\n{thread}{entry['derived']}"))
         leaving += f"\tsetp.eq.u32 \t{_LEAVES}, {NUMBER}, {number};\n\t@{_LEAVES} bra.uni \t{back};\n"
@@ -83,6 +86,16 @@ def merged(ptx: str) -> str:
     for begin, end, new in sorted(edits, reverse=True):
         ptx = ptx[:begin] + new + ptx[end:]
     return ptx.replace("\n\t.reg ", f"\n\t.reg .pred \t{_LEAVES};\n\t.reg .b32 \t{NUMBER}, {_BARRIER};\n\t.reg ", 1)
+
+
+def _enough_registers(owners: re.Match[str], others: list[re.Match[str]], number: int) -> None:
+    """Raises MarkError where the partition of this number begins with fewer registers than the text's owner."""
+    found = int(others[0]["registers"]) if others else 0
+    if found < int(owners["registers"]):
+        raise MarkError(
+            f"warpgroup {number} has {found} registers for a text of {owners['registers']}: the default partition has what the "
+            "others leave of the launch's"
+        )
 
 
 def _partition(ptx: str, at: int, partitions: list[str]) -> int:
