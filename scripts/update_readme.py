@@ -185,9 +185,11 @@ def _host(record: dict[str, Any], name: str) -> str:
                          for who, taken in times.items())  # fmt: skip
         kinds.append(f"{kind} {ours}" + (f" ({', '.join(others)})" if others else ""))
     cold, warm = record["cold"], record["warm"]
+    stages = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in cold.get("stages", {}).items())  # of schema 2
+    of_it = f" ({stages}; the median of {len(record['colds'])})" if stages else ""
     return (
         f"Microseconds of the host for a call, whose kernels are then in the stream: {'; '.join(kinds)}. The first call of a "
-        f"process: {warm['seconds']:.3f} s with the binary on disk, {cold['seconds']:.1f} s where it is compiled "
+        f"process: {warm['seconds']:.3f} s with the binary on disk, {cold['seconds']:.1f} s where it is compiled{of_it} "
         f"(`benchmarks/results/{name}`; `python -m tessera.bench --host`)."
     )
 

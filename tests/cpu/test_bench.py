@@ -464,6 +464,8 @@ def test_the_hosts_time_of_every_kind_of_call_and_of_first_ones(tmp_path: Path):
     assert all(who[host.OURS].median > 0 for who in report.seconds.values())
     assert (report.cold.compiled, report.warm.compiled) == (0, 0)
     assert not report.cold.imported_triton, "a CPU has no use for it"
+    assert len(report.colds) == 3
+    assert sorted(call.seconds for call in report.colds)[1] == report.cold.seconds
     report.write(tmp_path / "host.json")
     written = json.loads((tmp_path / "host.json").read_text())
     assert written["kind"] == "host"

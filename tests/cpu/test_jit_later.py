@@ -41,6 +41,13 @@ def test_in_order_and_nothing_twice(compiled: list[jit.KernelSpec]) -> None:
     assert len(compiled) == 3
 
 
+def test_whoever_asks_goes_on_first(compiled: list[jit.KernelSpec]) -> None:
+    jit.compile_later(SPECS[:1])
+    assert not compiled
+    jit.settle()
+    assert compiled == SPECS[:1]
+
+
 def test_what_fails_beside_the_program_fails_in_the_call_that_needs_it(compiled: list[jit.KernelSpec]) -> None:
     jit.compile_later(SPECS[::-1])
     jit.settle()

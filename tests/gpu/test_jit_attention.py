@@ -105,11 +105,11 @@ def test_a_call_does_not_wait_for_the_gpu():
 
 
 def test_first_calls_cold_and_warm(tmp_path: Path):
-    cold = first_call("cuda", tmp_path)
+    cold = first_call("cuda", tmp_path / "cache", tmp_path / "bytecode")
     shape = (1, 333, 2, 128)
     planned = tessera.plan(shape, shape, causal=True, device="cuda", backend="hopper")
     assert cold.compiled == len(dispatch.load("hopper").kernels(planned)), "all that the kind needs at any length"
     assert cold.seconds < 6.0, "3 s on an idle machine"
-    warm = first_call("cuda", tmp_path)
+    warm = first_call("cuda", tmp_path / "cache", tmp_path / "bytecode")
     assert (warm.compiled, warm.imported_triton) == (0, False)
     assert warm.seconds < 0.3

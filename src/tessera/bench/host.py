@@ -28,13 +28,16 @@ from tessera.bench.report import plain, write_json
 from tessera.bench.session import usable
 from tessera.bench.timing import Call, Ratio, Schedule, interleaved, quartiles
 from tessera.device import Device
+from tessera.jit import stages
 from tessera.operands import Request, bind
 
-SCHEMA = 1
+SCHEMA = 2
 """The version of the JSON form."""
 OURS = "tessera"
 _IN_FLIGHT = 200
 """Calls in a row: a stream takes about a thousand launches before its caller has to wait."""
+_COLD_STARTS = 3
+"""Odd, for a median: the first of them writes Python's bytecode, and may read libraries from a disk."""
 _SMALL = square(64, 512, 1, 8, causal=True)
 _PACKED = replace(_SMALL, lengths_q=(200, 312), lengths_k=(200, 312))
 _BATCH, _HEADS, _HEADS_KV, _DIM, _PAGES, _PAGE_SIZE = 4, 32, 8, 128, 64, 64
@@ -58,22 +61,29 @@ class HostClock:
 
 @dataclass(frozen=True)
 class FirstCall:
-    """A first call in a process that has imported torch and tessera and used the device: what it took; and how many kernels were
-    compiled, those beside the program (for other lengths) included."""
+    """A first call in a process that has imported torch and tessera and used the device: what it took, and of that the stages of
+    compiling and loading; and how many kernels were compiled, those beside the program (for other lengths) included."""
 
     seconds: float
     compiled: int
     imported_triton: bool
+    stages: dict[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        known = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in self.stages.items())
+        triton = "with" if self.imported_triton else "without"
+        return f"{self.seconds:.3f} s" + (f" ({known})" if known else "") + f", {self.compiled} kernels compiled, {triton} Triton"
 
 
 @dataclass(frozen=True)
 class HostReport:
-    """`seconds`: by kind of call and by contender, each its median and quartiles. `cold`: the first call with an empty cache on
-    disk, `warm` the next process's."""
+    """`seconds`: by kind of call and by contender, each its median and quartiles. `cold`: the median of first calls, each with an
+    empty cache on disk; `colds`: all of them, in their order; `warm`: one after the last of them."""
 
     device: str
     seconds: dict[str, dict[str, Ratio]]
     cold: FirstCall
+    colds: tuple[FirstCall, ...]
     warm: FirstCall
     machine: Machine
     date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
@@ -83,9 +93,8 @@ class HostReport:
         for kind, times in self.seconds.items():
             shown = ", ".join(f"{who} {1e6 * t.median:.1f} ({1e6 * t.low:.1f}-{1e6 * t.high:.1f})" for who, t in times.items())
             lines.append(f"{kind}: {shown} microseconds")
-        for what, first in (("an empty cache", self.cold), ("the cache on disk", self.warm)):
-            triton = "with" if first.imported_triton else "without"
-            lines.append(f"first call with {what}: {first.seconds:.3f} s, {first.compiled} kernels compiled, {triton} Triton")
+        lines.append(f"first call with an empty cache, median of {len(self.colds)}: {self.cold}")
+        lines.append(f"first call with the cache on disk: {self.warm}")
         return "\n".join(lines)
 
     def write(self, path: Path) -> None:
@@ -94,30 +103,36 @@ class HostReport:
 
 
 def measured(device: str | None = None, fa3_folder: Path | None = None, rounds: int = 9) -> HostReport:
-    """All kinds of calls, contenders in turns, and two first calls. Raises ValueError where there is no such device."""
+    """All kinds of calls, contenders in turns, and first calls. Raises ValueError where there is no such device."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     usable(device)
     schedule = Schedule(rounds=rounds, turn_s=0.05, most_repeats=_IN_FLIGHT, limit_s=10.0)
     with tempfile.TemporaryDirectory() as folder:
-        cold, warm = (first_call(device, Path(folder)) for _ in range(2))
+        caches = [Path(folder, str(number)) for number in range(_COLD_STARTS)]
+        bytecode = Path(folder, "bytecode")
+        colds = tuple(first_call(device, cache, bytecode) for cache in caches)
+        warm = first_call(device, caches[-1], bytecode)
     seconds = {}
     for kind, calls in _kinds(device, fa3_folder):
         calls[OURS]()
         jit.settle()  # what is compiled beside the program would be in the times
         times = interleaved(calls, HostClock(device), schedule)
         seconds[kind] = {who: quartiles(list(taken)) for who, taken in times.items()}
-    return HostReport(device, seconds, cold, warm, machine.describe())
+    cold = sorted(colds, key=lambda call: call.seconds)[len(colds) // 2]
+    return HostReport(device, seconds, cold, colds, warm, machine.describe())
 
 
-def first_call(device: str, cache: Path) -> FirstCall:
-    """Causal attention at head dim 128 in a new process, with binaries kept in `cache`."""
+def first_call(device: str, cache: Path, bytecode: Path) -> FirstCall:
+    """Causal attention at head dim 128 in a new process, with binaries kept in `cache` and Python's bytecode in `bytecode`: what
+    is installed has it, and some machines never write it, which is not to be measured."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context) as pool:
-        return pool.submit(_first_call, device, cache).result()
+        return pool.submit(_first_call, device, cache, bytecode).result()
 
 
-def _first_call(device: str, cache: Path) -> FirstCall:
+def _first_call(device: str, cache: Path, bytecode: Path) -> FirstCall:
     os.environ["TESSERA_CACHE_DIR"] = str(cache)
+    sys.dont_write_bytecode, sys.pycache_prefix = False, str(bytecode)
     q = torch.randn(1, 333, 2, 128, device=device, dtype=torch.bfloat16)
     wait = HostClock(device).wait
     wait()
@@ -127,7 +142,7 @@ def _first_call(device: str, cache: Path) -> FirstCall:
     wait()
     taken = time.perf_counter() - start
     jit.settle()
-    return FirstCall(taken, jit.compiles(), "triton" in sys.modules)
+    return FirstCall(taken, jit.compiles(), "triton" in sys.modules, stages.taken())
 
 
 def _kinds(device: str, fa3_folder: Path | None) -> Iterator[tuple[str, dict[str, Call]]]:

@@ -11,14 +11,11 @@ scratch) come last.
 
 from __future__ import annotations
 
-import ast
 import contextlib
-import os
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +23,7 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas, ptx_get_version
-from triton.compiler.code_generator import CodeGenerator
 from triton.compiler.compiler import make_backend
-from triton.compiler.errors import CompilationError
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
@@ -44,9 +39,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language import core
 from triton.runtime.jit import JITCallable
 
-from tessera.jit import barriers, ptx, shared_text
+from tessera.jit import barriers, haste, ptx, shared_text
 from tessera.jit.binary import Descriptor
 from tessera.jit.spec import Arrangement, Dtype, KernelSpec, Pointer, Scalar, Tiles
+from tessera.jit.stages import FRONT_END, PASSES, PTX, PTXAS, stage
 
 __all__ = [
     "aggregate", "arrive_after_copies", "arrive_after_writes", "arrive_in_cluster", "await_writes", "barrier", "copy_to_shared",
@@ -288,6 +284,7 @@ def lower(spec: KernelSpec, function: Any) -> Lowered:
     from triton._C.libtriton import ir
 
     backend = make_backend(GPUTarget("cuda", spec.capability, 32))
+    haste.leave_out_places(backend)
     options = backend.parse_options(
         {
             "num_warps": spec.num_warps,
@@ -304,13 +301,16 @@ def lower(spec: KernelSpec, function: Any) -> Lowered:
     ir.load_dialects(context)
     backend.load_dialects(context)
     metadata: dict[str, Any] = dict(options.__dict__)
-    module = source.make_ir(
-        backend.target, options, backend.get_codegen_implementation(options), backend.get_module_map(), context
-    )
-    module = stages["ttgir"](module, metadata)
-    unused_barriers = barriers.unused(str(module))
-    for name in ("llir", "ptx"):
-        module = stages[name](module, metadata)
+    with stage(FRONT_END):
+        module = source.make_ir(
+            backend.target, options, backend.get_codegen_implementation(options), backend.get_module_map(), context
+        )
+    with stage(PASSES):
+        module = stages["ttgir"](module, metadata)
+        unused_barriers = barriers.unused(str(module))
+        module = stages["llir"](module, metadata)
+    with stage(PTX):
+        module = stages["ptx"](module, metadata)
     described = metadata.get("tensordesc_meta") or []
     tiles = spec.tiles
     if len(described) != len(tiles):
@@ -378,44 +378,12 @@ def assemble(spec: KernelSpec, lowered: Lowered) -> Assembled:
     with tempfile.TemporaryDirectory(prefix="tessera-") as folder:
         text, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         text.write_text(lowered.ptx)
-        ran = subprocess.run([_ptxas(spec.capability).path, *flags, str(text), "-o", str(binary)], capture_output=True, text=True)
+        command = [_ptxas(spec.capability).path, *flags, str(text), "-o", str(binary)]
+        with stage(PTXAS):
+            ran = subprocess.run(command, capture_output=True, text=True)
         if ran.returncode != 0:
             raise AssemblerError(f"{spec.kernel}: ptxas ended with {ran.returncode}\n{ran.stderr[-4000:]}")
         return Assembled(binary.read_bytes(), ran.stderr.replace(folder + "/", ""))
-
-
-def hasten(functions: Iterable[Any]) -> None:
-    """Spares Triton what it would do over and over with these functions, a third of its front end's time in all: parse the source
-    for each set of types and constants that a function is called with (some 400 times a kernel), walk through all that it uses
-    for a hash, and note each operation's place in the source, unless TRITON_DISABLE_LINE_INFO=0 asks for it."""
-    for function in functions:
-        if hasattr(function, "parse") and "parse" not in vars(function):  # functions that run while compiling have none
-            function.parse = cache(function.parse)
-        if "hash" in vars(function):
-            function.hash = f"{function.fn.__module__}.{function.fn.__qualname__}"
-        function.has_places = os.environ.get("TRITON_DISABLE_LINE_INFO") == "0"
-
-
-_visit_with_places = CodeGenerator.visit
-
-
-def _visit(self: CodeGenerator, node: ast.AST | None) -> Any:
-    """Triton's way through a syntax tree; through a function's of ours without the places in the source, which profilers and
-    debuggers show: they are a fifth of the time in LLVM too, and change nothing else (see tessera.jit.ptx)."""
-    if node is None or getattr(self.jit_fn, "has_places", True):
-        return _visit_with_places(self, node)
-    last, self.cur_node = self.cur_node, node
-    try:
-        result = ast.NodeVisitor.visit(self, node)
-    except CompilationError:
-        raise
-    except Exception as error:
-        raise CompilationError(self.jit_fn.src, self.cur_node, repr(error)) from None
-    self.cur_node = last
-    return result
-
-
-CodeGenerator.visit = _visit
 
 
 def is_jitted(value: object) -> bool:

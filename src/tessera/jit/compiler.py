@@ -19,6 +19,7 @@ from typing import Any
 from tessera.jit import cache, operand_places, pairs, ptx, shared_text
 from tessera.jit.binary import Binary
 from tessera.jit.spec import KernelSpec, parameter_layout
+from tessera.jit.stages import IMPORTS, stage
 from tessera.jit.toolchain import binary_key, hash_sources, source_key, toolchain_key, triton_version
 
 _PARAMETER = re.compile(r"\.param\s+(?:\.align\s+\d+\s+)?\.(b8|[usbf]\d+)\b[^,\n]*?(?:\[(\d+)\])?\s*(?=,|$)", re.MULTILINE)
@@ -100,12 +101,13 @@ def compile(spec: KernelSpec) -> Binary:
 
 def _compile(spec: KernelSpec) -> Binary:
     version = triton_version()  # raises NoTritonError, in words, before an ImportError from inside a kernel file
-    try:
-        from tessera.jit import compat, reach
-    except ImportError as error:
-        raise RuntimeError(f"tessera.jit works with Triton 3.6 to 3.9; this is {version}: {error}") from error
-    function = _function(spec)
-    compat.hasten(reach.check(spec, function))
+    with stage(IMPORTS):
+        try:
+            from tessera.jit import compat, haste, reach
+        except ImportError as error:
+            raise RuntimeError(f"tessera.jit works with Triton 3.6 to 3.9; this is {version}: {error}") from error
+        function = _function(spec)
+    haste.hasten(reach.check(spec, function))
     lowered = compat.lower(spec, function)
     text = shared_text.merged(ptx.rewritten(lowered.ptx, 32 * spec.num_warps))
     text = operand_places.added(text) if compat.ADDS_PLACES_IN_32_BITS else text

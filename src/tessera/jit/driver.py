@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+from tessera.jit.stages import LOADING, stage
+
 INVALID_VALUE, NOT_INITIALIZED, INVALID_CONTEXT, INVALID_HANDLE = 1, 3, 201, 400
 MAX_SHARED_PER_BLOCK_OPTIN = 97  # CU_DEVICE_ATTRIBUTE_...
 FUNC_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -150,7 +152,7 @@ def load_function(device: int, cubin: bytes, entry: str, shared: int) -> int:
         raise RuntimeError(f"tessera: {entry} needs {shared} bytes of shared memory a block; device {device} has {limit}")
     cuda = library()
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
-    with current(device), outside_capture():
+    with stage(LOADING), current(device), outside_capture():
         check(f"loading {entry} on device {device}", cuda.cuModuleLoadData(ctypes.byref(module), cubin))
         check(f"finding {entry}", cuda.cuModuleGetFunction(ctypes.byref(function), module, entry.encode()))
         if shared > 48 * 1024:

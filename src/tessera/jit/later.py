@@ -1,13 +1,16 @@
 """Compiling beside the program: the kernels that no call needs yet, but one of another length may.
 
-One thread takes them in turn, and ends when there are no more. The process waits at its end for the one that is being compiled
-(a thread that dies inside LLVM may take the process with it), and leaves the rest. Nothing here touches the GPU.
+One thread takes them in turn, and ends when there are no more. It begins a moment later: whoever asks has a kernel to load and
+to launch by some thirty calls of the driver, after each of which it would wait for Python's lock (5 milliseconds at most). The
+process waits at its end for the one that is being compiled (a thread that dies inside LLVM may take the process with it), and
+leaves the rest. Nothing here touches the GPU.
 """
 
 from __future__ import annotations
 
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
@@ -15,6 +18,7 @@ from contextlib import suppress
 from tessera.jit.compiler import is_ready, obtain
 from tessera.jit.spec import KernelSpec
 
+_HEAD_START_S = 0.1
 _waiting: deque[KernelSpec] = deque()
 _lock = threading.Lock()
 _worker: threading.Thread | None = None
@@ -45,6 +49,7 @@ def settle() -> None:
 
 
 def _work() -> None:
+    time.sleep(_HEAD_START_S)
     while (spec := _next()) is not None:
         with suppress(Exception):
             obtain(spec)

@@ -14,7 +14,7 @@ kernel begins: the hardware's barrier of a cluster waits for every thread, and T
 any work, can't be told to.
 
 What Triton writes for debuggers goes, but for the places in the source (`.loc`), which profilers show: its labels cut basic
-blocks in two, so that ptxas would make other code of a kernel with places than of one without (compat.hasten).
+blocks in two, so that ptxas would make other code of a kernel with places than of one without (tessera.jit.haste).
 
 Sources: PTX ISA 8.7, cp.async.bulk.tensor, cp.async.bulk.prefetch.tensor, mbarrier, barrier.cluster, createpolicy.
 """
@@ -32,7 +32,9 @@ MEETING = "// tessera meets its cluster"
 POLICIES = {"evict_first": 0x12F0000000000000, "evict_last": 0x14F0000000000000}
 """What createpolicy.fractional gives for all of the bytes: ptxas folds it to these."""
 
-_FOR_DEBUGGERS = re.compile(r"^\$L__tmp\d+:[^\n]*\n|^\s*\.section\s+\.debug_(?!str).*?\}\n", re.MULTILINE | re.DOTALL)
+_FOR_DEBUGGERS = re.compile(
+    r"^\$L__(?:tmp|func_begin|func_end)\d+:[^\n]*\n|^\s*\.section\s+\.debug_(?!str).*?\}\n", re.MULTILINE | re.DOTALL
+)
 """Not the strings, which places name from Triton 3.8 on."""
 _NUMBER = r"(?P<number>\s*(?:\.loc[^\n]*\s*)?mov\.u32 (?P<result>%r\d+), 0;)"  # 3.8 on: each line of an asm has its .loc
 _STRETCH = re.compile(rf"{BEGIN} (?P<words>[^\n]*)\n(?P<code>.*?)(?:{END}{_NUMBER}|(?={BEGIN})|\Z)", re.DOTALL)

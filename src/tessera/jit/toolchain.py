@@ -33,6 +33,9 @@ CODEGEN_VARIABLES = (
 PTXAS = {"ptxas": "TRITON_PTXAS_PATH", "ptxas-blackwell": "TRITON_PTXAS_BLACKWELL_PATH"}
 """The assemblers in Triton's wheel and the variables that replace them. Hopper's is the first, if it is there (compat.py)."""
 
+_ON_THE_WAY = ("barriers", "compat", "compiler", "haste", "operand_places", "pairs", "ptx", "shared_text")
+"""Modules beside this one that a kernel passes as it is compiled, and whose words stand in its binary."""
+
 
 class NoTritonError(RuntimeError):
     """Triton is not installed, so nothing can be compiled here."""
@@ -85,8 +88,8 @@ def toolchain_key() -> str:
 
 
 def source_files(module: str) -> tuple[Path, ...]:
-    """The files that the kernels of `module` may be made of: its package's (subpackages too), tessera.jit.compat, and the passes
-    over their PTX.
+    """The files that the kernels of `module` may be made of: its package's (subpackages too), and those of tessera.jit on the way
+    from a function to a binary.
 
     A module outside any package is its own file alone. Found without importing the module (its parent packages are).
     Raises ModuleNotFoundError.
@@ -94,7 +97,7 @@ def source_files(module: str) -> tuple[Path, ...]:
     found = importlib.util.find_spec(module)
     if found is None or found.origin is None:
         raise ModuleNotFoundError(f"no module named {module!r}", name=module)
-    ours = [Path(__file__).with_name(name) for name in ("compat.py", "operand_places.py", "pairs.py", "ptx.py", "shared_text.py")]
+    ours = [Path(__file__).with_name(f"{name}.py") for name in _ON_THE_WAY]
     origin = Path(found.origin)
     package = [origin] if "." not in module else sorted(origin.parent.rglob("*.py"))
     return (*package, *ours)
