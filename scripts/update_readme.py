@@ -140,7 +140,7 @@ def _beside(peer: str, about: str, record: dict[str, Any], name: str) -> str:
     ratios = {cell: entry["speedup"]["median"] for cell, entry in entries.items() if entry and entry["speedup"]}
     cells = "; ".join(f"{cell}: {ratio:.2f}" for cell, ratio in ratios.items())
     mean = record["summary"]["geomean_speedup"][peer]
-    said = f"Beside {about}, {record['direction']}, ours is {mean:.2f} times as fast in the mean"
+    said = f"Beside {about}, {record['direction']}, ours is {mean:.2f} times as fast in the mean of {len(ratios)} cells"
     return f"{said}. {cells} (`benchmarks/results/{name}`)."
 
 

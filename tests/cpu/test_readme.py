@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -42,6 +43,18 @@ def test_the_kernels_pages_name_what_there_is(name: str) -> None:
     elsewhere = {"backends", "cpu", "explain", "forward", "hopper", "py", "tessera", "tiled"}
     assert len(names) > 20
     assert {name for name in names - elsewhere if not re.search(rf"\b{name}\b", sources)} == set()
+
+
+def test_the_kernels_page_shows_what_a_plan_prints() -> None:
+    pytest.importorskip("typer")
+    page = (ROOT / "docs" / "kernel.md").read_text()
+    found = re.search(r"`tessera explain ([^`]*)`\s+shows\n\n    (.*)\n", page)
+    assert found
+    asked, shown = found.groups()
+    printed = subprocess.run(
+        [sys.executable, "-m", "tessera", "explain", *asked.split(), "--json"], capture_output=True, text=True, check=True
+    )
+    assert json.loads(printed.stdout)["forward"]["config"] == shown
 
 
 @pytest.mark.parametrize("name", ["kernel.md", "backward.md", "decoding.md", "developing.md"])
