@@ -6,7 +6,7 @@ come through here; the walk Request -> Problem, Operands -> Plan -> backend stan
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -55,7 +55,7 @@ def forward(request: Request, words: tuple[object, ...] | None = None) -> tuple[
         if words is not None and not _autocasts():
             _remember(request, words)
         return results
-    _refuse_forward_mode(request)
+    refuse_forward_mode("attention", {name: getattr(request, name) for name in ("q", "k", "v", "bias", "sinks")})
     check_scalars(request)
     if torch._C._are_functorch_transforms_active():
         return _TransformedAttention.apply(request[TENSORS:], *request[:TENSORS])
@@ -134,16 +134,15 @@ def is_unwatched(q: Tensor, k: Tensor, v: Tensor) -> bool:
     )
 
 
-def _refuse_forward_mode(request: Request) -> None:
+def refuse_forward_mode(call: str, tensors: Mapping[str, Tensor | None]) -> None:
     """Custom operators drop the tangents of forward-mode differentiation without a word: refuse them here."""
-    for name in ("q", "k", "v", "bias", "sinks"):
-        value = getattr(request, name)
+    for name, value in tensors.items():
         if value is not None and forward_ad.unpack_dual(value).tangent is not None:
-            raise NotImplementedError(_NO_FORWARD_MODE.format(name))
+            raise NotImplementedError(_NO_FORWARD_MODE.format(name, call))
 
 
 _NO_FORWARD_MODE = (
-    "{} carries a tangent: forward-mode differentiation (torch.func.jvp, make_dual) of tessera.attention is not supported; use "
+    "{} carries a tangent: forward-mode differentiation (torch.func.jvp, make_dual) of tessera.{} is not supported; use "
     "reverse mode, or torch's math SDPA"
 )
 
@@ -314,7 +313,7 @@ def _refuse_vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
 
 
 def _refuse_jvp(ctx: Any, *tangents: Any) -> Any:
-    raise NotImplementedError(_NO_FORWARD_MODE.format("an input"))
+    raise NotImplementedError(_NO_FORWARD_MODE.format("an input", "attention"))
 
 
 class _TransformedAttention(torch.autograd.Function):

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import tessera
 from tessera import attention_cascade, attention_with_kvcache, checking, plan_kvcache
@@ -277,6 +278,15 @@ def test_vmap_is_refused() -> None:
     q = torch.stack([request.q, request.q])
     with pytest.raises(NotImplementedError, match="fold the mapped dimension"):
         torch.vmap(lambda q: torch.ops.tessera.attention_with_kvcache(q, *request[1:])[0])(q)
+
+
+def test_forward_mode_is_refused() -> None:
+    """Its tangents would be lost without a word where kernels run."""
+    call()
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=r"q carries a tangent.*attention_with_kvcache"):
+        call(q=lambda q: forward_ad.make_dual(q, torch.ones_like(q)))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="k_cache carries a tangent"):
+        call(APPEND, k_cache=lambda k: forward_ad.make_dual(k, torch.ones_like(k)))
 
 
 # plans
