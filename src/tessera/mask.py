@@ -258,7 +258,7 @@ class TileRange:
 
 @dataclass(frozen=True)
 class RowLimits:
-    """A mask on one sequence, with Python integers: lo(i) and hi(i) and the tile ranges that follow from them.
+    """A mask on one sequence, with Python integers: lo(i) and hi(i) and the tile ranges that follow from them; on the CPU.
 
     `begin` and `end`, where given, are the document bounds of each row. Rows from `query_end` on are empty.
     """
@@ -311,8 +311,8 @@ class RowLimits:
 
     def allowed(self, rows: range, keys: range) -> Tensor:
         """(rows, keys) bool: the predicate on one tile."""
-        i = torch.arange(rows.start, rows.stop)[:, None]
-        j = torch.arange(keys.start, keys.stop)[None, :]
+        i = torch.arange(rows.start, rows.stop, device="cpu")[:, None]
+        j = torch.arange(keys.start, keys.stop, device="cpu")[None, :]
         keep = (j >= self.key_start) & (j < min(self.seqlen_k, self.key_end)) & (i < self.query_end)
         diagonal = i + (self.seqlen_k - self.seqlen_q)
         if self.left is not None:
@@ -320,7 +320,7 @@ class RowLimits:
         if self.right is not None:
             keep = keep & (j <= diagonal + self.right)
         if self.begin is not None and self.end is not None:
-            begin = torch.tensor(self.begin[rows.start : rows.stop])[:, None]
-            end = torch.tensor(self.end[rows.start : rows.stop])[:, None]
+            begin = torch.tensor(self.begin[rows.start : rows.stop], device="cpu")[:, None]
+            end = torch.tensor(self.end[rows.start : rows.stop], device="cpu")[:, None]
             keep = keep & (j >= begin) & (j < end)
         return keep

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from tessera import calls
 from tessera.checking import reads_contents
@@ -75,7 +77,7 @@ _is_batched: Any = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambd
 def recall(words: tuple[object, ...], *tensors: Tensor) -> Tensor | None:
     """out, where such a call has been made before and nothing but out is wanted of it now. `tensors`: q, k and v, or these and
     packed sequences' offsets, once where they are one tensor, which the words tell."""
-    if _is_traced() or _modes() or _function_modes() or forward_ad._current_level >= 0:
+    if _is_traced() or _modes() or (_function_modes() and _functions_are_watched()) or forward_ad._current_level >= 0:
         return None
     try:
         latest = _latest.get(words)
@@ -120,6 +122,11 @@ def _checked(shortcut: Shortcut, q: Tensor, k: Tensor, v: Tensor, *offsets: Tens
     return shortcut(q, k, v, *offsets)
 
 
+def _functions_are_watched() -> bool:
+    """Whether a mode of torch functions is more than a default device, which is for new tensors alone."""
+    return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
+
+
 def is_unwatched(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether no trace, mode or subclass wants to see the call: the operator's own way costs 20 microseconds of host time more,
     with gradients several hundred (benchmarks/LOG.md)."""
@@ -128,7 +135,7 @@ def is_unwatched(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and not q.is_meta
         and _recorded() is None
         and not _modes()
-        and not _function_modes()
+        and not (_function_modes() and _functions_are_watched())
         and not _transforms()
         and forward_ad._current_level < 0
     )

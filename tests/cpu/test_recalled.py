@@ -218,3 +218,43 @@ def test_many_gradients_at_once_are_those_of_each(options: dict[str, Any], retur
         each = [torch.autograd.grad(result, inputs, one, retain_graph=True) for one in upstream]
         for many, ones in zip(together, zip(*each, strict=True), strict=True):
             torch.testing.assert_close(many, torch.stack(ones))
+
+
+SOME_LENGTHS = torch.tensor([3, 9], dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"causal": True, "softcap": 3.0}, {"window": (3, 0)}, {"dropout_p": 0.3, "seed": 1},
+        {"mask": tessera.Mask.padding(SOME_LENGTHS)}, {"mask": tessera.Mask.causal() & tessera.Mask.padding(SOME_LENGTHS)},
+        {"mask": tessera.Mask.documents(torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2]))}, {"sinks": torch.ones(2), "causal": True},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_default_device_is_for_new_tensors_alone(options: dict[str, Any]) -> None:
+    """It is a mode of torch functions, and the only one that has nothing to see of a call, whose tensors have their devices."""
+    inputs = [leaf(2, 9, 2, 8) for _ in range(3)]
+
+    def results() -> tuple[Tensor, ...]:
+        out = attention(*inputs, **options)
+        return out, *torch.autograd.grad(out.square().sum(), inputs)
+
+    expected = results()
+    with torch.device("meta"), Watching() as watching:
+        attention(*inputs, **options)
+    assert "tessera.forward.default" in watching.seen
+    with torch.device("meta"):
+        for _ in range(2):
+            assert all(map(torch.equal, results(), expected))
+
+
+def test_under_a_default_device_calls_are_recalled(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (torch.randn(12, 2, 8) for _ in range(3))
+    cu = torch.tensor([0, 5, 12], dtype=torch.int32)
+    with torch.device("meta"):
+        packed = [tessera.attention_varlen(q, k, v, cu, cu, causal=True) for _ in range(2)]
+        dense = [attention(q[None], k[None], v[None], causal=True) for _ in range(2)]
+        monkeypatch.setattr(calls, "prepare", None)
+        assert torch.equal(tessera.attention_varlen(q, k, v, cu, cu, causal=True), packed[0])
+        assert torch.equal(attention(q[None], k[None], v[None], causal=True), dense[0])

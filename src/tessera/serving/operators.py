@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tessera.operators import SCHEMA_TYPES, is_unwatched, refuse_forward_mode
 from tessera.serving import calls
-from tessera.serving.operands import TENSORS, CacheRequest
+from tessera.serving.operands import CacheRequest, gather
 
 _NAMES = CacheRequest._fields
 _library = torch.library.Library("tessera", "FRAGMENT")
@@ -38,7 +38,7 @@ def forward(request: CacheRequest) -> tuple[Tensor, Tensor]:
     """(out, lse): through the operators where anything watches (tracing, a mode), else straight to the backend."""
     if _is_watched(request):
         if not torch.compiler.is_compiling():
-            refuse_forward_mode("attention_with_kvcache", dict(zip(_NAMES, request[:TENSORS], strict=False)))
+            refuse_forward_mode("attention_with_kvcache", gather(request)._asdict())
         operator = torch.ops.tessera.attention_with_kvcache
         return (operator if request.k is None else torch.ops.tessera.attention_with_kvcache_)(*request)
     prepared, operands = calls.prepare(request)

@@ -87,8 +87,8 @@ def forward(problem: Problem, operands: Operands, whole: Block | None) -> tuple[
     elif _is_masked_in_one_call(problem):
         out, lse = _forward_masked(problem, operands)
     else:
-        out = torch.zeros(problem.out_shape, dtype=problem.dtype)
-        lse = torch.full(problem.lse_shape, float("-inf"), dtype=problem.lse_dtype)
+        out = torch.zeros(problem.out_shape, dtype=problem.dtype, device="cpu")
+        lse = torch.full(problem.lse_shape, float("-inf"), dtype=problem.lse_dtype, device="cpu")
         for part, block, (q, k, v) in _pieces(problem, operands):
             _add_part(out, lse, part, block, _call(problem, (q, k, v), block))
     return with_sinks(problem, operands, out, lse)
@@ -104,8 +104,8 @@ def _is_masked_in_one_call(problem: Problem) -> bool:
 
 def _padded_keys(problem: Problem, operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
     """(k, v, padding): padding (batch, seqlen_k) bool, and k and v with zeros there, for it may hold NaN."""
-    j = torch.arange(problem.shape.seqlen_k)
-    padding = torch.zeros(problem.shape.batch, problem.shape.seqlen_k, dtype=torch.bool)
+    j = torch.arange(problem.shape.seqlen_k, device="cpu")
+    padding = torch.zeros(problem.shape.batch, problem.shape.seqlen_k, dtype=torch.bool, device="cpu")
     if operands.mask.key_start is not None:
         padding |= j < operands.mask.key_start[:, None]
     if operands.mask.key_end is not None:
@@ -116,7 +116,7 @@ def _padded_keys(problem: Problem, operands: Operands) -> tuple[Tensor, Tensor, 
 
 def _additive(padding: Tensor, problem: Problem) -> Tensor:
     """The padding as the kernel takes it: (batch, 1, 1, seqlen_k), -inf where masked."""
-    return torch.zeros(padding.shape, dtype=problem.dtype).masked_fill_(padding, float("-inf"))[:, None, None]
+    return torch.zeros(padding.shape, dtype=problem.dtype, device="cpu").masked_fill_(padding, float("-inf"))[:, None, None]
 
 
 def _forward_masked(problem: Problem, operands: Operands) -> tuple[Tensor, Tensor]:
@@ -197,7 +197,7 @@ def backward(problem: Problem, operands: Operands, upstream: Upstream, whole: Bl
     elif _is_masked_in_one_call(problem):
         dq, dk, dv = _backward_masked(problem, operands, upstream)
     else:
-        dq, dk, dv = (torch.zeros(x.shape, dtype=compute_dtype(problem.dtype)) for x in (q, k, v))
+        dq, dk, dv = (torch.zeros(x.shape, dtype=compute_dtype(problem.dtype), device="cpu") for x in (q, k, v))
         for part, block, (q_i, k_j, v_j) in _pieces(problem, operands):
             rows, keys = _within(part.rows, block.rows), _within(part.keys, block.keys)
             of_rows = (dout[part.entries, rows], q_i, k_j, v_j, out[part.entries, rows])

@@ -127,7 +127,7 @@ def _cut(keys: int, parts: int) -> Iterator[range]:
 
 
 def _part(problem: Problem, operands: Operands, keys: range, tiles: tiled.Tiles) -> tuple[Tensor, Tensor]:
-    start, end = (torch.tensor([edge], dtype=torch.int32) for edge in (keys.start, keys.stop))
+    start, end = (torch.tensor([edge], dtype=torch.int32, device="cpu") for edge in (keys.start, keys.stop))
     mask = operands.mask & Mask(key_start=start, key_end=end)
     return tiled.forward(replace(problem, mask=mask.spec), operands._replace(mask=mask), tiles)
 
