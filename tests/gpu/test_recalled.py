@@ -156,6 +156,8 @@ def test_most_calls_go_the_short_way(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(calls, "recall", None)
         monkeypatch.setattr(calls, "prepare", None)
         assert all(torch.equal(call(), out) for call, out in zip(both, expected, strict=True))
+        with torch.device("cuda"):  # a mode, but none that watches
+            assert all(torch.equal(call(), out) for call, out in zip(both, expected, strict=True))
 
 
 def test_checkpoints_traces_and_many_gradients() -> None:
