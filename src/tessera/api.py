@@ -62,7 +62,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor | tuple
     """Exact attention, softmax(scale q k^T) v, without the (seqlen_q, seqlen_k) matrix in memory.
 
     Args:
-        q: (batch, seqlen_q, heads_q, head_dim), float16, bfloat16 or float32 (float64 too on the CPU).
+        q: (batch, seqlen_q, heads_q, head_dim), float16 or bfloat16, which a GPU has kernels for, float32 or float64.
         k: (batch, seqlen_k, heads_kv, head_dim); heads_kv divides heads_q (GQA, MQA).
         v: (batch, seqlen_k, heads_kv, head_dim_v). Strides are free but for a last one of 1; head dims up to 256, on a GPU
             multiples of 8.

@@ -154,6 +154,18 @@ def test_used_queries_and_tokens_of_no_sequence(dim: int) -> None:
     check(request, *upstream_of(request))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_sinks_in_qs_dtype(dtype: torch.dtype) -> None:
+    """As a model in that dtype has them; their gradient is in it too."""
+    request = trainable(Case("sinks", head_dim=64, seqlen_q=300, seqlen_k=300, sinks=True, causal=True), dtype)
+    sinks = request.sinks.detach().to(dtype).requires_grad_()
+    request = request._replace(sinks=sinks)
+    gradients, _ = run(request, *upstream_of(request))
+    assert gradients.dsinks is not None
+    assert gradients.dsinks.dtype == dtype
+    check(request, *upstream_of(request))
+
+
 def test_forms_of_the_upstream_gradients() -> None:
     """No gradient of lse; that of a sum, whose elements share an address; and one that lies head by head."""
     request = Case("forms", head_dim=128, seqlen_q=200, seqlen_k=200, causal=True).request(

@@ -77,6 +77,15 @@ def test_a_constant_bias_in_float32(dtype: torch.dtype) -> None:
     check_request(request._replace(bias=request.bias.float()))
 
 
+@pytest.mark.parametrize("dim", DIMS)
+def test_a_float32_bias_with_its_gradient(dim: int) -> None:
+    """It is read where it lies, and its gradient made of dS in 16 bits."""
+    request = Case("float32", head_dim=dim, bias=(1, *PLANE[1:]), causal=True, **WIDE).request(
+        "cuda", torch.bfloat16, requires_grad=True
+    )
+    check_request(request._replace(bias=request.bias.detach().float().requires_grad_()))
+
+
 def check(case: Case, dtype: torch.dtype) -> None:
     check_request(case.request("cuda", dtype, requires_grad=True))
 
