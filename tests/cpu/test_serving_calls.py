@@ -335,6 +335,20 @@ def test_batch_invariant_plans_do_not_know_the_batch(page_size: int | None, rows
     assert len(known) == 1, known
 
 
+@pytest.mark.parametrize("rows", [1, 64])
+def test_more_sequences_than_a_grid_has_programs_are_refused_in_words(rows: int) -> None:
+    """By the kernels; torch's operations take them, with a warning."""
+
+    def made(batch: int, **options: Any) -> tessera.CachePlan:
+        cache = (64, 16, 2, 64)
+        return plan_kvcache((batch, rows, 4, 64), cache, cache, page_table=(batch, 4), device="h200", causal=True, **options)
+
+    assert made(65535).backend == "hopper"
+    assert made(65536).backend == "torch"
+    with pytest.raises(Unsupported, match=r"q=65536 sequences, 4 heads: a grid has at most 65535 programs.*divide the batch"):
+        made(65536, backend="hopper")
+
+
 def test_plan_refuses_as_the_call_would() -> None:
     with pytest.raises(ValueError, match="head_dim_v=None"):
         plan_kvcache((2, 1, 16, 576), (9, 64, 1, 576))

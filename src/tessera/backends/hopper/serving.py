@@ -43,7 +43,8 @@ class HopperServing:
     def why_not(self, problem: CacheProblem, device: Device) -> tuple[Reason, ...]:
         if elsewhere := why_not_here(device):
             return elsewhere
-        return chunk_plan.why_not(problem) if takes_many_rows(problem) else decode_plan.why_not(problem)
+        reasons = chunk_plan.why_not(problem) if takes_many_rows(problem) else decode_plan.why_not(problem)
+        return reasons or _without_a_grid(problem, self.plan(problem, device).forward.config)
 
     def plan(self, problem: CacheProblem, device: Device) -> Choices:
         if takes_many_rows(problem):
@@ -66,6 +67,22 @@ class HopperServing:
     def prepare(self, plan: CachePlan) -> CacheRunner:
         append = None if plan.problem.append is None else AppendLaunch(plan.problem)
         return HopperServingRunner(plan.problem, append, launch_of(plan))
+
+
+MOST_PROGRAMS = 65535
+"""Along a grid's second and third side."""
+
+
+def _without_a_grid(problem: CacheProblem, plan: object) -> tuple[Reason, ...]:
+    """The reason against more sequences, or heads, than CUDA launches."""
+    grid = (
+        ChunkLaunch(problem, plan).grid if isinstance(plan, ChunkPlan) else plan.programs if isinstance(plan, DecodePlan) else ()
+    )
+    if max(grid[1:], default=1) <= MOST_PROGRAMS:
+        return ()
+    shape = problem.shape
+    value, why = f"{shape.batch} sequences, {shape.heads_q} heads", f"a grid has at most {MOST_PROGRAMS} programs along a side"
+    return (Reason("q", value, why, "divide the batch"),)
 
 
 def rows_a_head(problem: CacheProblem) -> float:
