@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import tessera
-from tessera import calls, dispatch, jit, reference, verify
+from tessera import Unsupported, calls, dispatch, jit, reference, verify
 from tessera.backends.hopper import HopperBackend, HopperRunner, choosable, without_scores
 from tessera.backends.hopper.backward_plan import Adding, backward_config, backward_family
 from tessera.backends.hopper.backward_sizes import workspace_bytes
@@ -162,6 +162,16 @@ def test_every_plan_fits_in_shared_memory(name: str) -> None:
     assert not HopperBackend().why_not(asked, H200)
     assert all(config.shared_bytes() <= SHARED_LIMIT for config in forward_family(asked))
     assert str(dispatch.select(asked, H200, "hopper"))
+
+
+def test_more_rows_than_tma_counts_are_refused_in_words() -> None:
+    """A copy, which other tensors out of TMA's reach become, has as many."""
+    shape = (1 << 20, 1 << 10, 1, 8)
+    assert tessera.plan(shape, shape, device="h200").backend == "hopper"
+    more = (shape[0] + 1, *shape[1:])
+    assert tessera.plan(more, more, device="h200").backend == "torch"
+    with pytest.raises(Unsupported, match=r"q=1073742848 rows in 1048577 sequences: TMA counts 2\^30; divide the batch"):
+        tessera.plan(more, more, device="h200", backend="hopper")
 
 
 @pytest.mark.parametrize("overlap", Overlap)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tessera import jit
+from tessera.backends.hopper.arguments import FAR
 from tessera.backends.hopper.backward_launch import BackwardLaunch
 from tessera.backends.hopper.backward_plan import BackwardConfig, backward_config, backward_family
 from tessera.backends.hopper.backward_sizes import workspace_bytes
@@ -50,6 +51,9 @@ class HopperBackend:
         if problem.layout is Layout.DENSE and problem.lengths:
             names = ", ".join(problem.lengths)
             reasons.append(Reason(names, "tensor", "lengths of dense tensors are a mask here", "use Mask.padding"))
+        rows = problem.shape.batch * max(problem.shape.seqlen_q, problem.shape.seqlen_k)
+        if problem.layout is Layout.DENSE and rows > FAR:
+            reasons.append(Reason("q", f"{rows} rows in {problem.shape.batch} sequences", "TMA counts 2^30", "divide the batch"))
         if score.bias is not None and score.bias.gradients is Gradients.INPUTS:
             reasons += _without_bias_gradient(problem, score.bias)
         return tuple(reasons)
