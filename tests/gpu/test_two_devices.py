@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+import tessera
 from tessera import verify
 from tessera.bench.replay import replayable
 from tessera.cases import CASES, Case
@@ -41,6 +42,32 @@ def test_serving(name: str) -> None:
         failed = [str(c) for c in serving_verify.run(request) if not c.ok]
         assert not failed, (device, *failed)
         assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("current", [0, 1])
+def test_recalled_calls(current: int, packed: bool) -> None:
+    """Of the same words and sizes on either device in turns, whichever is current: the short way's bits are the whole way's."""
+    with torch.cuda.device(current):
+        for device in DEVICES * 3:
+            q, k, v = (torch.randn(1, 300, 4, 64, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+            cu = torch.tensor([0, 100, 300], dtype=torch.int32, device=device)
+
+            def call(q=q, k=k, v=v, cu=cu, **options: object) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+                if packed:
+                    return tessera.attention_varlen(q[0], k[0], v[0], cu, cu, causal=True, deterministic=True, **options)
+                return tessera.attention(q, k, v, causal=True, deterministic=True, **options)
+
+            long = call(return_lse=True)[0]
+            expected = torch.autograd.grad(long.float().square().sum(), (q, k, v))
+            for _ in range(3):
+                out = call()
+                assert out.device == torch.device(device)
+                assert torch.equal(out, long)
+                assert all(map(torch.equal, torch.autograd.grad(out.float().square().sum(), (q, k, v)), expected))
+                with torch.no_grad():
+                    assert torch.equal(call(), long)
+            assert torch.cuda.current_device() == current
 
 
 def test_both_at_once_from_threads() -> None:
