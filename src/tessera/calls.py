@@ -46,13 +46,15 @@ class Prepared:
 Recalled = tuple[Callable[..., bool], dispatch.Shortcut]
 """Whether tensors are such that a short way is theirs, and that way. They are of the same types, shapes, strides, dtypes and
 devices, gradients are wanted of the same, and the thread's state is the same as far as it shows in dispatch keys: torch.func's
-transforms, autocast, inference. Modes are to be asked for: those of torch functions do not show, and of dispatch not all."""
+transforms, autocast, inference. Modes are to be asked for: those of torch functions do not show, and of dispatch not all; nor
+does it show whether gradients are recorded at all (torch.no_grad)."""
 
 TensorGuards: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)
 _known: dict[tuple[object, ...], Prepared] = {}
 _plain: dict[tuple[object, ...], Recalled] = {}
-latest: dict[tuple[object, ...], Recalled] = {}
-"""By the caller's words alone what was recalled last: what the layers of one model find, without a key made of their tensors."""
+latest: tuple[dict[tuple[object, ...], Recalled], ...] = ({}, {})
+"""Where gradients are not recorded, and where they are: by the caller's words alone what was recalled last, which is what the
+layers of one model find, without a key made of their tensors."""
 
 
 def prepare(request: Request) -> tuple[Prepared, Operands]:
@@ -107,7 +109,7 @@ def recall(words: tuple[object, ...], gradients: bool, tensors: tuple[Tensor, ..
     fits, shortcut = found
     if fits is not _nothing_fits and not fits(*tensors):  # as under inference_mode
         found = _like(tensors), shortcut
-    keep(latest, words, found)
+    keep(latest[gradients], words, found)
     return shortcut
 
 
@@ -116,7 +118,7 @@ def remember(words: tuple[object, ...], gradients: bool, tensors: tuple[Tensor, 
     else of it. Nothing watches, autocast neither."""
     made = _like(tensors), shortcut
     keep(_plain, _plain_key(words, gradients, tensors), made)
-    keep(latest, words, made)
+    keep(latest[gradients], words, made)
 
 
 def _like(tensors: tuple[Tensor, ...]) -> Callable[..., bool]:

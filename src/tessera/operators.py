@@ -80,7 +80,7 @@ def recall(words: tuple[object, ...], *tensors: Tensor) -> Tensor | None:
     if _is_traced() or _modes() or (_function_modes() and _functions_are_watched()) or forward_ad._current_level >= 0:
         return None
     try:
-        latest = _latest.get(words)
+        latest = _latest[_keeps_gradients()].get(words)
         if latest is None:
             return None
         fits = latest[0](*tensors)

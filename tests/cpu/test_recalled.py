@@ -162,6 +162,37 @@ def test_repeated_packed_calls_with_gradients_are_recalled(shared: bool, monkeyp
     assert all(map(torch.equal, gradients(), expected))
 
 
+@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}], ids=["torch's kernel", "tiles"])
+def test_what_was_called_without_gradients_has_them_when_they_are_recorded(options: dict[str, Any], is_packed: bool) -> None:
+    """Of the same tensors, which say that they want them either way: torch's guards don't see torch.no_grad."""
+    inputs = [leaf(*(() if is_packed else (1,)), 9, 2, 8) for _ in range(3)]
+    cu = torch.tensor([0, 4, 9], dtype=torch.int32)
+
+    def call() -> Tensor:
+        out = tessera.attention_varlen(*inputs, cu, cu, **options) if is_packed else attention(*inputs, **options)
+        assert isinstance(out, Tensor)
+        return out
+
+    for _ in range(3):
+        with torch.no_grad():
+            plain = call()
+        assert not plain.requires_grad
+        out = call()
+        assert torch.equal(out, plain)
+        assert type(out.grad_fn).__name__ in ("_AttentionBackward", "_PlainAttentionBackward")
+    expected = torch.autograd.grad(attention_of(inputs, cu if is_packed else None, options).square().sum(), inputs)
+    for gradient, right in zip(torch.autograd.grad(out.square().sum(), inputs), expected, strict=True):
+        torch.testing.assert_close(gradient, right)
+
+
+def attention_of(inputs: list[Tensor], cu: Tensor | None, options: dict[str, Any]) -> Tensor:
+    """The whole way, as a call that wants lse takes it."""
+    if cu is None:
+        return attention(*inputs, return_lse=True, **options)[0]
+    return tessera.attention_varlen(*inputs, cu, cu, return_lse=True, **options)[0]
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_checkpoint_finds_as_many_tensors_as_it_left(shared: bool) -> None:
     """A block's first pass goes the whole way, and what is computed again the short one: both keep the same tensors."""
@@ -173,8 +204,8 @@ def test_a_checkpoint_finds_as_many_tensors_as_it_left(shared: bool) -> None:
         return tessera.attention_varlen(*(x * 1 for x in tensors), cu_q, cu_k, causal=True, softcap=7.5)
 
     expected = torch.autograd.grad(block(*inputs).square().sum(), inputs)
-    calls._plain.clear()
-    calls.latest.clear()
+    for table in (calls._plain, *calls.latest):
+        table.clear()
     for _ in range(2):
         out = checkpoint(block, *inputs, use_reentrant=False)
         assert isinstance(out, Tensor)

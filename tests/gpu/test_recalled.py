@@ -127,6 +127,8 @@ def test_with_gradients(is_packed: bool) -> None:
 
     for ends in ((200, 500), (77, 450)):
         cu.copy_(offsets(*ends))
+        with torch.no_grad(), pytest.raises(RuntimeError, match="does not require grad"):
+            gradients()
         long = gradients(return_lse=True)
         for _ in range(3):
             assert all(map(torch.equal, gradients(), long))
@@ -170,8 +172,8 @@ def test_checkpoints_traces_and_many_gradients() -> None:
 
     expected = call(*inputs)
     upstream = torch.randn(2, *expected.shape, device="cuda", dtype=expected.dtype)
-    calls._plain.clear()
-    calls.latest.clear()
+    for table in (calls._plain, *calls.latest):
+        table.clear()
     for _ in range(3):
         out = checkpoint(lambda *x: call(*(one * 1 for one in x)), *inputs, use_reentrant=False)
         each = torch.autograd.grad(out, inputs, upstream[0])
