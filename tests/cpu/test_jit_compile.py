@@ -9,12 +9,13 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from tessera import jit
-from tessera.jit import compiler, toolchain
+from tessera.jit import compiler, stages, toolchain
 
 pytest.importorskip("triton")
 
@@ -106,6 +107,23 @@ def test_places_in_the_source_are_kept_where_asked_for_and_change_no_code(monkey
 def test_what_a_kernel_passes_as_it_is_compiled_is_part_of_the_key(name: str):
     module = importlib.import_module(f"tessera.jit.{name}")
     assert Path(module.__file__) in toolchain.source_files("tessera.backends.hopper.forward")
+
+
+def test_stages_tell_a_threads_own_time():
+    found: dict[str, float] = {}
+
+    def work() -> None:
+        start = time.perf_counter()
+        compiler.compile(SPEC)
+        found.update(stages.taken(), all=time.perf_counter() - start)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    whole = found.pop("all")
+    assert list(found) == [stages.IMPORTS, stages.FRONT_END, stages.PASSES, stages.PTX, stages.PTXAS]
+    assert all(seconds > 0 for seconds in found.values())
+    assert 0.5 * whole < sum(found.values()) < whole
 
 
 def test_a_block_in_rows_is_not_swizzled():
