@@ -10,7 +10,7 @@ import inspect
 import linecache
 import os
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import FunctionType, MethodType
 from typing import Any
@@ -48,7 +48,8 @@ def hasten(functions: Iterable[Any]) -> None:
     for function in functions:
         if hasattr(function, "parse") and "parse" not in vars(function):  # functions that run while compiling have none
             function.parse = cache(function.parse)
-            function.get_capture_scope = cache(function.get_capture_scope)
+            if function.fn.__closure__ is None:  # 3.6 looks for what a closure holds, and copies the globals
+                function.get_capture_scope = partial(getattr, function.fn, "__globals__")
             function.fn.__signature__ = inspect.signature(function.fn)
         if "hash" in vars(function):
             function.hash = f"{function.fn.__module__}.{function.fn.__qualname__}"
