@@ -170,6 +170,7 @@ def attention_varlen(
     v: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
+    *longest: object,
     **options: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over sequences of different lengths packed one after the other; each attends to itself alone.
@@ -191,6 +192,9 @@ def attention_varlen(
 
     Raises: as `attention`.
     """
+    if longest:
+        why = "flash_attn has max_seqlen_q and max_seqlen_k there, and no longest length is asked for here"
+        raise bad_type("attention_varlen", f"{5 + len(longest)} arguments by position", why, "give five, and options by name")
     offsets = (cu_seqlens_q,) if cu_seqlens_q is cu_seqlens_k else (cu_seqlens_q, cu_seqlens_k)
     words = (*options.items(), len(offsets))
     recalled = operators.recall(words, q, k, v, *offsets)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from tessera.device import Device
@@ -139,7 +143,18 @@ def warn_if_slow(backend: str, device: Device, refusals: tuple[tuple[str, tuple[
     if backend == SLOW and device.kind != "cpu":
         better, reasons = refusals[0]
         words = f"tessera: torch operations do this on {device}, exactly but slowly; not {better}: {reasons[0]}"
-        warnings.warn(f"{words} (backend={SLOW!r} asks for them, without a warning)", RuntimeWarning, stacklevel=2)
+        warnings.warn(
+            f"{words} (backend={SLOW!r} asks for them, without a warning)", RuntimeWarning, stacklevel=_level_of_caller()
+        )
+
+
+def _level_of_caller() -> int:
+    """The stack level, as who calls this counts it, of the first line that is neither this package's nor torch's."""
+    own = tuple(str(Path(module).parent) + os.sep for module in (__file__, torch.__file__))
+    level, frame = 0, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(own):
+        level, frame = level + 1, frame.f_back
+    return level + 1
 
 
 @lru_cache(maxsize=4096)

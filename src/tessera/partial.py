@@ -25,6 +25,8 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
     for name, part in (("out_a", out_a), ("lse_a", lse_a), ("out_b", out_b), ("lse_b", lse_b)):
         if not isinstance(part, Tensor):
             raise bad_type(name, type(part).__name__, "a part is two tensors", "give what attention(return_lse=True) returns")
+        if not part.is_floating_point():
+            raise bad_type(name, part.dtype, "parts are rounded numbers", "give what attention(return_lse=True) returns")
         if part.device != out_a.device:
             raise bad_value(name, f"on {part.device}", f"out_a is on {out_a.device}", f"use {name}.to(out_a.device)")
     if out_a.dim() < 3 or lse_a.dim() != out_a.dim() - 1:

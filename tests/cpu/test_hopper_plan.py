@@ -313,10 +313,14 @@ def test_a_gpu_that_is_left_to_torch_operations_is_told_of(monkeypatch: pytest.M
     q, lengths = torch.randn(2, 4, 2, 16), torch.tensor([3, 4], dtype=torch.int32)
     for call in (
         partial(tessera.attention, q, q, q, softcap=1.0),
+        partial(tessera.attention, q.clone().requires_grad_(), q, q, softcap=1.0),
         partial(tessera.attention_with_kvcache, q, q, q, cache_seqlens=lengths),
     ):
-        with pytest.warns(RuntimeWarning, match=r"exactly but slowly; not hopper: q.dtype=torch.float32: .* use bfloat16"):
+        with pytest.warns(
+            RuntimeWarning, match=r"exactly but slowly; not hopper: q.dtype=torch.float32: .* use bfloat16"
+        ) as told:
             call()
+        assert told[0].filename == __file__, "whose line is shown"
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             call()  # the same again
