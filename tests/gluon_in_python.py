@@ -440,7 +440,7 @@ def _assembly(text: str, constraints: str, arguments: list[Any], dtype: Any, is_
         return torch.where(arguments[1] >> 7 & 1 == 1, arguments[0], 0.0).to(dtype)
     if text.startswith("{ .reg .b32 w<4>, m<4>,"):  # dropout.dropped
         p, *mixed, threshold = arguments
-        return torch.where(_drawn_in_rows(*mixed, threshold), p * (2.0**-7 if dtype == torch.bfloat16 else 1.0), 0.0).to(dtype)
+        return torch.where(_drawn_in_rows(*mixed, threshold), p, 0.0).to(dtype)
     if text == "prmt.b32 $0, $1, $2, 0xCC88;":  # dropout.masks, with left padding
         return torch.where(arguments[0] >> 7 & 1 == 1, math.nan, 0.0).to(dtype)
     if text.startswith("{ .reg .b32 x, least, w<4>, m<4>;"):  # dropout.masks

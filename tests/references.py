@@ -8,10 +8,10 @@ from tessera.cases import Case
 from tessera.operands import Request
 
 
-def rising(dim: int, window: tuple[int | None, int | None], device: str, dtype: torch.dtype) -> Request:
+def rising(dim: int, window: tuple[int | None, int | None], device: str, dtype: torch.dtype, dropout_p: float = 0.0) -> Request:
     """From block to block, last keys first, scores of some rows of a warp rise by up to 2^2885 and of others fall: P about the
     reference so far is then infinite, or infinite in float16 alone, and has to be taken anew."""
-    case = Case("rising", head_dim=dim, seqlen_q=600, seqlen_k=600, heads_q=2, heads_kv=2, window=window)
+    case = Case("rising", head_dim=dim, seqlen_q=600, seqlen_k=600, heads_q=2, heads_kv=2, window=window, dropout_p=dropout_p)
     request = case.request(device, dtype)
     rise = torch.tensor([2000.0, -2000.0, 200.0, -40.0, 40.0, 10.0, 3.0, 0.0]) * dim**0.5
     sign = torch.tensor([1.0, 0.0, -0.05])[torch.randint(0, 3, (600, 2), generator=torch.Generator().manual_seed(3))]

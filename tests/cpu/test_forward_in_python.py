@@ -30,6 +30,7 @@ MODIFIED = (
     *(case for case in CASES.values() if case.dropout_p or case.bias or case.alibi or case.sinks or case.softcap),
     *(Case(f"d{d}, everything", head_dim=d, causal=True, alibi="batch", bias=(1, 2, 200, 330), dropout_p=0.3, **LONG)
       for d in (64, 96, 128, 256)),
+    *(Case(f"d{d}, dropout", head_dim=d, causal=causal, dropout_p=0.3, **LONG) for d in (192, 256) for causal in (False, True)),
     *(Case(f"bias {shape}", bias=shape, causal=True, **LONG)
       for shape in ((2, 2, 200, 330), (2, 1, 200, 330), (1, 1, 1, 330), (2, 1, 200, 1), (1, 2, 1, 1))),
     Case("padding left, everything", alibi="head", bias=(2, 2, 200, 330), dropout_p=0.3, key_start=(37, 130), **LONG),
@@ -45,7 +46,8 @@ MANY_TILES = (
     Case("window", head_dim=128, window=(200, 0), **MANY), Case("packed, causal", causal=True, **PACKED),
     Case("packed, window", window=(70, 10), **PACKED),
     Case("documents", documents=(100, 250, 1, 149), **MANY | {"seqlen_k": 500}),
-    Case("dropout, causal", dropout_p=0.1, causal=True, **MANY), Case("alibi, window", alibi="head", window=(200, 20), **MANY),
+    Case("dropout, causal", dropout_p=0.1, causal=True, **MANY),
+    Case("alibi, window", alibi="head", window=(200, 20), **MANY),
 )  # fmt: skip
 """Problems of many more tiles than programs, so that every ring goes from lap to lap."""
 SHALLOW = {"queries": 1, "stages": 2, "held": 0, "staging": Staging.OWN}
@@ -217,6 +219,18 @@ def test_outgrown_references(window: tuple[int | None, int | None], dtype: torch
     request = rising(128, window, "cpu", dtype)
     config = replace(forward_config(bind(rising(128, (None, 0), "cpu", dtype))[0]), features=features_of(bind(request)[0]))
     assert config.overlap is Overlap.AT_ONCE
+    check(request, monkeypatch, config)
+
+
+@pytest.mark.parametrize(("dim", "overlap"), [(64, Overlap.SCORES), (128, Overlap.AT_ONCE), (256, Overlap.SCORES)])
+@pytest.mark.parametrize("window", [(None, None), (None, 0)], ids=str)
+def test_outgrown_references_under_dropout(
+    window: tuple[int | None, int | None], dim: int, overlap: Overlap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P that was taken anew is dropped too; its sums are those of all of it."""
+    request = rising(dim, window, "cpu", torch.bfloat16, dropout_p=0.4)
+    config = forward_family(bind(request)[0])[-1]
+    assert config.overlap is overlap
     check(request, monkeypatch, config)
 
 

@@ -106,12 +106,21 @@ def test_any_length_has_a_backward_of_the_family(name: str, head_dim: int, bitwi
 
 @pytest.mark.parametrize(("head_dim", "left", "three"), [(128, 128, False), (128, 256, True), (128, 4096, True), (64, 128, True)])
 def test_windows_by_three_consumers_without_turns(head_dim: int, left: int, three: bool) -> None:
-    """Their kernels alone join halves of P, whatever the Triton: it dies before the next one is taken."""
+    """Their kernels join halves of P, whatever the Triton: it dies before the next one is taken."""
     planned = problem(8192, head_dim, {"window": (left, 0)})
     config = forward_config(planned)
     assert (config.consumers, config.overlap is Overlap.DRIFTING) == ((3, True) if three else (2, False))
     assert (config.staging is Staging.QUERY) == (three and head_dim == 128)
     assert kernel_spec(config, planned.dtype).joins_halves is three
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_dropout_takes_p_at_once_and_joins_its_halves(head_dim: int) -> None:
+    planned = problem(8192, head_dim, {"dropout_p": 0.1, "seed": 1})
+    config = forward_config(planned)
+    assert config.overlap is (Overlap.AT_ONCE if head_dim == 128 else Overlap.SCORES)
+    assert config.queries == (2 if head_dim <= 128 else 1)
+    assert kernel_spec(config, planned.dtype).joins_halves
 
 
 @pytest.mark.parametrize("change", [{"queries": 1}, {"held": 1}, {"dims_v": (64,)}], ids=str)

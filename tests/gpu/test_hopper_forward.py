@@ -55,7 +55,10 @@ MANY_TILES = (
     Case("documents", head_dim=128, documents=(300, 500, 1, 299), causal=True, **MANY),
     Case("padding", key_end=(1000, 0, 1100), key_start=(3, 0, 500), query_end=(900, 1100, 1), **MANY),
     Case("sinks, softcap", sinks=True, softcap=20.0, causal=True, **MANY),
-    *(Case(f"d{d} dropout", head_dim=d, dropout_p=0.2, **MANY) for d in (64, 128, 256)),
+    *(Case(f"d{d} dropout", head_dim=d, dropout_p=0.2, **MANY) for d in (64, 128, 192, 256)),
+    *(Case(f"d{d} dropout causal", head_dim=d, dropout_p=0.2, causal=True, **MANY) for d in (64, 256)),
+    Case("d256 dropout window", head_dim=256, dropout_p=0.2, window=(300, 20), **MANY),
+    Case("varlen, dropout", batch=len(LENGTHS), dropout_p=0.2, causal=True, head_dim=256, **PACKED),
     *(Case(f"d{d} alibi causal", head_dim=d, alibi="batch", causal=True, **MANY) for d in (96, 128)),
     *(Case(f"d{d} bias", head_dim=d, bias=(1, 24, 1100, 1100), **MANY) for d in (128, 192)),
     *(
@@ -144,6 +147,14 @@ def test_references(dim: int, dtype: torch.dtype) -> None:
     for window in ((None, None), (None, 0), (300, 0)):
         check(rising(dim, window, "cuda", dtype))
     check(far_below(dim, "cuda", dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp16"])
+@pytest.mark.parametrize("dim", [64, 128, 192, 256])
+def test_references_under_dropout(dim: int, dtype: torch.dtype) -> None:
+    """P that was taken anew is dropped too."""
+    for window in ((None, None), (None, 0), (300, 0)):
+        check(rising(dim, window, "cuda", dtype, dropout_p=0.4))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp16"])
@@ -256,7 +267,7 @@ def test_rows_that_tma_cannot_read_are_copied() -> None:
     check(request._replace(q=unaligned(request.q), k=unaligned(request.k), v=unaligned(request.v)))
 
 
-@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("dim", [64, 128, 192, 256])
 @pytest.mark.parametrize("dropout_p", [0.002, 0.5, 0.99])
 def test_mask_is_dropouts_own_bit_for_bit(dim: int, dropout_p: float) -> None:
     """With q = 0 every P is 1/Sk, and with a part of the identity for V out shows which are kept."""

@@ -58,8 +58,10 @@ def kernel_spec(config: ForwardConfig, dtype: torch.dtype) -> jit.KernelSpec:
     modifiers.describe(config.features, element, arguments, constants)
     modifiers.describe_staged(config.stages_bias, element, config.keys, arguments, constants)
     spec = jit.KernelSpec.of("tessera.backends.hopper.forward:attention_forward", arguments, constants)
-    # where P dies before the next one is taken: windows 1.13 of halves, but under a plain diagonal 0.99 (H200, 2026-11-22)
-    joins = config.overlap is Overlap.DRIFTING and config.features != (Feature.RIGHT,)
+    # where P dies before the next one is taken: windows 1.13 of halves, but under a plain diagonal 0.99 (H200, 2026-11-22); under
+    # dropout they would come apart where P is masked
+    drifts = config.overlap is Overlap.DRIFTING and config.features != (Feature.RIGHT,)
+    joins = drifts or Feature.DROPOUT in config.features
     return replace(spec, cluster=config.cluster, joins_halves=joins)
 
 

@@ -188,15 +188,31 @@ def _has_many_keys(problem: Problem, features: tuple[Feature, ...], keys: float)
     return features == (Feature.RIGHT,) and keys > 2000 and problem.shape.group % 2 == 1
 
 
+def _with_dropout(pairs: ForwardConfig, keys: float, exact: bool) -> ForwardConfig:
+    """Dropout alone: P is taken at once, as without, and dropped when it is there; its halves are joined (launch.py), or d256
+    would spill. Over P after the maxima, without overlap, in blocks of 64 keys: d256 1.13 to 1.19, d192 1.15 to 1.19, 192/128
+    1.28 to 1.33. Q ahead: causal 512 1.05 to 1.08, 1k 1.02 to 1.04, 4k 1.00 to 1.01, full 1k 1.01 (H200, 2026-11-22)."""
+    widest = max(sum(pairs.dims), sum(pairs.dims_v))
+    if Feature.KEY_START in pairs.features:  # keys of its own for each score
+        return replace(pairs, keys=64 if widest > 128 else pairs.keys, overlap=Overlap.NONE)
+    queries = 1 if Feature.VARLEN in pairs.features else 2
+    pairs = replace(pairs, overlap=Overlap.AT_ONCE if widest <= 192 else Overlap.SCORES, queries=queries)
+    uneven = {Feature.LEFT, Feature.DOCUMENTS} & set(pairs.features) or (Feature.RIGHT in pairs.features and keys <= 640)
+    if widest > 64 or uneven:
+        return pairs
+    triples = replace(pairs, consumers=3, consumer_registers=160, producer_registers=32, overlap=Overlap.SCORES)
+    return replace(triples, overlap=Overlap.NONE, queries=1) if exact else triples
+
+
 def _with_modifiers(pairs: ForwardConfig, keys: float, exact: bool) -> ForwardConfig:
     """What modifiers keep of a tile's rows, and dropout's draws of a block, want registers: fewer keys, or no softmax of its own
     under P V, until nothing spills in the loops (the compile gate, Triton 3.6.0). Three consumers of 64 keys, where shares are
-    even, take 1.20 of two's time with a bias of keys, 0.95 with a whole bias. With dropout P is taken at once, as without, and
-    dropped when it is there (H200, 4k, 2026-11-21)."""
+    even, take 1.20 of two's time with a bias of keys, 0.95 with a whole bias (H200, 4k, 2026-11-21)."""
     widest = max(sum(pairs.dims), sum(pairs.dims_v))
     kinds = set(pairs.features) & (MODIFIERS - {Feature.SCALE_FIRST})
     even = not _is_ragged(pairs.features)
-    causal = not {Feature.LEFT, Feature.DOCUMENTS, Feature.KEY_START} & set(pairs.features)
+    if kinds == {Feature.DROPOUT}:
+        return _with_dropout(pairs, keys, exact)
     if widest > 128:
         narrow = widest == 256 and len(kinds) > 1
         return replace(pairs, keys=32 if narrow else 64, overlap=Overlap.NONE)
@@ -204,12 +220,6 @@ def _with_modifiers(pairs: ForwardConfig, keys: float, exact: bool) -> ForwardCo
     if len(kinds) > 1:
         return replace(pairs, keys=64)
     triples = replace(pairs, consumers=3, consumer_registers=160, producer_registers=32, overlap=Overlap.NONE)
-    if kinds == {Feature.DROPOUT} and Feature.KEY_START in pairs.features:
-        return replace(pairs, overlap=Overlap.NONE)  # keys of its own for each score
-    if kinds == {Feature.DROPOUT}:
-        if widest > 64 or not (even or (causal and keys > 640)):
-            return replace(pairs, overlap=Overlap.AT_ONCE)
-        return triples if exact else replace(triples, overlap=Overlap.SCORES)
     if kinds == {Feature.BIAS} and stages:
         # full and causal, times of none, by TMA: d64 1.54 and 1.54 (64 keys 1.70, 1.65; two consumers 1.83, 1.74; read by
         # threads 2.40, 2.48), d128 1.40 and 1.36 (without overlap 1.51, 1.52; two consumers 1.64, 1.55; by threads 1.83, 2.03;

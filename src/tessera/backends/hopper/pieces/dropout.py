@@ -250,25 +250,22 @@ def draw_anywhere(config: gl.constexpr, plane, first_key):
 
 
 @gluon.constexpr_function
-def _compared_asm(results, kind, threshold):
-    """(result, word) each: for a half of the word that is kept all ones of `kind` u32, 1.0 of `kind` f16x2, else 0. $`threshold`
-    is as Dropout has it."""
+def _compared_asm(results, threshold):
+    """(result, word) each: all ones for a half of the word that is kept, else 0. `threshold` is as Dropout has it."""
     lines = [f"setp.lt.s32 inverse, {threshold}, 0; abs.f16x2 least, {threshold};"]
-    lines += [f"abs.f16x2 x, {word}; set.geu.xor.{kind}.f16x2 {result}, x, least, inverse;" for result, word in results]
+    lines += [f"abs.f16x2 x, {word}; set.geu.xor.u32.f16x2 {result}, x, least, inverse;" for result, word in results]
     return " ".join(lines)
 
 
 @gluon.constexpr_function
-def _dropped_asm(dtype):
+def _dropped_asm():
     """Of a patch's eight scores: P $0 to $3 from P $4 to $7 and, each of eight registers alike, what `draw` leaves and the
-    threshold. A product, for the pipe of logic has the comparisons to do, and because ptxas takes the halves of an `and` apart
-    at a loop's end."""
-    kind = "bf16x2" if dtype == gl.bfloat16 else "f16x2"
+    threshold."""
     lines = []
     for row, factor in enumerate(("$40", "$48")):
         lines.append(f"mad.lo.u32 w{row}, $24, {factor}, $8; mad.lo.u32 w{row + 2}, $32, {factor}, $16;")
-    lines.append(_compared_asm(tuple((f"m{i}", f"w{i}") for i in range(4)), "f16x2", "$56"))
-    lines += [f"mul.{kind} ${i}, ${4 + i}, m{i};" for i in range(4)]
+    lines.append(_compared_asm(tuple((f"m{i}", f"w{i}") for i in range(4)), "$56"))
+    lines += [f"and.b32 ${i}, ${4 + i}, m{i};" for i in range(4)]
     return f"{{ .reg .b32 w<4>, m<4>, x, least; .reg .pred inverse; {' '.join(lines)} }}"
 
 
@@ -277,8 +274,7 @@ _DROPPED = gl.constexpr("=&r,=&r,=&r,=&r,r,r,r,r" + ",r" * 56)
 
 @gluon.jit
 def dropped(config: gl.constexpr, plane, p, draws):
-    """P (64, keys) in 16 bits with zeros where it is dropped. What is kept is not made up for that here, out is, once; in
-    bfloat16 it comes multiplied by what the bits of a float16's 1.0 are there, 2^-7 (see `scale_of_kept`)."""
+    """P (64, keys) in 16 bits with zeros where it is dropped. What is kept is not made up for that here, out is, once."""
     if has(config, "key_start"):
         each: gl.constexpr = "{ .reg .b32 mask; prmt.b32 mask, $2, $3, 0xCC88; and.b32 $0, $1, mask; }"
         if p.dtype == gl.bfloat16:
@@ -286,21 +282,12 @@ def dropped(config: gl.constexpr, plane, p, draws):
         else:
             return gl.inline_asm_elementwise(each, "=r,r,r,r", [p, draws], dtype=gl.float16, is_pure=True, pack=2)
     else:
-        asm: gl.constexpr = _dropped_asm(p.dtype)
+        asm: gl.constexpr = _dropped_asm()
         operands = [p, draws[0], draws[1], draws[2], draws[3], draws[4], draws[5], plane.dropout.threshold]
         if p.dtype == gl.bfloat16:
             return gl.inline_asm_elementwise(asm, _DROPPED, operands, dtype=gl.bfloat16, is_pure=True, pack=8)
         else:
             return gl.inline_asm_elementwise(asm, _DROPPED, operands, dtype=gl.float16, is_pure=True, pack=8)
-
-
-@gluon.jit
-def scale_of_kept(config: gl.constexpr, dropout, dtype: gl.constexpr):
-    """What out is multiplied by for P as `dropped` has it."""
-    if dtype == gl.bfloat16 and not has(config, "key_start"):
-        return dropout.keep_scale * 128.0
-    else:
-        return dropout.keep_scale
 
 
 # ---------------------------------------------------------------------------------------------------------------- S^T
@@ -367,7 +354,7 @@ def _masks_of_keys_asm():
     """Eight scores of two keys, $0 to $3, pairs of rows: two neighbours', then those 8 rows further."""
     pairs = [f"prmt.b32 m{2 * i + half}, w{2 * i}, w{2 * i + 1}, {select};" for i in range(2)
              for half, select in enumerate(("0x5410", "0x7632"))]  # fmt: skip
-    compared = _compared_asm(tuple((f"${i}", f"m{i}") for i in range(4)), "u32", "$52")
+    compared = _compared_asm(tuple((f"${i}", f"m{i}") for i in range(4)), "$52")
     names = "{ .reg .b32 x, least, w<4>, m<4>; .reg .pred inverse;"
     return f"{names} {_words_of_keys_asm(4)} {' '.join(pairs)} {compared} }}"
 

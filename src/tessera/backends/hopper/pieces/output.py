@@ -1,7 +1,6 @@
 """The end of a consumer's tile in the forward: lse and the factor of O; and out by way of a buffer of its own, of half a one, or
 of its Q's place."""
 
-from tessera.backends.hopper.pieces.dropout import scale_of_kept
 from tessera.backends.hopper.pieces.epilogue import LOG2_E, normalise, normaliser
 from tessera.backends.hopper.pieces.kv_source import store_rows
 from tessera.backends.hopper.pieces.softmax import reference_of_rows
@@ -37,7 +36,7 @@ def finish_rows(me, tile, row, m, l, lse_ptr):
     asked_for = lse_ptr.to(gl.int64) != 0
     gl.store(lse_ptr + line + tile.seq.q_begin + rows, lse, mask=(rows < tile.seq.q_rows) & asked_for)
     if has(me.config, "dropout"):
-        factor = factor * scale_of_kept(me.config, me.score.modifiers.dropout[0], me.shared.v[0].dtype)
+        factor = factor * me.score.modifiers.dropout[0].keep_scale
     return factor
 
 
