@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -15,6 +16,7 @@ import test_hopper_forward as forward
 import torch
 
 from tessera.cases import Case
+from tessera.operands import Request
 
 if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
     pytest.skip("needs a Hopper GPU", allow_module_level=True)
@@ -38,6 +40,10 @@ KINDS = (
     *(Case(f"d{d} bias, padding", head_dim=d, bias=(1, 1, 128, 128), key_start=(3, 0), key_end=(100, 128)) for d in (64, 128)),
 )
 IN_FLOAT16 = ("d96", "d128 causal", "d256", "d64 window", "d64 bias")
+IN_ORDER = (
+    "d64", "d64 causal", "d96 causal", "d128", "d128 causal", "d256", "d256 causal", "d64 causal window", "d128 window",
+    "d64 packed", "d128 packed", "d192 v128 causal", "d128 documents", "d64 padding", "d128 dropout",
+)  # fmt: skip
 
 
 def length(chance: random.Random, most: int) -> int:
@@ -83,6 +89,15 @@ def varied(case: Case, chance: random.Random) -> Case:
     return replace(case, **made)
 
 
+def examples(case: Case, dtype: torch.dtype) -> Iterator[Request]:
+    """Problems of this kind, each shown, for where it fails."""
+    chance = random.Random(case.name)
+    for _ in range(EXAMPLES):
+        one = varied(case, chance)
+        print(one)
+        yield one.request("cuda", dtype, seed=chance.randrange(1 << 30), requires_grad=True)
+
+
 @pytest.mark.parametrize(
     ("case", "dtype"),
     [
@@ -92,11 +107,17 @@ def varied(case: Case, chance: random.Random) -> Case:
 )
 def test_random_problems(case: Case, dtype: torch.dtype) -> None:
     """Results and gradients, by the tolerance rule."""
-    chance = random.Random(case.name)
-    for _ in range(EXAMPLES):
-        one = varied(case, chance)
-        print(one)  # shown where it fails
-        request = one.request("cuda", dtype, seed=chance.randrange(1 << 30), requires_grad=True)
+    for request in examples(case, dtype):
         with torch.no_grad():
             forward.check(request)
         backward.check(request, *backward.upstream_of(request))
+
+
+@pytest.mark.parametrize("case", [case for case in KINDS if case.name in IN_ORDER], ids=lambda case: case.name)
+def test_random_deterministic_problems(case: Case) -> None:
+    """Gradients in a fixed order: by the same rule, and the same bits each time."""
+    assert len(IN_ORDER) == len({kind.name for kind in KINDS} & {*IN_ORDER})
+    for request in examples(case, torch.bfloat16):
+        ordered = request._replace(deterministic=True)
+        backward.check(ordered, *backward.upstream_of(ordered))
+        assert not backward._differing(ordered, 5).any()
