@@ -289,14 +289,6 @@ class BackwardConfig:
         return self.division is Division.TURNS and self.dim_v == 64 and Feature.DROPOUT not in self.features
 
     @property
-    def keeps_first_v(self) -> bool:
-        """Whether under dropout the first consumer does, which has 168 registers (the others have 160, and would spill): full
-        attention at head dim 64 in 1.129 of its time without dropout for 1.137; under a diagonal level (H200, 2026-11-22)."""
-        drawn = set(self.features) <= {Feature.DROPOUT, Feature.SCALE_FIRST, Feature.SINKS} and Feature.DROPOUT in self.features
-        in_turn = self.division is Division.TURNS and self.consumers == 3 and self.dim_v == 64
-        return in_turn and drawn and self.adding is Adding.ANY_ORDER
-
-    @property
     def parts_late(self) -> bool:
         """Whether pairs of P come apart when dP is there and not before, in float16 (softmax.to_32_bit_behind). At head dim 64
         ours / FA3 went from 0.810 to 1.030 (full 1k), 0.839 to 1.046 (full 4k), 0.866 to 1.040 (causal 4k) and 0.857 to 1.041 (a

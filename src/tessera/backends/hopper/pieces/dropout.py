@@ -147,10 +147,10 @@ def _mixed(key, of_odd: gl.constexpr):
 
 
 @gluon.jit
-def _times(y, factor, dropout):
+def _times(y, factor, zero):
     """The product, plus a 0 that the compiler does not know: else it makes the factor's products with all constants that y is
     multiplied by next before the loop, and has no registers for them."""
-    return y * factor + (dropout.threshold & 1) & WORD
+    return y * factor + zero & WORD
 
 
 @gluon.jit
@@ -231,7 +231,8 @@ def draw(config: gl.constexpr, plane, key):
     _, patch, _ = _calls(config.keys)
     key, factor = key
     even, odd = _mixed(key, None), _mixed(key, False)
-    y_even, y_odd = _times(even[1], factor, plane.dropout), _times(odd[1], factor, plane.dropout)
+    zero = plane.dropout.threshold & 1
+    y_even, y_odd = _times(even[1], factor, zero), _times(odd[1], factor, zero)
     of_columns = _factor_of_columns(patch * 16)
     return (
         _spread(even[0], config.keys), _spread(odd[0], config.keys), _spread(y_even, config.keys), _spread(y_odd, config.keys),
@@ -322,8 +323,9 @@ def draw_transposed(config: gl.constexpr, plane, first_row):
     else:
         own, factor = plane.own
         key = _key(plane.word, first_row // 64 * 4) ^ own
-        even, odd, dropout = _mixed(key, None), _mixed(key, True), plane.dropout
-        return even[0], odd[0], _times(even[1], factor, dropout), _times(odd[1], factor, dropout), dropout.threshold
+        even, odd = _mixed(key, None), _mixed(key, True)
+        zero = first_row.to(gl.uint32) >> 31  # in a uniform register: of the others there are too few
+        return even[0], odd[0], _times(even[1], factor, zero), _times(odd[1], factor, zero), plane.dropout.threshold
 
 
 @gluon.jit

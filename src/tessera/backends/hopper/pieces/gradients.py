@@ -223,6 +223,22 @@ def row_values(values, slot, rows: gl.constexpr):
 
 
 @gluon.jit
+def half_of_row_values(values, slot, rows: gl.constexpr, half: gl.constexpr):
+    """The same of the first half of the rows (0), or of the second."""
+    count: gl.constexpr = rows // 2
+    some = values.index(slot).reshape([rows]).slice(half * count, count, dim=0)
+    return some.load(gl.SliceLayout(0, accumulator_layout(count)))
+
+
+@gluon.jit
+def of_both_halves(first, second):
+    """What `row_values` has, from the halves; no register moves."""
+    rows: gl.constexpr = 2 * first.shape[0]
+    values = gl.reshape(gl.permute(gl.join(first, second), (1, 0)), [rows])
+    return gl.convert_layout(values, gl.SliceLayout(0, accumulator_layout(rows)), assert_trivial=True)
+
+
+@gluon.jit
 def score_of_keys(config: gl.constexpr, score, seq, head, first):
     """The same with the modifiers of 64 keys from `first` on and a query head."""
     return Score(score.scale, score.inner, score.factor, of_keys(config, score.modifiers, seq, head, first))
