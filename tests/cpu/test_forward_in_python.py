@@ -222,13 +222,25 @@ def test_outgrown_references(window: tuple[int | None, int | None], dtype: torch
     check(request, monkeypatch, config)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("window", "overlap"), [((None, None), Overlap.SCORES), ((300, 0), Overlap.DRIFTING)], ids=str)
+def test_outgrown_references_of_three_consumers(
+    window: tuple[int | None, int | None], overlap: Overlap, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = rising(64, window, "cpu", dtype)
+    config = forward_config(bind(request)[0])
+    assert (config.consumers, config.overlap) == (3, overlap)
+    check(request, monkeypatch, config)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("dim", "overlap"), [(64, Overlap.SCORES), (128, Overlap.AT_ONCE), (256, Overlap.SCORES)])
 @pytest.mark.parametrize("window", [(None, None), (None, 0)], ids=str)
 def test_outgrown_references_under_dropout(
-    window: tuple[int | None, int | None], dim: int, overlap: Overlap, monkeypatch: pytest.MonkeyPatch
+    window: tuple[int | None, int | None], dim: int, overlap: Overlap, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """P that was taken anew is dropped too; its sums are those of all of it."""
-    request = rising(dim, window, "cpu", torch.bfloat16, dropout_p=0.4)
+    request = rising(dim, window, "cpu", dtype, dropout_p=0.4)
     config = forward_family(bind(request)[0])[-1]
     assert config.overlap is overlap
     check(request, monkeypatch, config)

@@ -114,6 +114,14 @@ def test_windows_by_three_consumers_without_turns(head_dim: int, left: int, thre
     assert kernel_spec(config, planned.dtype).joins_halves is three
 
 
+@pytest.mark.parametrize(("head_dim", "name"), [*((d, name) for d in (64, 96, 192, 256) for name in OPTIONS), (128, "window")])
+def test_float16_has_the_forms_of_bfloat16(head_dim: int, name: str) -> None:
+    """P is taken at once in both: what it looks at are four sums, whatever the type."""
+    for seqlen in SEQLENS:
+        planned = problem(seqlen, head_dim, OPTIONS[name])
+        assert forward_config(replace(planned, dtype=torch.float16)) == forward_config(planned)
+
+
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_dropout_takes_p_at_once_and_joins_its_halves(head_dim: int) -> None:
     planned = problem(8192, head_dim, {"dropout_p": 0.1, "seed": 1})

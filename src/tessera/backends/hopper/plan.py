@@ -136,9 +136,8 @@ def _config_alone(problem: Problem, keys: float) -> ForwardConfig:
         overlap=Overlap.WHOLE if widest <= 192 else Overlap.MAXIMA, staging=Staging.OWN,
         consumer_registers=240, producer_registers=24, features=features,
     )  # fmt: skip
-    exact = problem.dtype is torch.float16  # looks at the greatest P and not at one bit of all: spills in 160 registers
     if MODIFIERS & set(features):
-        return deepest(_with_modifiers(pairs, keys, exact))
+        return deepest(_with_modifiers(pairs, keys))
     # over P after the maxima: d64 1.07 (512 1.03), d128 causal 1.03 at 512 and 1k, 1.07 from 2k on, full 1.05 to 1.08 (1.02 to
     # 1.07 over three consumers), d96 to 1k and 192/128 1.04, d192 1.04, d256 1.01; windows of 1024 at d128 1.05, at d64 0.99
     pairs = replace(pairs, overlap=Overlap.AT_ONCE if widest <= 192 else Overlap.SCORES)
@@ -147,21 +146,20 @@ def _config_alone(problem: Problem, keys: float) -> ForwardConfig:
     pairs = replace(pairs, queries=1 if problem.layout is Layout.VARLEN else 2)
     window = {Feature.LEFT, Feature.RIGHT} <= set(features)
     if widest <= 64:
-        if window and keys <= (640 if exact else 2048):
+        if window and keys <= 2048:
             # 64 keys over 128: 17 blocks for a window of 1024 where those take 9 of twice. 1.23 at 256, 1.11 at 512, 1.05 at
             # 1024 (P after the maxima: 1.26, 1.05, 0.96). Consumers stand a block apart: three stages would not load ahead
-            overlap = Overlap.NONE if exact else Overlap.DRIFTING
-            return replace(triples, keys=64, overlap=overlap, queries=pairs.queries, held=len(dims), stages=5)
+            return replace(triples, keys=64, overlap=Overlap.DRIFTING, queries=pairs.queries, held=len(dims), stages=5)
         if Feature.RIGHT in features and keys <= 640:
             # 128 rows over 192: causal 1.08 at 1k, 0.97 at 2k, 0.92 at 4k. Q held: 1.015 at 512, 1.02 at 1k
             return deepest(replace(pairs, held=len(dims)))
         if window:
-            # P at once over no overlap: 1.13 for a window of 4096 at 16k; 64 keys 0.90 of it. Without overlap two tiles of Q are
-            # an illegal address: ptxas leaves their descriptors unset on a path (H200, 2026-11-22; jit/descriptors.py)
-            return deepest(replace(triples, overlap=Overlap.NONE) if exact else replace(triples, queries=pairs.queries))
+            # P at once over no overlap: 1.13 for a window of 4096 at 16k; 64 keys 0.90 of it
+            return deepest(replace(triples, queries=pairs.queries))
+        # in float16 over P after the maxima 1.08 to 1.10, wide windows over no overlap 1.13 (H200, 2026-11-22)
         # two Qs over one: full 512 1.045, 1k 1.010 to 1.017, 4k 1.006, 16k 1.00, causal 4k 1.008, packed 1.008
-        return deepest(replace(triples, overlap=Overlap.MAXIMA) if exact else replace(triples, queries=2))
-    if dims == dims_v == (128,) and not exact and _has_many_keys(problem, features, keys):
+        return deepest(replace(triples, queries=2))
+    if dims == dims_v == (128,) and _has_many_keys(problem, features, keys):
         many = replace(triples, keys=64, overlap=Overlap.DRIFTING, stages=4)
         # two Qs over one: windows 1.03, packed 1.00, under a diagonal 0.99
         return many if features == (Feature.RIGHT,) else replace(many, queries=2, staging=Staging.QUERY)
@@ -179,16 +177,20 @@ def _has_many_keys(problem: Problem, features: tuple[Feature, ...], keys: float)
     """Whether three consumers of 64 keys without turns pay at head_dim 128. Over two of 128: windows of 256 1.05, with softcap
     1.085, with sinks 1.04; packed windows 1.05, causal 1.048 (sequences of 2000 rows in the mean), full 0.985; causal 2k 1.00, 4k
     1.003 to 1.007, over pairs 8k 1.014 to 1.022, 16k 1.012 to 1.014, over pairs by heads 1.00; full 0.98 to 1.00; windows of 128
-    0.98 to 0.99 (H200, 2026-11-22)."""
-    kinds = set(features)
+    0.98 to 0.99. In float16 windows of 1024 1.04, causal 16k 0.98; packed not measured there (H200, 2026-11-22)."""
+    kinds, only_windows = set(features), problem.dtype is torch.float16
     if Feature.VARLEN in kinds:
-        return kinds in ({Feature.VARLEN, Feature.RIGHT}, {Feature.VARLEN, Feature.LEFT, Feature.RIGHT}) and keys > 700
+        return (
+            not only_windows
+            and kinds in ({Feature.VARLEN, Feature.RIGHT}, {Feature.VARLEN, Feature.LEFT, Feature.RIGHT})
+            and keys > 700
+        )
     if {Feature.LEFT, Feature.RIGHT} <= kinds <= {Feature.LEFT, Feature.RIGHT, Feature.SOFTCAP, Feature.SINKS}:
         return keys > 200
-    return features == (Feature.RIGHT,) and keys > 2000 and problem.shape.group % 2 == 1
+    return not only_windows and features == (Feature.RIGHT,) and keys > 2000 and problem.shape.group % 2 == 1
 
 
-def _with_dropout(pairs: ForwardConfig, keys: float, exact: bool) -> ForwardConfig:
+def _with_dropout(pairs: ForwardConfig, keys: float) -> ForwardConfig:
     """Dropout alone: P is taken at once, as without, and dropped when it is there; its halves are joined (launch.py), or d256
     would spill. Over P after the maxima, without overlap, in blocks of 64 keys: d256 1.13 to 1.19, d192 1.15 to 1.19, 192/128
     1.28 to 1.33. Q ahead: causal 512 1.05 to 1.08, 1k 1.02 to 1.04, 4k 1.00 to 1.01, full 1k 1.01 (H200, 2026-11-22)."""
@@ -200,11 +202,10 @@ def _with_dropout(pairs: ForwardConfig, keys: float, exact: bool) -> ForwardConf
     uneven = {Feature.LEFT, Feature.DOCUMENTS} & set(pairs.features) or (Feature.RIGHT in pairs.features and keys <= 640)
     if widest > 64 or uneven:
         return pairs
-    triples = replace(pairs, consumers=3, consumer_registers=160, producer_registers=32, overlap=Overlap.SCORES)
-    return replace(triples, overlap=Overlap.NONE, queries=1) if exact else triples
+    return replace(pairs, consumers=3, consumer_registers=160, producer_registers=32, overlap=Overlap.SCORES)
 
 
-def _with_modifiers(pairs: ForwardConfig, keys: float, exact: bool) -> ForwardConfig:
+def _with_modifiers(pairs: ForwardConfig, keys: float) -> ForwardConfig:
     """What modifiers keep of a tile's rows, and dropout's draws of a block, want registers: fewer keys, or no softmax of its own
     under P V, until nothing spills in the loops (the compile gate, Triton 3.6.0). Three consumers of 64 keys, where shares are
     even, take 1.20 of two's time with a bias of keys, 0.95 with a whole bias (H200, 4k, 2026-11-21)."""
@@ -212,7 +213,7 @@ def _with_modifiers(pairs: ForwardConfig, keys: float, exact: bool) -> ForwardCo
     kinds = set(pairs.features) & (MODIFIERS - {Feature.SCALE_FIRST})
     even = not _is_ragged(pairs.features)
     if kinds == {Feature.DROPOUT}:
-        return _with_dropout(pairs, keys, exact)
+        return _with_dropout(pairs, keys)
     if widest > 128:
         narrow = widest == 256 and len(kinds) > 1
         return replace(pairs, keys=32 if narrow else 64, overlap=Overlap.NONE)

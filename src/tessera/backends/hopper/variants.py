@@ -57,7 +57,10 @@ def _problems() -> Iterator[Problem]:
     yield describe(Request(narrow, grouped, grouped, right=0))
     yield describe(Request(wide, wide, narrow))
     yield from (describe(Request(wide, wide, v, dropout_p=0.1, seed=1)) for v in (wide, narrow))
-    windows = ((64, 4096, torch.bfloat16), (64, 4096, torch.float16), (128, 128, torch.bfloat16), (128, 1024, torch.bfloat16))
+    windows = (
+        (64, 4096, torch.bfloat16), (64, 4096, torch.float16), (64, 1024, torch.float16), (128, 128, torch.bfloat16),
+        (128, 1024, torch.bfloat16), (128, 1024, torch.float16),
+    )  # fmt: skip
     for dim, left, dtype in windows:
         q = torch.empty(1, 16384, 2048 // dim, dim, dtype=dtype, device="meta")
         yield describe(Request(q, q, q, left=left, right=0))
