@@ -151,3 +151,31 @@ def test_steps_that_follow_one_another(page: int) -> None:
     apart = steps(torch.cuda.synchronize)
     for _ in range(3):
         assert all(torch.equal(a, b) for a, b in zip(steps(lambda: None), apart, strict=True))
+
+
+@pytest.mark.parametrize("batch", [1, 32])
+def test_lengths_that_the_step_before_writes(batch: int) -> None:
+    """A step's lengths are bits of the log-sum-exps of the step before: positive ones exceed the capacity, others are negative.
+    Their place held other ones before, and what a program has worked out by those does not count."""
+    generator = torch.Generator("cuda").manual_seed(batch)
+    request = a_request((CAPACITY,) * batch)._replace(backend="hopper")
+    request.k_cache[:] = 0.5
+    signs = torch.rand(40, *request.q.shape[:3], 1, generator=generator, device="cuda") < 0.6
+    signs[::4] = True  # all sequences are as long as each other, as they were expected to be or not
+    queries = torch.where(signs, 1.0, -4.0).to(request.q.dtype).expand(-1, *request.q.shape).contiguous()
+
+    def steps(pause: Callable[[], None]) -> list[Tensor]:
+        outs = []
+        for q in queries:
+            lse = forward(request._replace(q=q))[1]
+            pause()
+            outs.append(forward(request._replace(cache_seqlens=lse.view(torch.int32).flatten()[:batch]))[0])
+            pause()
+        return outs
+
+    apart = steps(torch.cuda.synchronize)
+    seen = signs[:, :, 0, :, 0].flatten(1)[:, :batch, None, None]  # whether a sequence has all keys, which are alike, or none
+    means = request.v_cache.double().mean(1).repeat_interleave(HEADS_Q // HEADS_KV, dim=1)
+    torch.testing.assert_close(torch.stack(apart)[:, :, 0].double(), seen * means, atol=1e-3, rtol=0)
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(steps(lambda: None), apart, strict=True))

@@ -51,7 +51,7 @@ from tessera.backends.hopper.pieces.parts import (
     write_rows,
 )
 from tessera.backends.hopper.pieces.scales import CacheScales, Scales, scale_of_item, scales_of_keys
-from tessera.backends.hopper.pieces.shares import after, first_share, first_turn, segment_of
+from tessera.backends.hopper.pieces.shares import after, confirmed, expected, first_turn, segment_of
 from tessera.backends.hopper.pieces.softmax import exp2, tanh
 from tessera.backends.hopper.pieces.tiles import allocate_tiles, has
 from tessera.jit.compat import aggregate, fence_async_shared, gl, gluon, reinterpret, wait_for_previous
@@ -362,17 +362,39 @@ def _settle_parts(config: gl.constexpr, results, call, first, last):
             settle(config, results, call.sizes, first)
 
 
+@gluon.constexpr_function
+def _reads_queries_early(config):
+    """Whether Q is asked for together with the lengths: which rows it is does not depend on them, but where sequences are packed,
+    or prove to differ. Wider head dims would spill in the main loop."""
+    return not has(config, "packed") and len(config.dims) <= 2
+
+
+@gluon.jit
+def _begin(config: gl.constexpr, queries, call, turn, expectation):
+    """The share, its first segment, and that one's Q."""
+    if _reads_queries_early(config):
+        q = _load_queries(config, queries, call, expectation[1])
+        share, segment = confirmed(config, call, turn, expectation, config.warps)
+        if has(config, "stream_k"):
+            differ = share.turn < 0
+            if differ:
+                q = _load_queries(config, queries, call, segment)
+    else:
+        share, segment = confirmed(config, call, turn, expectation, config.warps)
+        q = _load_queries(config, queries, call, segment)
+    return share, segment, q
+
+
 @gluon.jit
 def consumer(config: gl.constexpr, shared, exchange, call, queries, results):
     turn = first_turn(config, call)
+    expectation = expected(config, call, turn)
     wait_for_previous()
     n = 0
     tiles = (_as_tiles(config, shared.k), _as_tiles(config, shared.v), shared.k_stream, shared.v_stream)
-    share = first_share(config, call, turn, config.warps)
+    share, segment, q = _begin(config, queries, call, turn, expectation)
     works = share.position < share.stop
-    segment = segment_of(config, call, share)
     first = segment
-    q = _load_queries(config, queries, call, segment)
     while share.position < share.stop:
         bounds = _bounds(config, call, segment)
         item = _item(config, call, queries, segment, q)

@@ -2,12 +2,13 @@
 
 A launch may begin while the kernel before it ends, whose last microseconds leave memory idle. So lengths and pages are read as
 they stand then, and the first tiles by them are brought into L2. Lengths, pages and rows may all still change: once the kernel
-before has ended everything is read again, and L2 has what memory has.
+before has ended everything is read again, and L2 has what memory has. Lengths that are what they were then need no more work
+(pieces/shares.py, `confirmed`).
 """
 
 from tessera.backends.hopper.decode_config import PARTING
 from tessera.backends.hopper.pieces.cached import cache_entry, foresee_box, load_box, locate_box
-from tessera.backends.hopper.pieces.shares import after, first_share, first_turn, segment_of
+from tessera.backends.hopper.pieces.shares import after, confirmed, expected, first_share, first_turn, segment_of
 from tessera.backends.hopper.pieces.tiles import has, head_bytes
 from tessera.jit.compat import gl, gluon, let_next_begin, wait_for_previous
 
@@ -66,11 +67,28 @@ def _load_tile(config: gl.constexpr, k_maps, v_maps, shared, call, segment, entr
             load_box(v_maps, shared.v, places[box], segment.head, v_bar, slot * boxes + first + box)
 
 
+@gluon.constexpr_function
+def _expects(config):
+    """Whether lengths are expected (pieces/shares). Not where a tile has many boxes: what is expected stays in registers, and
+    the boxes' page numbers would leave the uniform ones, an instruction for each (16 x 8k in pages of 8 0.994 of the speed)."""
+    return config.keys // config.box <= LOADS_TOGETHER.value
+
+
 @gluon.jit
-def _foresee(config: gl.constexpr, k_maps, v_maps, shared, call, turn):
+def _first_work(config: gl.constexpr, call, turn, expectation):
+    """The share and its first segment, by lengths as they stand."""
+    if _expects(config):
+        share, segment = confirmed(config, call, turn, expectation, 1)
+    else:
+        share = first_share(config, call, turn, 1)
+        segment = segment_of(config, call, share)
+    return share, segment
+
+
+@gluon.jit
+def _foresee(config: gl.constexpr, k_maps, v_maps, shared, call, turn, expectation):
     """This program's first tiles, as far as can be told before the kernel before this one has ended, into L2."""
-    share = first_share(config, call, turn, 1)
-    segment = segment_of(config, call, share)
+    share, segment = _first_work(config, call, turn, expectation)
     ahead = call.split.ahead
     if has(config, "stream_k"):
         ahead = gl.where(share.turn < 0, call.split.line_ahead, ahead)
@@ -89,12 +107,16 @@ def _foresee(config: gl.constexpr, k_maps, v_maps, shared, call, turn):
 @gluon.jit
 def producer(config: gl.constexpr, k_maps, v_maps, shared, call):
     turn = first_turn(config, call)
-    _foresee(config, k_maps, v_maps, shared, call, turn)
+    expectation = ()
+    if _expects(config):
+        expectation = expected(config, call, turn)
+    _foresee(config, k_maps, v_maps, shared, call, turn, expectation)
     wait_for_previous()
     n = 0
-    share = first_share(config, call, turn, 1)
+    share, segment = _first_work(config, call, turn, expectation)
     while share.position < share.stop:
-        segment = segment_of(config, call, share)
+        if not _expects(config):
+            segment = segment_of(config, call, share)
         entry = cache_entry(config, call.places, segment.seq.index)
         for tile in range(segment.begin, segment.end):
             if has(config, "parting"):
@@ -104,4 +126,8 @@ def producer(config: gl.constexpr, k_maps, v_maps, shared, call):
             _load_tile(config, k_maps, v_maps, shared, call, segment, entry, (n, tile))
             n = next_use(config, n, share.depth)
         share = after(config, call, share, segment)
+        if has(config, "stream_k") and _expects(config):
+            more = share.position < share.stop
+            if more:
+                segment = segment_of(config, call, share)
     let_next_begin()

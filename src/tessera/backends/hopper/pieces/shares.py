@@ -127,9 +127,32 @@ def _any_lane(condition):
 
 
 @gluon.jit
+def _lane():
+    return gl.inline_asm_elementwise("mov.u32 $0, %laneid;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _differences(a, b):
+    """Not 0 where two sequences have other rows or keys."""
+    return (a.q_begin ^ b.q_begin) | (a.q_rows ^ b.q_rows) | (a.k_begin ^ b.k_begin) | (a.k_end ^ b.k_end)
+
+
+@gluon.jit
+def _are_all_like(config: gl.constexpr, call, seq):
+    """Whether every sequence has the rows and keys of `seq`: each lane looks at a few sequences, and they vote."""
+    lane = _lane()
+    differs = call.sizes.batch * 0
+    for first in range(0, call.sizes.batch, SCANNED):
+        for turn in gl.static_range(SCANNED // 32):
+            others = cached(config, call.places, call.sizes, first + turn * 32 + lane)  # past the batch the last one again
+            differs = differs | _differences(others, seq)
+    return _any_lane(differs) == 0
+
+
+@gluon.jit
 def _are_equally_long(config: gl.constexpr, call, tiles):
-    """Whether the items of every sequence have `tiles` tiles: each lane looks at a few sequences, and they vote."""
-    lane = gl.inline_asm_elementwise("mov.u32 $0, %laneid;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    """The same of the tiles that items have: whether those of every sequence have so many."""
+    lane = _lane()
     differs = call.sizes.batch * 0
     for first in range(0, call.sizes.batch, SCANNED):
         for turn in gl.static_range(SCANNED // 32):
@@ -260,6 +283,40 @@ def first_share(config: gl.constexpr, call, turn, warps: gl.constexpr):
         zero = turn.number
         stop = gl.where(used, 1, zero)
         return Share(zero, stop, turn.index, turn.block, turn.head, zero, Line(zero, zero, zero, zero), zero, call.split.depth)
+
+
+@gluon.jit
+def expected(config: gl.constexpr, call, turn):
+    """A program's share and its first segment as lengths say before they may be read: what `confirmed` then has to compare. Along
+    the line of all tiles nothing is expected (the share's turn is -1): where that is cut depends on every length."""
+    if has(config, "stream_k"):
+        seq = cached(config, call.places, call.sizes, turn.index)
+        begin, end = key_tiles(config, call.sizes, seq)
+        share = _share_of(call, turn, end - begin)
+        alike = (call.split.rounds + call.split.crew > 0) & _are_all_like(config, call, seq)
+        number = gl.where(alike, share.turn, -1)
+        line = share.line
+        share = Share(share.position, share.stop, share.index, share.block, share.head, share.first, line, number, share.depth)
+    else:
+        share = first_share(config, call, turn, 1)
+    return share, segment_of(config, call, share)
+
+
+@gluon.jit
+def confirmed(config: gl.constexpr, call, turn, expectation, warps: gl.constexpr):
+    """The share and its first segment by lengths as they stand now, as seen by a partition of `warps` warps. Where they are those
+    that were expected, all that is left to do is to compare them, and the first key is asked for sooner."""
+    share, segment = expectation
+    if has(config, "stream_k"):
+        same = share.turn >= 0
+        if same:
+            same = _are_all_like(config, call, segment.seq)
+    else:
+        same = _differences(cached(config, call.places, call.sizes, turn.index), segment.seq) == 0
+    if not same:
+        share = first_share(config, call, turn, warps)
+        segment = segment_of(config, call, share)
+    return share, segment
 
 
 @gluon.jit
