@@ -129,6 +129,14 @@ def test_spills_at_the_edge_are_told_and_pass(monkeypatch):
     assert (seen.loop_spills, seen.edge_spills, seen.faults) == (0, 4, ())
 
 
+TABLE = """
+        /*0030*/                   BRX R2 -0x40   (*"BRANCH_TARGETS .L_x_2,.L_x_3,.L_x_4,.L_x_6"*);
+"""
+BRANCHES = """
+        /*0030*/               @P1 BRA `(.L_x_2) ;
+        /*0034*/               @P2 BRA `(.L_x_3) ;
+        /*0038*/                   BRA `(.L_x_6) ;
+"""
 SPECIALISED = """
         /*0000*/                   ISETP.GT.U32.AND P0, PT, R0, 0x3, PT ;
         /*0010*/              @!P0 BRA `(.L_x_5) ;
@@ -163,10 +171,10 @@ SPECIALISED = """
     [(240, 24, 240, 504), (232, 40, 232, 504), (232, 48, 232, 512), (240, 24, 248, 512), (64, 24, 64, 496)],
     ids=["as they come", "another split", "too much", "too much of the default", "most before the work"],
 )
-def test_registers_that_the_launch_does_not_reserve_are_a_fault(monkeypatch, consumer, producer, default, wanted):
+@pytest.mark.parametrize("listing", [SPECIALISED, SPECIALISED.replace(TABLE, BRANCHES)], ids=["by a table", "by branches"])
+def test_registers_that_the_launch_does_not_reserve_are_a_fault(monkeypatch, listing, consumer, producer, default, wanted):
     """168 for each of 384 threads are 504 of a warpgroup's."""
     numbers = {"CONSUMER": hex(consumer), "PRODUCER": hex(producer), "DEFAULT": hex(default)}
-    listing = SPECIALISED
     for name, number in numbers.items():
         listing = listing.replace(name, number)
     found = verdict(monkeypatch, listing)

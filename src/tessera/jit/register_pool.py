@@ -28,18 +28,18 @@ class Pool:
 
 
 def pool(code: Code, registers: int, threads: int, default_threads: int) -> Pool | None:
-    """None for a kernel whose warps ask for nothing, or wait for their work in another way than a table of partitions."""
+    """None for a kernel whose warps ask for nothing, or not in this way."""
     asks = _Asks(code)
-    first = {place: asks.following(place) for place, _ in asks.following((0, -1))[0]}
-    waiting = [place for place, (_, by_table) in first.items() if by_table]
-    others = [place for place, (_, by_table) in first.items() if not by_table]
+    first = asks.following((0, -1))
+    waiting = [place for place in first if asks.comes_again(place)]  # workers wait for work in a loop
+    others = [place for place in first if place not in waiting]
     groups = (threads - default_threads) // WARPGROUP_THREADS
     if len(waiting) != 1 or len(others) != 1 or not groups:
         return None
-    around = asks.number(others[0]) * default_threads + asks.number(waiting[0]) * (threads - default_threads)
-    at_work = max((number for _, number in first[others[0]][0]), default=asks.number(others[0])) * default_threads
+    around = first[others[0]] * default_threads + first[waiting[0]] * (threads - default_threads)
+    at_work = max(asks.following(others[0]).values(), default=first[others[0]]) * default_threads
     # Warps of one warpgroup ask alike, so partitions of single warps come after those of whole warpgroups, or are the same.
-    partitions = sorted((number for _, number in first[waiting[0]][0]), reverse=True)
+    partitions = sorted(asks.following(waiting[0]).values(), reverse=True)
     at_work += WARPGROUP_THREADS * sum(partitions[:groups])
     return Pool(-(-registers // _UNIT) * _UNIT * threads, max(around, at_work))
 
@@ -50,25 +50,34 @@ class _Asks:
     def __init__(self, code: Code) -> None:
         self._blocks = code.blocks
 
-    def number(self, place: _Place) -> int:
-        found = _NUMBER.search(self._blocks[place[0]].instructions[place[1]].text)
-        return int(found[1], 16) if found else 0
-
-    def following(self, place: _Place) -> tuple[list[tuple[_Place, int]], bool]:
-        """The next such places behind this one, on any path, each with its number; and whether a table of jumps comes before."""
+    def following(self, place: _Place) -> dict[_Place, int]:
+        """The next such places behind this one, on any path, each with its number."""
         found: dict[_Place, int] = {}
-        by_table, seen = False, set()
+        seen: set[int] = set()
         waiting = [(place[0], place[1] + 1)]
         while waiting:
             block, at = waiting.pop(0)
             for index, one in enumerate(self._blocks[block].instructions[at:], at):
                 if one.opcode == "USETMAXREG":
                     if (block, index) != place:  # a warp that waits for its registers asks again and again
-                        found[block, index] = self.number((block, index))
+                        number = _NUMBER.search(one.text)
+                        found[block, index] = int(number[1], 16) if number else 0
                     break
-                by_table |= one.opcode == "BRX"
             else:
                 fresh = [successor for successor in self._blocks[block].successors if successor not in seen]
                 seen.update(fresh)
                 waiting += [(successor, 0) for successor in fresh]
-        return list(found.items()), by_table
+        return found
+
+    def comes_again(self, place: _Place) -> bool:
+        """Whether a warp comes to this place again after it has been at others."""
+        seen: set[_Place] = set()
+        waiting = [*self.following(place)]
+        while waiting:
+            at = waiting.pop()
+            if at == place:
+                return True
+            if at not in seen:
+                seen.add(at)
+                waiting += self.following(at)
+        return False
