@@ -4,6 +4,9 @@
 then 0), D = rowsum(dO * O) - dlse, and zeros for dQ to be added to (or, where its first part is stored, for the marks).
 `finish_queries`, where the main kernel does not do that, takes dQ from the order in which its parts lie there (pieces/sums.py),
 adds its sums up where there are several, scales it and rounds it.
+
+Both load all that they need and then take a branch that is always taken. Without it ptxas spares registers: it has a thread's
+eight loads come one after another, each used before the next is asked for, which is five or six times memory's latency.
 """
 
 from tessera.backends.hopper.pieces.counts import await_tiles
@@ -93,30 +96,30 @@ def prepare_rows(
     out = gl.load(out_ptr + (token * heads + head)[:, None] * dim_v + columns[None, :], mask=wanted, other=0.0)
     do_token = (seq.batch * do_pitch + seq.q_begin + rows).to(gl.int64) * do_row + head * do_head
     do = gl.load(do_ptr + do_token[:, None] + columns[None, :], mask=wanted, other=0.0)
-    d = gl.sum(out.to(gl.float32) * do.to(gl.float32), axis=1)
-
     row_of_lse = (seq.batch * heads + head).to(gl.int64) * seqlen_q + seq.q_begin + rows
     lse = gl.load(lse_ptr + row_of_lse, mask=inside, other=float("-inf"))
-    d -= gl.load(dlse_ptr + row_of_lse, mask=inside & (with_dlse != 0), other=0.0)
-    d = gl.where(lse == float("-inf"), 0.0, d)
-    if has(config, "sinks"):
-        sink = gl.load(sinks_ptr + head)
-        gl.store(dsinks_ptr + head * (gl.num_programs(0) // heads) + block, _sink_gradient(sink, lse, d))
-    seen = live & (lse > float("-inf"))
-    row = start + gl.arange(0, count, gl.SliceLayout(1, layout))
-    place = head.to(gl.int64) * line + row
-    lse = gl.where(seen, lse * unit, float("inf"))
-    d = gl.where(seen, d * share, 0.0)
-    if subtracts_by_products(config):
-        _store_summands(stats_ptr + 8 * head.to(gl.int64) * line + row, line, lse, d)
-    else:
-        gl.store(stats_ptr + place, lse)
-        gl.store(stats_ptr + heads.to(gl.int64) * line + place, d)
+    dlse = gl.load(dlse_ptr + row_of_lse, mask=inside & (with_dlse != 0), other=0.0)
+    if not adds_in_order(config):
+        _clear_sums(config, sum_ptr, head.to(gl.int64) * line + start, dim)
     if head + start == 0:
         gl.store(marks_ptr, 0)  # the counter of tiles, before all marks
     _clear_marks(config, marks_ptr, heads, head, line, strands, start)
-    if not adds_in_order(config):
-        _clear_sums(config, sum_ptr, head.to(gl.int64) * line + start, dim)
+    if dim > 0:  # always: see above
+        d = gl.sum(out.to(gl.float32) * do.to(gl.float32), axis=1) - dlse
+        d = gl.where(lse == float("-inf"), 0.0, d)
+        if has(config, "sinks"):
+            sink = gl.load(sinks_ptr + head)
+            gl.store(dsinks_ptr + head * (gl.num_programs(0) // heads) + block, _sink_gradient(sink, lse, d))
+        seen = live & (lse > float("-inf"))
+        row = start + gl.arange(0, count, gl.SliceLayout(1, layout))
+        least = gl.where(seen, lse * unit, float("inf"))
+        d = gl.where(seen, d * share, 0.0)
+        if subtracts_by_products(config):
+            _store_summands(stats_ptr + 8 * head.to(gl.int64) * line + row, line, least, d)
+        else:
+            place = head.to(gl.int64) * line + row
+            gl.store(stats_ptr + place, least)
+            gl.store(stats_ptr + heads.to(gl.int64) * line + place, d)
 
 
 @gluon.jit
@@ -240,12 +243,12 @@ def finish_queries(
     else:
         wait_for_previous()
     dq = _summed(config, sum_ptr, marks_ptr, head * blocks + block, heads * blocks, strands, first_column, dim)
-    dq = _in_rows(config, (dq * factor).to(dq_ptr.dtype.element_ty))
-
-    rows = gl.arange(0, PART_ROWS, gl.SliceLayout(1, layout))
-    columns = first_column + gl.arange(0, width, gl.SliceLayout(0, layout))
-    wanted = (first + rows < seq.q_rows)[:, None] & (columns < dim)[None, :]
-    token = (seq.batch * seqlen_q + seq.q_begin + first + rows).to(gl.int64)
-    gl.store(dq_ptr + (token * heads + head)[:, None] * dim + columns[None, :], dq, mask=wanted)
+    if dim > 0:  # always: see above
+        part = _in_rows(config, (dq * factor).to(dq_ptr.dtype.element_ty))
+        rows = gl.arange(0, PART_ROWS, gl.SliceLayout(1, layout))
+        columns = first_column + gl.arange(0, width, gl.SliceLayout(0, layout))
+        wanted = (first + rows < seq.q_rows)[:, None] & (columns < dim)[None, :]
+        token = (seq.batch * seqlen_q + seq.q_begin + first + rows).to(gl.int64)
+        gl.store(dq_ptr + (token * heads + head)[:, None] * dim + columns[None, :], part, mask=wanted)
     if config.counts_tiles and gl.program_id(0) == gl.num_programs(0) - 1:
         wait_for_previous()  # what comes after this kernel may count on the main one
