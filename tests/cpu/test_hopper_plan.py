@@ -17,7 +17,7 @@ import tessera
 from tessera import Unsupported, calls, dispatch, jit, reference, verify
 from tessera.backends.hopper import HopperBackend, HopperRunner, choosable, without_scores
 from tessera.backends.hopper.backward_plan import Adding, backward_config, backward_family
-from tessera.backends.hopper.backward_sizes import workspace_bytes
+from tessera.backends.hopper.backward_sizes import spared_multiprocessors, workspace_bytes
 from tessera.backends.hopper.chunk_plan import chunk_plan
 from tessera.backends.hopper.config import ForwardConfig, Overlap, Pairing, Staging
 from tessera.backends.hopper.launch import kernel_spec
@@ -365,3 +365,24 @@ def test_choosable_forms_are_those_of_plans_that_the_gate_does_not_list(monkeypa
     assert tuple(dict.fromkeys(one.spec.function for one in found)) == choosable.MAIN
     shapes = [(1, 4096, 2, dim) for dim in (96, 96, 64)]
     assert set(HopperBackend().kernels(tessera.plan(*shapes, device="h200", causal=True))) & {one.spec for one in found}
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "seqlen", "mask", "tiles", "spared"),
+    [
+        (64, 512, {"causal": True}, 3072, 12), (64, 1024, {"causal": True}, 3072, 7), (128, 4096, {"causal": True}, 2048, 2),
+        (128, 8192, {"causal": True}, 2048, 0), (256, 512, {"causal": True}, 2048, 7), (256, 4096, {"causal": True}, 2048, 0),
+        (64, 16384, {"window": (255, 0)}, 2752, 12), (64, 16384, {"window": (1023, 0)}, 2752, 4),
+        (64, 16384, {"window": (4095, 0)}, 2752, 0), (128, 16384, {"window": (4095, 0)}, 2048, 4),
+        (128, 512, {}, 2048, 11), (128, 1024, {}, 2048, 4), (128, 1024, {"deterministic": True}, 2048, 4),
+        (64, 1024, {"deterministic": True}, 3072, 0), (128, 1024, {"causal": True, "deterministic": True}, 2048, 0),
+    ],
+)  # fmt: skip
+def test_fewer_keys_a_row_spare_more_multiprocessors(
+    head_dim: int, seqlen: int, mask: dict[str, Any], tiles: int, spared: int
+) -> None:
+    """Of 132, for 16384 tokens; of equal tiles as many as take no round more."""
+    shape = (16384 // seqlen, seqlen, 2048 // head_dim, head_dim)
+    problem = tessera.plan(shape, shape, device="h200", requires_grad=True, **mask).problem
+    assert spared_multiprocessors(problem, tiles, 132) == spared
+    assert spared_multiprocessors(replace(problem, shape=replace(problem.shape, seqlen_q=0)), tiles, 132) == 0

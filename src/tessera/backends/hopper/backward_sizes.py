@@ -19,10 +19,9 @@ FEWER_BLOCKS = 4
 """Row blocks that the last round of tiles must lose for them to be divided by rows: a share's end costs about one."""
 
 
-SPARED = 33
-"""Of so many multiprocessors one is left to finish_queries below a diagonal."""
-SHORT = 4096 * 128
-"""Rows times head dim (at least 128) up to which that pays."""
+ROUNDING = 30
+ROUNDING_256 = 16
+"""Keys that the main kernel goes through, a row, in the time in which one multiprocessor rounds that row's dQ beside it."""
 
 
 def work_lines(problem: Problem) -> int:
@@ -48,24 +47,34 @@ def key_tiles(problem: Problem, config: BackwardConfig) -> int:
 
 
 def spared_multiprocessors(problem: Problem, tiles: int, multiprocessors: int) -> int:
-    """How many the main kernel leaves to finish_queries from its beginning, where tiles are counted (pieces/counts.py). Tiles of
-    equal length take as many rounds on fewer: 2048 of them 16 on 128 as on 132. Ours / FA3, full, before, beside all programs,
-    and so: head dim 256 1k 0.998, 1.025 and 1.040; 64 1k 1.035, 1.056 and 1.074; 128 512 1.116, 1.132 and 1.143, a window of 1024
-    1.044, 1.062 and 1.075. Below a diagonal one in 33 pays while sequences are short: head dim 64 512 1.187, 1.192 and 1.207, 1k
-    1.134, 1.136 and 1.162, 4k 1.047, 1.051 and 1.056; 256 1k 1.024, 1.037 and 1.045, 2k 1.031, 1.052 and 1.052, but 4k 1.010,
-    1.035 and 1.025; grouped 128 4k 1.121, 1.134 and 1.128. In a fixed order times faster than without counts, beside all programs
-    and so: head dim 128 full 1k 1.020 and 1.052, 2k 1.026 and 1.038, a window of 1024 1.022 and 1.029, but of 256 1.002 and
-    0.991, head dim 64 full 1k 1.013 and 0.991, 256 1k 1.024 and 1.010, 16k 1.010 and 0.994 (H200, 2026-11-22)."""
+    """How many the main kernel leaves to finish_queries from its beginning, where tiles are counted (pieces/counts.py): so many
+    as round a row's dQ, which is the same for all, in the time in which the others go through the keys that see it, but none
+    where that is less than one and a half. Tiles of equal length take as many rounds on fewer: 2048 of them 16 on 128 as on 132.
+
+    Times of 4 spared over others (in brackets of none, where none were): causal 512 head dim 64 with 8, 12 and 16 1.017, 1.037
+    and 1.024, 256 with 7 1.013; causal 1k 64 with 6, 8 and 12 1.017, 1.015 and 0.997, 128 1.003, 1.008 and 1.001; causal 4k 128
+    with 2 1.010, 64 1.010, 256 (0.990); GQA 16/4 causal 1k 128 with 7 (1.008), 64 (1.018), 4k with 2 (1.002); 256 keys at 16k 64
+    with 4, 8 and 12 (1.015, 1.027 and 1.015), 128 with 12 1.003; 1024 keys 64 with 2, 4 and 6 (1.014, 1.011 and 0.999), 128
+    with 2 and 6 0.993; 4096 keys 64 with 1, 2 and 4 (0.992, 0.986 and 0.972); full 512 64 with 8 and 12 1.019 and 0.998, 128 with
+    8 and 11 1.014 and 1.010, 256 0.998 and 0.995 (H200, 2026-11-22). In a fixed order, of equal rounds and beside all programs:
+    head dim 128 full 1k 1.052 and 1.020, a window of 1024 1.029 and 1.022, but of 256 0.991 and 1.002, head dim 64 full 1k 0.991
+    and 1.013, 256 1k 1.010 and 1.024."""
     shape, mask = problem.shape, problem.mask
-    is_ordered = problem.reproducibility is Reproducibility.BITWISE
-    spares_none = is_ordered and (not 64 < shape.head_dim <= 128 or sees_few_keys(problem))
-    if mask.bounds or problem.layout is Layout.VARLEN or spares_none:
+    rows, is_diagonal = shape.batch * shape.heads_q * shape.seqlen_q, mask.right is not None and mask.left is None
+    if mask.bounds or problem.layout is Layout.VARLEN or rows == 0:
         return 0
-    if mask.right is not None and mask.left is None:
-        is_short = shape.group == 1 and shape.seqlen_q * max(shape.head_dim, 128) <= SHORT
-        return multiprocessors // SPARED if is_short and not is_ordered else 0
-    rounds = -(-tiles // multiprocessors)
-    return multiprocessors - -(-tiles // rounds)
+    wanted = 0
+    if problem.reproducibility is Reproducibility.BITWISE:
+        if not 64 < shape.head_dim <= 128 or sees_few_keys(problem) or is_diagonal:
+            return 0
+    else:
+        keys = problem.scores() / rows + ROWS  # blocks at the edges are worked on whole
+        share = multiprocessors * (ROUNDING if shape.head_dim <= 128 else ROUNDING_256) / keys
+        wanted = round(share) if share >= 1.5 else 0
+    if is_diagonal:
+        return wanted
+    full_rounds = -(-tiles // (multiprocessors - (wanted if mask.left is None else 0)))
+    return max(wanted, multiprocessors - -(-tiles // full_rounds))
 
 
 def strands(problem: Problem, config: BackwardConfig) -> int:
