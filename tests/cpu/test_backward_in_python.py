@@ -188,7 +188,7 @@ def test_rows_are_rounded_as_their_tiles_are_done(
     check(request)
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", DIMS)
 def test_last_tiles_leave_room_to_round(dim: int) -> None:
     """Where more rows than few see a tile of full attention, the last tiles are not divided yet."""
     case = Case("room", head_dim=dim, batch=1, seqlen_q=700, seqlen_k=600, heads_q=4, heads_kv=2)

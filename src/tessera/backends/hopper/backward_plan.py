@@ -16,21 +16,20 @@ PART_LINE = 256
 """Values in a line of the workspace, where parts of dQ lie as in registers: 64 rows of four columns (pieces/sums.py)."""
 WORK_ROWS = 128
 """Every sequence's rows begin at a multiple of this in the workspace: a multiple of every kernel's row block."""
-
-
 FEW_KEYS = 512
 """Up to so many keys dQ's zeros and the kernel that rounds it cost more than that the last tile rounds: by default under a
 diagonal at head dim 128 (ours / FA3 at 512 1.146 and 1.002; at 64 tile after tile is faster, 1.146 and 1.093), and where an order
 is kept anyway (over order alone 1.03 under a diagonal, 0.99 without; at 1k 0.98 and 0.92; H200, 2026-11-21)."""
 FEW_ROWS = 1280
 """Where a tile of keys sees up to so many rows, over all heads of a group, its end costs enough to run it under the next one's
-start at head dim 128. The second place for K takes a buffer for parts of dQ, which long tiles miss: ours over FA3's time without
-and with, window 256 1.041 and 0.950, 1024 1.009 and 0.966, full 512 0.964 and 0.886, 1k 0.997 and 0.977, causal 1k 0.973 and
-0.946, 2k 0.971 and 0.962; but full 4k 0.985 and 0.996, 16k 0.98 and 1.03, GQA 32/8 1k 0.785 and 0.794 (H200, 2026-11-21)."""
+start at head dim 128. The second place for K takes a buffer for parts of dQ, which long tiles miss: time over FA3's without and
+with, window 256 1.041 and 0.950, full 512 0.964 and 0.886, 1k 0.997 and 0.977, causal 1k 0.973 and 0.946, 2k 0.971 and 0.962;
+but full 4k 0.985 and 0.996, 16k 0.98 and 1.03, GQA 32/8 1k 0.785 and 0.794 (H200, 2026-11-21)."""
 SOME_ROWS = 2560
-"""Up to so many rows full attention's last tiles are not divided: multiprocessors that are left round dQ meanwhile, which is 4%
-of the time at 2k (pieces/counts.py). Ours / FA3, divided and so: head dim 128 2k 1.038 and 1.066, 4k 1.060 and 1.063; 64 2k 1.036
-and 1.056, 4k 1.035 and 1.023; 256, in rows, 2k level, 4k 1.052 and 1.039 (H200, 2026-11-22)."""
+MORE_ROWS = 5120
+"""Up to so many rows (MORE_ROWS: at head dim 128) full attention's last tiles are not divided: multiprocessors that are left
+round dQ meanwhile. Ours / FA3, divided and so: head dim 128 2k 1.038 and 1.066, 4k 1.064 and 1.071; 64 2k 1.036 and 1.056, 4k
+1.064 and 1.043; 256 2k 1.033 and 1.041, 4k 1.046 and 1.036 (H200, 2026-11-22)."""
 NARROW_WINDOW = 256
 APART = 32
 """In an order, under windows of up to NARROW_WINDOW keys, tiles of APART heads come in turn, of whose rows L2 holds what is at
@@ -70,8 +69,7 @@ class RowsSeen(Enum):
     """How many rows see a tile of keys: what its end may cost (`_short_form`)."""
 
     FEW = "few rows a tile"
-    SOME = "more rows a tile"
-    """Full attention at head dim 128 alone."""
+    SOME = "more rows a tile"  # full attention at head dims 128 and 256
     MANY = "many rows a tile"
 
 
@@ -350,9 +348,11 @@ def _short_form(problem: Problem, plain: BackwardConfig) -> BackwardConfig | Non
 
 def _few_rows_see(problem: Problem, config: BackwardConfig) -> bool:
     """Whether that form pays. At head dim 256 it depends on L2, so on all rows."""
-    rows = _rows_of_a_tile(problem) if config.division is Division.AHEAD else problem.shape.group * problem.shape.seqlen_q
+    rows, is_some = problem.shape.group * problem.shape.seqlen_q, config.rows_seen is RowsSeen.SOME
+    if config.division is Division.AHEAD:
+        return _rows_of_a_tile(problem) <= (MORE_ROWS if is_some else FEW_ROWS)
     is_full = config.division is Division.TURNS and Feature.RIGHT not in config.features
-    return rows <= (SOME_ROWS if config.rows_seen is RowsSeen.SOME or is_full else FEW_ROWS)
+    return rows <= (SOME_ROWS if is_some or is_full else FEW_ROWS)
 
 
 def _rows_of_a_tile(problem: Problem) -> int:
@@ -391,7 +391,7 @@ def _family(problem: Problem, keeps: bool) -> tuple[BackwardConfig, ...]:
         rounded = replace(rounded, division=Division.TURNS)
     forms: tuple[BackwardConfig, ...] = (plain,)
     short = _short_form(problem, plain)
-    if plain.division is Division.AHEAD and plain.divides_remainder:
+    if short is not None and plain.division is not Division.TURNS and plain.divides_remainder:
         forms = (replace(plain, rows_seen=RowsSeen.SOME), plain)
     if short is not None:
         forms = (short,) if mask.left is not None and _rows_of_a_window(problem) <= FEW_ROWS else (short, *forms)

@@ -64,8 +64,9 @@ def _named_problems() -> dict[str, Problem]:
     found["d64 full, varlen"] = _problem(64, 64, _FULL, Layout.VARLEN)
     full = found["d64 full"]
     found["d64 full, dropout"] = replace(full, score=replace(full.score, dropout_p=0.1))
-    full = found["d128 full"]
-    found["d128 full, more rows"] = replace(full, shape=replace(full.shape, seqlen_q=2048, seqlen_k=2048))
+    for dim in (128, 256):
+        full = found[f"d{dim} full"]
+        found[f"d{dim} full, more rows"] = replace(full, shape=replace(full.shape, seqlen_q=2048, seqlen_k=2048))
     return found
 
 
