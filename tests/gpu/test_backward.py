@@ -33,6 +33,10 @@ LONG = (
         Case(f"d{d} {tiles} tiles", head_dim=d, batch=batch, seqlen_q=900, seqlen_k=1100, heads_q=8, heads_kv=4)
         for d, batch, tiles in ((64, 8, 192), (128, 4, 144), (128, 5, 180), (256, 4, 288), (256, 5, 360))
     ),
+    *(
+        Case(f"d{d} divided", head_dim=d, batch=batch, seqlen_q=1400, seqlen_k=1100, heads_q=heads, heads_kv=4)
+        for d, batch, heads in ((64, 6, 8), (128, 4, 16), (256, 4, 8))
+    ),
     Case("d64 few rows", head_dim=64, **UNGROUPED),
     Case("d64 few rows, causal", head_dim=64, causal=True, **UNGROUPED),
     Case("d192 v128 causal", head_dim=192, head_dim_v=128, causal=True, **MANY),
