@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tessera.backends.hopper.launch import is_captured
+from tessera.backends.hopper.room import cleared, kept, room
 from tessera.jit import driver
 
 STOCK = 1 << 16
@@ -38,13 +39,13 @@ class Workspace:
             return partial, self._of_capture((device, stream, driver.capture_id(stream)), tickets)
         if self._taken.get(device, STOCK) > STOCK // 2:
             with self._lock:  # a capture that comes next finds a stock
-                self._stock[device], self._taken[device] = _zeros(device, STOCK), 0
+                self._stock[device], self._taken[device] = cleared(STOCK, device), 0
         place = (device, stream)
         found, zeros = self._partial.get(place), self._tickets.get(place)
         if found is None or found.numel() < count:
-            found = self._partial[place] = torch.empty(count, dtype=torch.float32, device=torch.device("cuda", device))
+            found = self._partial[place] = kept(room((count,), torch.float32, torch.device("cuda", device)), device)
         if zeros is None or zeros.numel() < tickets:
-            zeros = self._tickets[place] = _zeros(device, max(tickets, 4096))
+            zeros = self._tickets[place] = cleared(max(tickets, 4096), device)
         return found, zeros
 
     def _of_capture(self, key: tuple[int, int, int], count: int) -> Tensor:
@@ -61,15 +62,6 @@ class Workspace:
                 return found
         # none left, and none can be zeroed beside a capture: this launch's are zeroed by the graph, each time
         return torch.zeros(count, dtype=torch.int32, device=torch.device("cuda", device))
-
-
-def _zeros(device: int, count: int) -> Tensor:
-    """Zeroed on a stream of its own: any stream may use them at once, and to wait for it is to wait for nobody's work."""
-    aside = torch.cuda.Stream(device)
-    with torch.cuda.stream(aside):
-        zeros = torch.zeros(count, dtype=torch.int32, device=torch.device("cuda", device))
-    aside.synchronize()
-    return zeros
 
 
 workspace = Workspace()

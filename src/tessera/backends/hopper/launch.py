@@ -19,7 +19,7 @@ from tessera.backends.hopper import modifiers
 from tessera.backends.hopper.arguments import FAR, WRAP_STRIDE, reach, score_scales
 from tessera.backends.hopper.config import ROWS, Feature, ForwardConfig, Overlap
 from tessera.backends.hopper.plan import tall_blocks
-from tessera.backends.hopper.room import room
+from tessera.backends.hopper.room import cleared, room
 from tessera.dispatch import Shortcut
 from tessera.errors import Unsupported
 from tessera.operands import Operands, with_offsets
@@ -346,17 +346,9 @@ class Counters:
             if used == self.SIZE * len(slabs):
                 if torch._C._cuda_isCurrentStreamCapturing():
                     return self._captured_counter(device)
-                slabs.append(self._new_slab(device))
+                slabs.append(cleared(self.SIZE, device))
             self._used[device] = used + 1
             return slabs[-1].data_ptr() + 4 * (used % self.SIZE)
-
-    def _new_slab(self, device: int) -> Tensor:
-        """Zeroed on a stream of its own: any stream may use it at once, and to wait for it is to wait for nobody's work."""
-        aside = torch.cuda.Stream(device)
-        with torch.cuda.stream(aside):
-            slab = torch.zeros(self.SIZE, dtype=torch.int32, device=torch.device("cuda", device))
-        aside.synchronize()
-        return slab
 
     def _captured_counter(self, device: int) -> int:
         """No slab may be made while a graph is captured (its zeroing would be too): the graph gets a counter that it zeroes."""

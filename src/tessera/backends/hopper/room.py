@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -31,6 +32,33 @@ def room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Ca
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Callable[[], Tensor]:
     """What makes such tensors of zeros."""
     return partial(torch.zeros, shape, dtype=dtype, device=device)
+
+
+def kept(make: Callable[[], Tensor], device: int) -> Tensor:
+    """A tensor that outlives the call, made by a thread of its own, on this one's stream: while graphs of torch.compile warm up,
+    what the calling thread allocates is theirs, and they refuse to find it in use afterwards."""
+    stream = torch.cuda.current_stream(device)
+
+    def made() -> Tensor:
+        with torch.cuda.stream(stream):
+            return make()
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(made).result()
+
+
+def cleared(count: int, device: int) -> Tensor:
+    """int32 zeros that outlive the call. Zeroed on a stream of their own: any stream may use them at once, and to wait for that
+    one is to wait for nobody's work."""
+
+    def make() -> Tensor:
+        aside = torch.cuda.Stream(device)
+        with torch.cuda.stream(aside):
+            found = torch.zeros(count, dtype=torch.int32, device=torch.device("cuda", device))
+        aside.synchronize()
+        return found
+
+    return kept(make, device)
 
 
 def dense_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
