@@ -7,7 +7,7 @@ that sees none of a consumer's keys costs it a store of zeros.
 A consumer's V stays in its registers, which spares shared memory a read of it a block: for that S ends before dP begins, and the
 other two consumers' products run under its exponentials. lse and D are read before S and dP are waited for: after that a consumer
 with 160 registers reads them two by two into the same ones, and waits for each (570 of 3217 cycles a block; H200, 2026-11-21).
-Where there is no room for all of D beside dP, half of it is read so (`_halves_ahead`).
+Where there is no room for all of D beside dP, half of it is read so (`_lacks_room_for_d`).
 """
 
 from tessera.backends.hopper.pieces.chain import chain_of
@@ -223,32 +223,25 @@ def _products_apart(config):
 
 
 @gluon.constexpr_function
-def _halves_ahead(config, consumer):
-    """How many halves of D are read before dP is waited for. With dropout as many as there are registers for beside it: both in
-    the first consumer, which has 168, one in the others, which have 160. In 0.971 of the time with none, under a diagonal 0.978;
-    with both in all consumers, and two or three words spilt, 0.997 and 0.994. In an order one is 0.973 and 0.975 of the time with
-    none, both, without a spill, are 0.978 and 0.981 (4k; H200, 2026-11-22)."""
-    if adds_in_order(config):
-        return 0 if has(config, "dropout") else 1
-    else:
-        return 1 if has(config, "dropout") and consumer > 0 else 2
+def _lacks_room_for_d(config):
+    """Whether half of D alone is read before dP is waited for. With dropout 0.970 of the time with nothing read there, under a
+    diagonal 0.973; all of D, and two or three words spilt, 0.997 and 0.994. In an order 0.973 and 0.975 (all of it, without a
+    spill, 0.978 and 0.981), in an order with dropout 0.961 and 0.977. But of the time with all of it where that is read now 1.039
+    and 1.005 (4k; H200, 2026-11-22)."""
+    return has(config, "dropout") or adds_in_order(config)
 
 
 @gluon.jit
-def _finished_dp(config: gl.constexpr, consumer, shared, dp, slot):
+def _finished_dp(config: gl.constexpr, shared, dp, slot):
     """(dP, its rows' D)."""
     rows: gl.constexpr = config.rows
-    halves: gl.constexpr = _halves_ahead(config, consumer)
-    if halves == 2:
-        d = row_values(shared.d, slot, rows)
-        dp = warpgroup_mma_wait(0, deps=(dp,))
-    elif halves == 1:
+    if _lacks_room_for_d(config):
         first = half_of_row_values(shared.d, slot, rows, 0)
         dp = warpgroup_mma_wait(0, deps=(dp,))
         d = of_both_halves(first, half_of_row_values(shared.d, slot, rows, 1))
     else:
-        dp = warpgroup_mma_wait(0, deps=(dp,))
         d = row_values(shared.d, slot, rows)
+        dp = warpgroup_mma_wait(0, deps=(dp,))
     return dp, d
 
 
@@ -279,7 +272,7 @@ def _block(
     if _products_apart(config):
         dp = _issue_dp(config, consumer, shared, v, n)
     kept = drawn(config, score, row)
-    dp, d = _finished_dp(config, consumer, shared, dp, do_slot)
+    dp, d = _finished_dp(config, shared, dp, do_slot)
     ds, p = kept_derivatives(config, p, weight, kept, dp, d, dtype)
     ds = to_16_bit(ds, dtype)
     dv = warpgroup_mma(gl.convert_layout(p, operand_layout(config.dim_v)), do, dv, is_async=True)
