@@ -8,8 +8,9 @@ from gluon_in_python import in_python
 
 from tessera.backends.cpu import tiled, tiles_for
 from tessera.backends.hopper import BACKEND, backward_sizes, bias_planes
+from tessera.backends.hopper.backward_config import Adding, Division
 from tessera.backends.hopper.backward_launch import BackwardLaunch
-from tessera.backends.hopper.backward_plan import Adding, Division, backward_config
+from tessera.backends.hopper.backward_plan import backward_config
 from tessera.backends.hopper.backward_sizes import Remainder
 from tessera.cases import CASES, Case
 from tessera.device import KNOWN_DEVICES

@@ -16,7 +16,8 @@ import torch
 import tessera
 from tessera import Unsupported, calls, dispatch, jit, reference, verify
 from tessera.backends.hopper import HopperBackend, HopperRunner, choosable, without_scores
-from tessera.backends.hopper.backward_plan import Adding, backward_config, backward_family
+from tessera.backends.hopper.backward_config import Adding
+from tessera.backends.hopper.backward_plan import backward_config, backward_family
 from tessera.backends.hopper.backward_sizes import spared_multiprocessors, workspace_bytes
 from tessera.backends.hopper.chunk_plan import chunk_plan
 from tessera.backends.hopper.config import ForwardConfig, Overlap, Pairing, Staging

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from tessera import jit
 from tessera.backends.hopper.arguments import FAR
+from tessera.backends.hopper.backward_config import BackwardConfig
 from tessera.backends.hopper.backward_launch import BackwardLaunch
-from tessera.backends.hopper.backward_plan import BackwardConfig, backward_config, backward_family
+from tessera.backends.hopper.backward_plan import backward_config, backward_family
 from tessera.backends.hopper.backward_sizes import workspace_bytes
 from tessera.backends.hopper.config import ForwardConfig
 from tessera.backends.hopper.launch import ELEMENTS, ForwardLaunch, kernel_spec

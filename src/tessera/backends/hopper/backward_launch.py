@@ -16,15 +16,8 @@ from torch import Tensor
 from tessera import jit
 from tessera.backends.hopper import modifiers
 from tessera.backends.hopper.arguments import reach, score_scales, score_unit
-from tessera.backends.hopper.backward_plan import (
-    APART,
-    PART_LINE,
-    Adding,
-    BackwardConfig,
-    Division,
-    PartLayout,
-    sees_few_keys,
-)
+from tessera.backends.hopper.backward_config import PART_LINE, Adding, BackwardConfig, Division, PartLayout
+from tessera.backends.hopper.backward_plan import APART, sees_few_keys
 from tessera.backends.hopper.backward_rows_config import RowsConfig
 from tessera.backends.hopper.backward_sizes import (
     Remainder,

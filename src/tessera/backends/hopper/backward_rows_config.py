@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tessera.backends.hopper.backward_plan import Adding, BackwardConfig, PartLayout
+from tessera.backends.hopper.backward_config import Adding, BackwardConfig, PartLayout
 from tessera.backends.hopper.config import Feature
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from tessera.backends.hopper.backward_plan import WORK_ROWS, Adding, BackwardConfig, backward_config, sees_few_keys
+from tessera.backends.hopper.backward_config import WORK_ROWS, Adding, BackwardConfig
+from tessera.backends.hopper.backward_plan import backward_config, sees_few_keys
 from tessera.backends.hopper.bias_gradient import KeptScores
 from tessera.backends.hopper.config import ROWS, Feature
 from tessera.problem import Gradients, Layout, Problem, Reproducibility

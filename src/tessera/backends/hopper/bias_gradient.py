@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tessera import jit
 from tessera.backends.hopper.arguments import reach
-from tessera.backends.hopper.backward_plan import BackwardConfig
+from tessera.backends.hopper.backward_config import BackwardConfig
 from tessera.backends.hopper.config import Feature
 from tessera.backends.hopper.launch import ELEMENTS
 from tessera.dropout import keep_scale

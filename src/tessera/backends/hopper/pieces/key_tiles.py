@@ -5,7 +5,7 @@ of 128, so that whole tiles can be read, and added to, without touching a neighb
 cu_q[b] / 128 + b: that is never fewer blocks than the sequences before it need, and is known from cu_q alone.
 """
 
-from tessera.backends.hopper.backward_plan import WORK_ROWS
+from tessera.backends.hopper.backward_config import WORK_ROWS
 from tessera.backends.hopper.pieces.kv_source import Lengths, Pitch, Sequence, Span, dense_sequence, packed_sequence
 from tessera.backends.hopper.pieces.masking import Band, has_lower_bound
 from tessera.backends.hopper.pieces.sums import adds_in_order, from_last_to_first

@@ -11,7 +11,7 @@ its part; each tile waits for the one before it (see backward_writer.py). Where 
 one after another, and so do their marks, and behind these counts (counts.py).
 """
 
-from tessera.backends.hopper.backward_plan import PART_LINE
+from tessera.backends.hopper.backward_config import PART_LINE
 from tessera.backends.hopper.config import ROWS
 from tessera.backends.hopper.pieces.channel import Ring, make_barriers, make_ring
 from tessera.backends.hopper.pieces.masking import has_lower_bound
