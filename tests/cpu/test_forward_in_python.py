@@ -31,6 +31,8 @@ MODIFIED = (
     *(Case(f"d{d}, everything", head_dim=d, causal=True, alibi="batch", bias=(1, 2, 200, 330), dropout_p=0.3, **LONG)
       for d in (64, 96, 128, 256)),
     *(Case(f"d{d}, dropout", head_dim=d, causal=causal, dropout_p=0.3, **LONG) for d in (192, 256) for causal in (False, True)),
+    Case("d256, alibi", head_dim=256, alibi="head", causal=True, **LONG),
+    Case("d256, bias of keys", head_dim=256, bias=(2, 1, 1, 330), **LONG),
     *(Case(f"bias {shape}", bias=shape, causal=True, **LONG)
       for shape in ((2, 2, 200, 330), (2, 1, 200, 330), (1, 1, 1, 330), (2, 1, 200, 1), (1, 2, 1, 1))),
     Case("padding left, everything", alibi="head", bias=(2, 2, 200, 330), dropout_p=0.3, key_start=(37, 130), **LONG),

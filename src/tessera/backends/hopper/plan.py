@@ -216,7 +216,12 @@ def _with_modifiers(pairs: ForwardConfig, keys: float) -> ForwardConfig:
         return _with_dropout(pairs, keys)
     if widest > 128:
         narrow = widest == 256 and len(kinds) > 1
-        return replace(pairs, keys=32 if narrow else 64, overlap=Overlap.NONE)
+        # d256, P dying before the exponentials over no overlap: ALiBi causal 4k 1.20, 1k 1.08, a bias of keys 4k 1.05 (H200,
+        # 2026-11-22); ALiBi on full rows spills
+        cut = {Feature.LEFT, Feature.DOCUMENTS, Feature.KEY_START, Feature.FLOAT32_BIAS} & set(pairs.features)
+        fits = kinds == {Feature.BIAS_OF_KEYS} or (kinds == {Feature.ALIBI} and Feature.RIGHT in pairs.features)
+        overlap = Overlap.MAXIMA if fits and not cut and pairs.dims == pairs.dims_v == (256,) else Overlap.NONE
+        return replace(pairs, keys=32 if narrow else 64, overlap=overlap)
     stages = Feature.BIAS in kinds and not UNSTAGED & set(pairs.features)
     if len(kinds) > 1:
         return replace(pairs, keys=64)

@@ -82,6 +82,7 @@ def _modified(q: Tensor) -> Iterator[Problem]:
     yield describe(causal._replace(alibi_slopes=slopes))
     yield describe(full._replace(bias=plane))
     yield describe(causal._replace(bias=plane))
+    yield describe(full._replace(bias=of_keys))
     yield describe(full._replace(bias=of_keys, dropout_p=0.1, seed=1))
     if dim < 256:
         yield describe(causal._replace(bias=plane, alibi_slopes=slopes, dropout_p=0.1, seed=1))
