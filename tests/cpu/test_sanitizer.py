@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from tessera.backends import hopper
+from tessera.backends.hopper.backward_plan import backward_config
+from tessera.operands import describe
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
 import sanitize
@@ -50,3 +52,12 @@ def test_racecheck_is_given_no_clusters() -> None:
     assert pairs.cases_under("memcheck") == pairs.cases
     assert pairs.cases_under("racecheck") == ()
     assert len(forward.cases_under("racecheck")) > len(forward.cases) / 2
+
+
+def test_what_the_backward_divides_is_among_its_cases() -> None:
+    """A plan may come to leave last tiles whole at a case's size: nobody would look at divided ones then."""
+    divided = [case for case in sanitize.BACKWARD if case.name.startswith("last tiles divided")]
+    assert {case.head_dim for case in divided} == {64, 128, 256}
+    for case in divided:
+        problem = describe(sanitize.FAMILIES["backward"].request(case, "meta"), "cuda")
+        assert backward_config(problem).divides_remainder, case.name
