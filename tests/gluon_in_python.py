@@ -609,6 +609,7 @@ def _compat() -> ModuleType:
         copy_to_shared=_copy_to_shared, arrive_after_copies=_arrive_after_copies,
         reinterpret=lambda memory, *form: memory.reinterpret(*form),
         MERGES_BY_SELECTS=True,
+        SPILLS_SOONER=True,
         **dict.fromkeys(("barrier", "fence_async_shared", "let_next_begin", "wait_for_previous"), lambda: None),
         init_for_cluster=_init_for_cluster, place_in=lambda rank, address: address.of(rank), send_in_cluster=Place.send,
         arrive_in_cluster=lambda place: place.bar().arrive(), meet_cluster=lambda: _here.cluster.meet(),

@@ -57,6 +57,8 @@ ADDS_PLACES_IN_32_BITS = VERSION >= (3, 9)
 """Whether PTX needs `tessera.jit.operand_places`."""
 MERGES_BY_SELECTS = gl.constexpr(VERSION >= (3, 9))
 """Whether LLVM picks by a select what a loop's turn carries on, where it branched before: see pieces/numbers.carried_number."""
+SPILLS_SOONER = VERSION >= (3, 9)
+"""Whether a main loop that just fits under 3.6 has to do with fewer registers: see pieces/modifiers.spares_registers."""
 
 # Names that moved: thread_barrier -> barrier in 3.7, _aggregate -> aggregate in 3.8, async_copy_* -> async_load and
 # async_store in 3.8, where the old names remain, and raise from 3.9 on. So the new name is looked for first.

@@ -45,7 +45,7 @@ from tessera.backends.hopper.pieces.masking import (
     share_of,
     tile_blocks,
 )
-from tessera.backends.hopper.pieces.modifiers import below_diagonal, falls_evenly, make_modifiers
+from tessera.backends.hopper.pieces.modifiers import below_diagonal, falls_evenly, make_modifiers, spares_registers
 from tessera.backends.hopper.pieces.output import finish_rows, free_place, q_slot, write_output
 from tessera.backends.hopper.pieces.scheduler import Schedule, ask, first_number, locate, next_number, take, taken
 from tessera.backends.hopper.pieces.scores import Score, score_of_rows
@@ -416,7 +416,7 @@ def _allocate_all(config: gl.constexpr, q_maps, k_maps, v_maps, o_maps, bias_map
     q_ring = make_ring(config.consumers * config.queries, 1)
     k_peer, v_peer = make_peers(config)
     first: gl.constexpr = barriers_of_slots(config.stages)
-    by_bits: gl.constexpr = config.stages != 3 and keeps_masks(config)
+    by_bits: gl.constexpr = config.stages != 3 and (keeps_masks(config) or spares_registers(config))
     k_stream = make_paired_stream(config.stages, config.consumers, first[0], 1, k_peer, by_bits)
     v_stream = make_paired_stream(config.stages, config.consumers, first[1], 1, v_peer, by_bits)
     board = make_board(config.consumers)

@@ -7,6 +7,7 @@ The row maximum is taken of finished scores here; without modifiers it is taken 
 the exponentials (softmax.py).
 """
 
+from tessera.backends.hopper.config import ForwardConfig
 from tessera.backends.hopper.pieces.bias import (
     Bias,
     Planes,
@@ -20,8 +21,8 @@ from tessera.backends.hopper.pieces.dropout import Dropout, plane_of_keys, plane
 from tessera.backends.hopper.pieces.epilogue import LOG2_E
 from tessera.backends.hopper.pieces.lines import keys_of_lines
 from tessera.backends.hopper.pieces.softmax import GROWTH, exp2
-from tessera.backends.hopper.pieces.tiles import M, accumulator_layout, has, has_bias, row_layout
-from tessera.jit.compat import aggregate, gl, gluon
+from tessera.backends.hopper.pieces.tiles import M, accumulator_layout, has, has_bias, overlaps, row_layout
+from tessera.jit.compat import SPILLS_SOONER, aggregate, gl, gluon
 
 NEARLY_LOWEST = gl.constexpr(-2e38)
 """Natural scores below this times log2(e) are not finite in float32."""
@@ -43,7 +44,8 @@ class Slopes:
 
 @aggregate
 class RowSlopes:
-    """ALiBi of a tile's 64 rows: the slope in the scores' units, and where each row's diagonal stands, (64,) float32."""
+    """ALiBi of a tile's 64 rows: the slope in the scores' units, and where each row's diagonal stands, (64,) float32; where
+    `spares_registers`, that of the first of the two rows, 8 apart, that a thread has."""
 
     slope: gl.tensor
     diagonal: gl.tensor
@@ -107,6 +109,15 @@ def slope_of(config: gl.constexpr, slopes, seq, head):
         return slope * LOG2_E
 
 
+@gluon.constexpr_function
+def spares_registers(config):
+    """Whether ALiBi's main loop is short of registers: at head dim 256 under P V it spilt three words with Triton 3.9. A thread
+    then keeps the diagonal of one of its two rows, and slots are told by bits (channel.Stream): none spilt, 496 -> 489."""
+    if not SPILLS_SOONER or not isinstance(config, ForwardConfig):
+        return False
+    return has(config, "alibi") and sum(config.dims) == 256 and overlaps(config)
+
+
 @gluon.jit
 def of_rows(config: gl.constexpr, modifiers, tile, row):
     """The modifiers of 64 rows of a tile's head from `row` on."""
@@ -117,7 +128,10 @@ def of_rows(config: gl.constexpr, modifiers, tile, row):
     dropout = ()
     if has(config, "alibi"):
         slope = slope_of(config, modifiers.alibi[0], seq, head)
-        alibi = (RowSlopes(slope, (rows + seq.diagonal).to(gl.float32)),)
+        kept = rows
+        if spares_registers(config):
+            kept = row + (gl.arange(0, M, layout) & ~8)
+        alibi = (RowSlopes(slope, (kept + seq.diagonal).to(gl.float32)),)
     bias = bias_of_rows(config, modifiers.bias, seq, head, rows)
     if has(config, "dropout"):
         key = _first_key(config, seq)
@@ -182,7 +196,10 @@ def falls_evenly(config, cut):
 def evenly_shared(config: gl.constexpr, modifiers, m, first_key):
     """Of ALiBi in a block below the diagonal: what it adds to all scores of a row, in m's layout."""
     alibi = modifiers.alibi[0]
-    return alibi.slope * (first_key.to(gl.float32) - gl.convert_layout(alibi.diagonal, m.type.layout))
+    distance = first_key.to(gl.float32) - gl.convert_layout(alibi.diagonal, m.type.layout)
+    if spares_registers(config):
+        distance = distance - (gl.arange(0, M, m.type.layout) & 8).to(gl.float32)
+    return alibi.slope * distance
 
 
 @gluon.jit
@@ -205,6 +222,8 @@ def add_to_scores(config: gl.constexpr, modifiers, s, bias, scale, first_key, CU
             s = s + (alibi.slope * place)[None, :]
         else:
             diagonal = alibi.diagonal - first_key.to(gl.float32)
+            if spares_registers(config):
+                diagonal = diagonal + (gl.arange(0, M, row_layout(keys)) & 8).to(gl.float32)
             s = s - alibi.slope * gl.abs(diagonal[:, None] - place[None, :])
     if has_bias(config):
         s = s + bias.to(gl.float32)
