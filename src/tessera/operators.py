@@ -6,6 +6,7 @@ come through here; the walk Request -> Problem, Operands -> Plan -> backend stan
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
 
 from tessera import calls
 from tessera.checking import reads_contents
@@ -124,7 +124,9 @@ def _checked(shortcut: Shortcut, q: Tensor, k: Tensor, v: Tensor, *offsets: Tens
 
 def _functions_are_watched() -> bool:
     """Whether a mode of torch functions is more than a default device, which is for new tensors alone."""
-    return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
+    default_devices = sys.modules.get("torch.utils._device")  # which torch itself imports when a device is set
+    of_device = getattr(default_devices, "DeviceContext", None)
+    return any(type(mode) is not of_device for mode in _get_current_function_mode_stack())
 
 
 def is_unwatched(q: Tensor, k: Tensor, v: Tensor) -> bool:
