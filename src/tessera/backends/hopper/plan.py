@@ -141,7 +141,7 @@ def _config_alone(problem: Problem, keys: float) -> ForwardConfig:
     # over P after the maxima: d64 1.07 (512 1.03), d128 causal 1.03 at 512 and 1k, 1.07 from 2k on, full 1.05 to 1.08 (1.02 to
     # 1.07 over three consumers), d96 to 1k and 192/128 1.04, d192 1.04, d256 1.01; windows of 1024 at d128 1.05, at d64 0.99
     pairs = replace(pairs, overlap=Overlap.AT_ONCE if widest <= 192 else Overlap.SCORES)
-    triples = replace(pairs, overlap=Overlap.SCORES, consumers=3, consumer_registers=160, producer_registers=32)
+    triples = _by_three(pairs, Overlap.SCORES)
     # Q ahead: 1.07 (d64), 1.04 (d128), 1.02 (d96) at 512 causal, 1.01 to 1.02 at 1k, 1.00 from 2k on; 0.99 of packed sequences
     pairs = replace(pairs, queries=1 if problem.layout is Layout.VARLEN else 2)
     window = {Feature.LEFT, Feature.RIGHT} <= set(features)
@@ -178,16 +178,19 @@ def _has_many_keys(problem: Problem, features: tuple[Feature, ...], keys: float)
     1.085, with sinks 1.04; packed windows 1.05, causal 1.048 (sequences of 2000 rows in the mean), full 0.985; causal 2k 1.00, 4k
     1.003 to 1.007, over pairs 8k 1.014 to 1.022, 16k 1.012 to 1.014, over pairs by heads 1.00; full 0.98 to 1.00; windows of 128
     0.98 to 0.99. In float16 windows of 1024 1.04, causal 16k 0.98; packed not measured there (H200, 2026-11-22)."""
-    kinds, only_windows = set(features), problem.dtype is torch.float16
-    if Feature.VARLEN in kinds:
-        return (
-            not only_windows
-            and kinds in ({Feature.VARLEN, Feature.RIGHT}, {Feature.VARLEN, Feature.LEFT, Feature.RIGHT})
-            and keys > 700
-        )
+    kinds = set(features)
     if {Feature.LEFT, Feature.RIGHT} <= kinds <= {Feature.LEFT, Feature.RIGHT, Feature.SOFTCAP, Feature.SINKS}:
         return keys > 200
-    return not only_windows and features == (Feature.RIGHT,) and keys > 2000 and problem.shape.group % 2 == 1
+    if problem.dtype is torch.float16:
+        return False
+    if Feature.VARLEN in kinds:
+        return kinds in ({Feature.VARLEN, Feature.RIGHT}, {Feature.VARLEN, Feature.LEFT, Feature.RIGHT}) and keys > 700
+    return features == (Feature.RIGHT,) and keys > 2000 and problem.shape.group % 2 == 1
+
+
+def _by_three(pairs: ForwardConfig, overlap: Overlap) -> ForwardConfig:
+    """The same by three consumers, which have 160 registers a thread."""
+    return replace(pairs, consumers=3, consumer_registers=160, producer_registers=32, overlap=overlap)
 
 
 def _with_dropout(pairs: ForwardConfig, keys: float) -> ForwardConfig:
@@ -202,7 +205,7 @@ def _with_dropout(pairs: ForwardConfig, keys: float) -> ForwardConfig:
     uneven = {Feature.LEFT, Feature.DOCUMENTS} & set(pairs.features) or (Feature.RIGHT in pairs.features and keys <= 640)
     if widest > 64 or uneven:
         return pairs
-    return replace(pairs, consumers=3, consumer_registers=160, producer_registers=32, overlap=Overlap.SCORES)
+    return _by_three(pairs, Overlap.SCORES)
 
 
 def _with_modifiers(pairs: ForwardConfig, keys: float) -> ForwardConfig:
@@ -225,7 +228,7 @@ def _with_modifiers(pairs: ForwardConfig, keys: float) -> ForwardConfig:
     stages = Feature.BIAS in kinds and not UNSTAGED & set(pairs.features)
     if len(kinds) > 1:
         return replace(pairs, keys=64)
-    triples = replace(pairs, consumers=3, consumer_registers=160, producer_registers=32, overlap=Overlap.NONE)
+    triples = _by_three(pairs, Overlap.NONE)
     if kinds == {Feature.BIAS} and stages:
         # full and causal, times of none, by TMA: d64 1.54 and 1.54 (64 keys 1.70, 1.65; two consumers 1.83, 1.74; read by
         # threads 2.40, 2.48), d128 1.40 and 1.36 (without overlap 1.51, 1.52; two consumers 1.64, 1.55; by threads 1.83, 2.03;
